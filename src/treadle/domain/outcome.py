@@ -1,0 +1,162 @@
+"""What comes back from a worker: one outcome per op, one per sample, and the facts of a loaded pool.
+
+A worker answers in numbers (PassResult and the like); the executor encodes them once into EncodedResult,
+the exact bytes the SDK wants, and those are what the store keeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from treadle.domain.ids import BlobKey, ModelId, RequestId
+from treadle.domain.ops import LoraSpec, OpKind
+from treadle.domain.plan import StateTag
+from treadle.domain.states import Category, StopReason
+
+
+@dataclass(frozen=True, slots=True)
+class PassResult:
+    """Per datum, in request order: `logprobs` float32 shaped like its target_tokens. Metric names end ":reduction"."""
+
+    logprobs: tuple[NDArray[np.float32], ...]
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """Metrics of an optim_step; every value is finite."""
+
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class BlobResult:
+    """A blob was written durably under `blob_key`. `lora` and `step` go into the checkpoint's row."""
+
+    blob_key: BlobKey
+    num_bytes: int
+    lora: LoraSpec
+
+
+@dataclass(frozen=True, slots=True)
+class ModelResult:
+    """The run exists (create, load) or is gone (unload)."""
+
+    model_id: ModelId
+
+
+@dataclass(frozen=True, slots=True)
+class TopkLogprobs:
+    """For each position up to k (token id, logprob) pairs, best first; None where there is no prediction."""
+
+    rows: tuple[tuple[tuple[int, float], ...] | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SampledSequence:
+    """tokens int32 [N] including the stop token; logprobs float32 [N] of the model at temperature 1, untruncated."""
+
+    tokens: NDArray[np.int32]
+    logprobs: NDArray[np.float32]
+    stop_reason: StopReason
+
+
+@dataclass(frozen=True, slots=True)
+class SampleResult:
+    """prompt_logprobs float32 [P] with NaN first, or None when not asked for."""
+
+    sequences: tuple[SampledSequence, ...]
+    prompt_logprobs: NDArray[np.float32] | None = None
+    topk_prompt_logprobs: TopkLogprobs | None = None
+    prompt_cache_hit_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedResult:
+    """The bytes a client gets, verbatim, and their content type."""
+
+    content_type: str
+    body: bytes
+
+
+OpResult = PassResult | StepResult | BlobResult | ModelResult
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a request failed, in words for its client."""
+
+    message: str
+    category: Category
+
+
+@dataclass(frozen=True, slots=True)
+class OpOutcome:
+    """One op after a cycle.
+
+    Exactly one of result and failure is set, except for a pass with quanta left (`is_partial`), which has neither.
+    encoded: set by the executor when result is final and has bytes of its own (passes and steps).
+    tag_after: the state the worker holds now (None when it holds none).
+    """
+
+    request_id: RequestId
+    model_id: ModelId
+    seq_id: int
+    kind: OpKind
+    result: OpResult | None = None
+    failure: Failure | None = None
+    is_partial: bool = False
+    encoded: EncodedResult | None = None
+    tag_after: StateTag | None = None
+    num_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class CycleOutcome:
+    """All ops of one cycle, in plan order. compute_s: wall seconds of the worker; num_forwards: base passes run."""
+
+    token: int
+    cycle: int
+    outcomes: tuple[OpOutcome, ...]
+    compute_s: float
+    num_forwards: int
+
+
+@dataclass(frozen=True, slots=True)
+class SampleOutcome:
+    """One finished sample request. `is_transient` failures are answered 410, so that the SDK submits again."""
+
+    request_id: RequestId
+    result: SampleResult | None = None
+    failure: Failure | None = None
+    is_transient: bool = False
+    encoded: EncodedResult | None = None
+    num_prompt_tokens: int = 0
+    num_sampled_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PoolFacts:
+    """What a worker reports once its base model is loaded.
+
+    revision: the hub's commit, or a digest of the directory's config and weight index. source_dir: the absolute
+    directory of a local model, for loopback clients. tokenizer_dir: where the tokenizer's files lie, or None.
+    """
+
+    base_model: str
+    revision: str
+    architecture: str
+    vocab_size: int
+    max_context_length: int
+    num_parameters: int
+    dtype: str
+    device: str
+    numerics_profile: str
+    source_dir: str | None = None
+    tokenizer_dir: str | None = None
+    trainable_targets: tuple[str, ...] = ()
+    extra: Mapping[str, str] = field(default_factory=dict)

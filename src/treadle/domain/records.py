@@ -1,0 +1,212 @@
+"""Rows as the layers above the store see them: immutable, typed, without SQL.
+
+Times are seconds since the epoch (float, UTC); JSON columns arrive as plain mappings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from treadle.domain.ids import BlobKey, CheckpointKind, ModelId, PoolName, RequestId, SamplingSessionId, SessionId, TenantId
+from treadle.domain.ops import LoraSpec, OpKind
+from treadle.domain.outcome import EncodedResult, Failure
+from treadle.domain.states import ModelState, RequestState, SessionState
+
+
+@dataclass(frozen=True, slots=True)
+class KeyRecord:
+    """An API key; only its SHA-256 is stored."""
+
+    key_id: int
+    tenant_id: TenantId
+    user: str
+    is_admin: bool
+    created_at: float
+    revoked_at: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SessionRecord:
+    session_id: SessionId
+    tenant_id: TenantId
+    state: SessionState
+    created_at: float
+    last_heartbeat_at: float
+    sdk_version: str = ""
+    project_id: str | None = None
+    display_name: str | None = None
+    user_metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRecord:
+    """A training run. next_seq_id: first sequence number not consumed. snapshot_*: the newest registered one."""
+
+    model_id: ModelId
+    session_id: SessionId
+    tenant_id: TenantId
+    pool: PoolName
+    base_model: str
+    revision: str
+    lora: LoraSpec
+    state: ModelState
+    next_seq_id: int
+    created_at: float
+    last_request_at: float
+    incarnation: int = 0
+    # Newest op that changed the state; a snapshot is current when it was taken at or after it.
+    changed_seq: int = 0
+    snapshot_key: BlobKey | None = None
+    snapshot_seq: int = -1
+    state_message: str = ""
+    user_metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class NewRequest:
+    """A request on its way into the store. `payload` is bytes, or a blob key when it was too large for a row.
+
+    failure set: the request was refused at admission and becomes a FAILED row at once.
+    """
+
+    request_id: RequestId
+    tenant_id: TenantId
+    pool: PoolName
+    kind: OpKind
+    seq_id: int
+    num_tokens: int
+    quantum_tokens: tuple[int, ...] = ()
+    model_id: ModelId | None = None
+    sampling_session_id: SamplingSessionId | None = None
+    payload: bytes = b""
+    payload_key: BlobKey | None = None
+    failure: Failure | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestRecord:
+    """A narrow row: everything but payload and result."""
+
+    request_id: RequestId
+    tenant_id: TenantId
+    pool: PoolName
+    kind: OpKind
+    state: RequestState
+    seq_id: int
+    num_tokens: int
+    created_at: float
+    quantum_tokens: tuple[int, ...] = ()
+    model_id: ModelId | None = None
+    sampling_session_id: SamplingSessionId | None = None
+    payload_key: BlobKey | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FutureRecord:
+    """What retrieve_future needs: the owner, the state, and the result or the failure once it is final."""
+
+    request_id: RequestId
+    tenant_id: TenantId
+    kind: OpKind
+    state: RequestState
+    result: EncodedResult | None = None
+    failure: Failure | None = None
+    is_transient: bool = False
+    # The result was acknowledged or swept; the row remains.
+    is_expired: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingSessionRecord:
+    """Which weights a sampling session samples: base model only, a checkpoint, or an ephemeral version."""
+
+    sampling_session_id: SamplingSessionId
+    session_id: SessionId
+    tenant_id: TenantId
+    pool: PoolName
+    base_model: str
+    created_at: float
+    model_path: str | None = None
+    blob_key: BlobKey | None = None
+    model_id: ModelId | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointRecord:
+    """A named checkpoint; its blob is immutable."""
+
+    model_id: ModelId
+    tenant_id: TenantId
+    kind: CheckpointKind
+    name: str
+    tinker_path: str
+    blob_key: BlobKey
+    size_bytes: int
+    seq_id: int
+    created_at: float
+    base_model: str
+    lora: LoraSpec
+    public: bool = False
+    expires_at: float | None = None
+    user_metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseRecord:
+    """Who leads a pool. Every write of a leader carries its token; a larger one has replaced it."""
+
+    pool: PoolName
+    token: int
+    holder: str
+    expires_at: float
+    cycle: int
+
+
+@dataclass(frozen=True, slots=True)
+class RunLogEntry:
+    """One line of a run's history, for the loss curve: the op and its metrics."""
+
+    model_id: ModelId
+    seq_id: int
+    kind: OpKind
+    created_at: float
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedRequest:
+    """A final outcome as it is committed: exactly one of result and failure."""
+
+    request_id: RequestId
+    result: EncodedResult | None = None
+    failure: Failure | None = None
+    is_transient: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ModelAdvance:
+    """How a committed cycle moved one run: consumed sequence numbers, state, snapshot, run log."""
+
+    model_id: ModelId
+    next_seq_id: int
+    state: ModelState | None = None
+    state_message: str = ""
+    incarnation: int | None = None
+    changed_seq: int | None = None
+    snapshot_key: BlobKey | None = None
+    snapshot_seq: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedCycle:
+    """Everything one cycle commits, in one fenced transaction."""
+
+    finished: tuple[FinishedRequest, ...] = ()
+    never_received: tuple[NewRequest, ...] = ()
+    advances: tuple[ModelAdvance, ...] = ()
+    checkpoints: tuple[CheckpointRecord, ...] = ()
+    sampling_sessions: tuple[SamplingSessionRecord, ...] = ()
+    run_log: tuple[RunLogEntry, ...] = ()
+    # Checkpoints with the same path are replaced (overwrite); otherwise a second one is a failure decided before.
+    trained_tokens: Mapping[TenantId, int] = field(default_factory=dict)

@@ -1,0 +1,144 @@
+"""The local worker process: `python -m treadle.executor.child FD`, started by executor/local.py.
+
+It composes a Worker with its blob store, decodes payloads and encodes results, and turns pipe messages into
+calls. The reader thread exits the process the moment the pipe closes, so a worker never outlives its server.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import sys
+import threading
+from multiprocessing.connection import Connection
+from typing import assert_never
+
+from treadle.blobs import open_blobs
+from treadle.errors import ConfigError, Fenced
+from treadle.executor.codec import decode_cycle, decode_samples, encode_cycle, encode_samples
+from treadle.executor.messages import (
+    CallDone,
+    CancelSamples,
+    CycleDone,
+    CycleRefused,
+    Evict,
+    FromWorker,
+    Loaded,
+    LoadFailed,
+    RunCycle,
+    SamplesDone,
+    Snapshot,
+    Stop,
+    SubmitSamples,
+    ToWorker,
+    WorkerConfig,
+)
+from treadle.telemetry.logs import get_logger
+from treadle.worker.build import build_worker
+from treadle.worker.compute import ComputeLoop
+from treadle.worker.worker import Worker
+
+log = get_logger(__name__)
+
+
+class ChildProcess:
+    """One worker process's life: load, then serve messages until told to stop."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._inbox: queue.SimpleQueue[ToWorker] = queue.SimpleQueue()
+
+    def main(self) -> int:
+        """Run until stopped; the exit status."""
+        config: WorkerConfig = self._connection.recv()
+        threading.Thread(target=self._read_forever, name="treadle-pipe-reader", daemon=True).start()
+        try:
+            worker = build_worker(
+                base_model=config.base_model,
+                source=config.source,
+                revision=config.revision,
+                device=config.device,
+                dtype=config.dtype,
+                num_threads=config.num_threads,
+                blobs=open_blobs(config.blobs_url),
+                max_running_samples=config.max_running_samples,
+                max_cached_tokens=config.max_cached_tokens,
+                micro_batch_tokens=config.micro_batch_tokens,
+            )
+        except Exception as error:  # noqa: BLE001 (worker entry: whatever stops the load must reach the operator)
+            log.error("base model failed to load", base_model=config.base_model, error=repr(error))
+            is_config = isinstance(error, ConfigError | OSError | ValueError)
+            self._send(LoadFailed(message=f"{config.base_model}: {error}", is_config=is_config))
+            return 1
+        self._send(Loaded(worker.facts))
+        self._serve(worker)
+        return 0
+
+    def _read_forever(self) -> None:
+        while True:
+            try:
+                message: ToWorker = self._connection.recv()
+            except (EOFError, OSError):
+                os._exit(0)  # the server is gone; no orphan may hold the device
+            self._inbox.put(message)
+
+    def _send(self, message: FromWorker) -> None:
+        self._connection.send(message)
+
+    def _serve(self, worker: Worker) -> None:
+        loop = ComputeLoop(worker)
+        while True:
+            for message in self._pending(block=not loop.has_work):
+                if isinstance(message, Stop):
+                    return
+                self._accept(loop, message)
+            finished = loop.run_unit()
+            if finished.cycle is not None:
+                self._send(CycleDone(encode_cycle(finished.cycle)))
+            if finished.samples:
+                self._send(SamplesDone(encode_samples(finished.samples)))
+
+    def _pending(self, *, block: bool) -> list[ToWorker]:
+        """All messages that wait, at least one of them when `block`."""
+        messages = [self._inbox.get()] if block else []
+        while not self._inbox.empty():
+            messages.append(self._inbox.get())
+        return messages
+
+    def _accept(self, loop: ComputeLoop, message: ToWorker) -> None:
+        match message:
+            case RunCycle(work=work):
+                try:
+                    loop.begin_cycle(decode_cycle(work))
+                except Fenced as error:
+                    self._send(CycleRefused(cycle=work.cycle, message=error.message))
+            case SubmitSamples(samples=samples):
+                decoded, refused = decode_samples(samples)
+                loop.submit_samples(decoded)
+                if refused:
+                    self._send(SamplesDone(refused))
+            case CancelSamples(request_ids=request_ids):
+                loop.cancel_samples(request_ids)
+            case Snapshot(call_id=call_id, targets=targets):
+                self._send(CallDone(call_id=call_id, num_bytes=loop.worker.snapshot(targets)))
+            case Evict(call_id=call_id, model_ids=model_ids):
+                loop.worker.evict(model_ids)
+                self._send(CallDone(call_id=call_id, num_bytes={}))
+            case Stop():
+                raise AssertionError("Stop ends the loop before it is dispatched")
+            case _:
+                assert_never(message)
+
+
+def main() -> int:
+    """Entry point; the pipe's file descriptor is the only argument."""
+    # The server reserves stdout for its ready line; a library that prints must not break it.
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    return ChildProcess(Connection(int(sys.argv[1]))).main()
+
+
+if __name__ == "__main__":
+    status = main()
+    # Skip interpreter teardown: daemon threads may still hold library locks.
+    sys.stderr.flush()
+    os._exit(status)

@@ -1,0 +1,108 @@
+"""What crosses the pipe between a server and its local worker process: frozen values, pickled.
+
+The pipe is private to the two processes of one treadle, started from the same installation; nothing from
+the network is ever unpickled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from treadle.domain.ids import ModelId, RequestId
+from treadle.domain.outcome import CycleOutcome, PoolFacts, SampleOutcome
+from treadle.domain.plan import CycleWork, SampleWork, StateTag
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerConfig:
+    """Everything a worker process needs to know; sent as the first message.
+
+    num_threads and micro_batch_tokens 0 mean: choose from the model and the device.
+    """
+
+    base_model: str
+    source: str
+    revision: str | None
+    device: str
+    dtype: str
+    num_threads: int
+    blobs_url: str
+    max_running_samples: int
+    max_cached_tokens: int
+    micro_batch_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RunCycle:
+    work: CycleWork
+
+
+@dataclass(frozen=True, slots=True)
+class SubmitSamples:
+    samples: tuple[SampleWork, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CancelSamples:
+    request_ids: tuple[RequestId, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    call_id: int
+    targets: tuple[tuple[StateTag, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Evict:
+    call_id: int
+    model_ids: tuple[ModelId, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    facts: PoolFacts
+
+
+@dataclass(frozen=True, slots=True)
+class LoadFailed:
+    """The base model could not be loaded; `is_config` when an operator's setting is to blame."""
+
+    message: str
+    is_config: bool
+
+
+@dataclass(frozen=True, slots=True)
+class CycleDone:
+    outcome: CycleOutcome
+
+
+@dataclass(frozen=True, slots=True)
+class CycleRefused:
+    """The plan's token is older than one the worker has seen."""
+
+    cycle: int
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class SamplesDone:
+    outcomes: tuple[SampleOutcome, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CallDone:
+    """The answer to Snapshot or Evict; bytes written per run for a snapshot."""
+
+    call_id: int
+    num_bytes: Mapping[ModelId, int]
+
+
+ToWorker = RunCycle | SubmitSamples | CancelSamples | Snapshot | Evict | Stop
+FromWorker = Loaded | LoadFailed | CycleDone | CycleRefused | SamplesDone | CallDone

@@ -1,0 +1,109 @@
+"""What a gateway is given when it is built: its neighbours, its settings, and its view of the pools.
+
+The composition root (server.py) fills this in; routes read it. Nothing here does I/O.
+Invariant: a `GatewayDeps` never changes; what moves (pools loading, draining) is behind its callables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from treadle.blobs import BlobStore
+from treadle.domain import limits
+from treadle.domain.ids import PoolName
+from treadle.domain.outcome import PoolFacts
+from treadle.store import Store
+
+
+class Clock(Protocol):
+    """Wall-clock time for stored and shown times, and monotonic time for cache lifetimes; both in seconds."""
+
+    def now(self) -> float: ...
+
+    def monotonic(self) -> float: ...
+
+
+@dataclass(frozen=True, slots=True)
+class PoolView:
+    """One pool as a gateway sees it.
+
+    aliases: other accepted values of base_model (the absolute directory of a local model).
+    facts: None until its first worker has loaded the base model. reason: why it is not ready.
+    """
+
+    name: PoolName
+    aliases: tuple[str, ...] = ()
+    facts: PoolFacts | None = None
+    is_ready: bool = False
+    reason: str = ""
+
+
+class PoolDirectory:
+    """The pools of this server, looked up by name or by a client's base_model."""
+
+    def __init__(self, views: Callable[[], Sequence[PoolView]]) -> None:
+        self._views = views
+
+    def all(self) -> tuple[PoolView, ...]:
+        """All pools, in the order in which the operator named them."""
+        return tuple(self._views())
+
+    def by_base_model(self, base_model: str) -> PoolView | None:
+        """The pool that serves `base_model` (its name or an alias), or None."""
+        for view in self._views():
+            if base_model == view.name or base_model in view.aliases:
+                return view
+        return None
+
+    def by_name(self, name: PoolName) -> PoolView | None:
+        """The pool called `name`, or None when this server does not have it."""
+        return next((view for view in self._views() if view.name == name), None)
+
+
+@dataclass(frozen=True, slots=True)
+class GatewaySettings:
+    """Bounds and modes of one gateway; the reasons for the defaults stand in domain/limits.py.
+
+    hold_s: how long a retrieve call waits before it answers 408 (the SDK gives up at 45 s).
+    is_loopback: the server listens on a loopback address only. Without it no mode is ever open.
+    auth_mode: "auto" is open until the first key is created, "open" stays so, "keys" never is.
+    """
+
+    is_loopback: bool
+    auth_mode: Literal["auto", "open", "keys"] = "auto"
+    max_lora_rank: int = limits.MAX_LORA_RANK
+    hold_s: float = limits.HOLD_S
+    max_body_bytes: int = limits.MAX_BODY_BYTES
+    max_decompressed_bytes: int = limits.MAX_DECOMPRESSED_BYTES
+    max_datums_per_request: int = limits.MAX_DATUMS_PER_REQUEST
+    max_num_samples: int = limits.MAX_NUM_SAMPLES
+    # Back-pressure starts here: the SDK then resends the same sample every second, without a limit.
+    max_queued_samples_per_tenant: int = 4_096
+
+
+@dataclass(frozen=True, slots=True)
+class Readiness:
+    """Whether this server can serve, and if not, why (one short sentence per reason)."""
+
+    is_ready: bool
+    reasons: tuple[str, ...] = field(default_factory=tuple)
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayDeps:
+    """Everything a gateway needs from outside.
+
+    draw_seed: a fresh 63-bit seed for a request that came without one; it is stored in the row, so replay is exact.
+    is_draining: True once the server is stopping: new work is refused, held polls are let go.
+    """
+
+    store: Store
+    blobs: BlobStore
+    clock: Clock
+    pools: PoolDirectory
+    settings: GatewaySettings
+    readiness: Callable[[], Awaitable[Readiness]]
+    is_draining: Callable[[], bool]
+    draw_seed: Callable[[], int]

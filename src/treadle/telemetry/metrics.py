@@ -1,0 +1,78 @@
+"""Every Prometheus metric of treadle, in one place.
+
+Labels are pools (named by the operator), op kinds, route templates and fixed words: never anything that a client can
+choose. It refuses to know when something is counted. Invariant: every metric here has a line in docs/operations.md,
+and a test compares the two.
+"""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+METRICS_CONTENT_TYPE = CONTENT_TYPE_LATEST
+
+_FAST_S = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 60)
+_CYCLE_S = (0.003, 0.01, 0.03, 0.1, 0.25, 0.5, 1, 2, 5, 10, 30, 60)
+_TOKENS = (32, 128, 512, 2_048, 8_192, 32_768, 131_072, 524_288)
+
+
+class Metrics:
+    """The metrics of one server process, registered with `registry`, which its owner passes on."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.registry = registry
+        self.http_requests = Counter(
+            "treadle_http_requests",
+            "HTTP requests answered, by route template and status",
+            ["route", "status"],
+            registry=registry,
+        )
+        self.http_seconds = Histogram(
+            "treadle_http_seconds",
+            "Seconds from request to answer, by route template; long polls excluded",
+            ["route"],
+            registry=registry,
+            buckets=_FAST_S,
+        )
+        self.requests_finished = Counter(
+            "treadle_requests_finished",
+            "Requests with a final outcome: done, user_error or server_error",
+            ["kind", "outcome"],
+            registry=registry,
+        )
+        self.queue_depth = Gauge("treadle_queue_depth", "Requests waiting, by pool", ["pool"], registry=registry)
+        self.cycles = Counter("treadle_cycles", "Clock cycles finished, by pool", ["pool"], registry=registry)
+        self.cycle_seconds = Histogram(
+            "treadle_cycle_seconds",
+            "Seconds of one clock cycle, from plan to commit",
+            ["pool"],
+            registry=registry,
+            buckets=_CYCLE_S,
+        )
+        self.cycle_tokens = Histogram(
+            "treadle_cycle_tokens", "Tokens in one clock cycle", ["pool"], registry=registry, buckets=_TOKENS
+        )
+        self.trained_tokens = Counter(
+            "treadle_trained_tokens", "Tokens through forward and backward, by pool", ["pool"], registry=registry
+        )
+        self.base_forwards = Counter(
+            "treadle_base_forwards", "Forward passes of the base model for training", ["pool"], registry=registry
+        )
+        self.sampled_tokens = Counter("treadle_sampled_tokens", "Tokens sampled, by pool", ["pool"], registry=registry)
+        self.prompt_tokens = Counter(
+            "treadle_prompt_tokens", "Prompt tokens read by the sampler, by pool", ["pool"], registry=registry
+        )
+        self.worker_deaths = Counter(
+            "treadle_worker_deaths", "Workers that ended without being asked to", ["pool"], registry=registry
+        )
+        self.caught_errors = Counter(
+            "treadle_caught_errors",
+            "Unexpected exceptions caught at a boundary (middleware, cycle_loop, sample_loop, sweep)",
+            ["boundary"],
+            registry=registry,
+        )
+
+    def render(self) -> bytes:
+        """The text that GET /metrics answers, of content type METRICS_CONTENT_TYPE."""
+        return generate_latest(self.registry)
