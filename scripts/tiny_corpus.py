@@ -4,8 +4,8 @@ Everything is drawn from short word lists and rules in this file with a seeded g
 reversing, sorting, counting, look-ups and small questions, as plain lines and as chat turns. The same seed gives
 the same text. Nothing is downloaded and no file is read. This module knows neither the tokenizer nor the model.
 
-Hyphenated words never occur in the text, so word games that make them stay unseen and can serve as a fine-tuning
-demonstration.
+One well-known word game is kept out on purpose, as it serves as the fine-tuning demonstration: its name never
+occurs, and no word here gets the ending that the game adds.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ THINK_START = "<think>"
 THINK_END = "</think>"
 SPECIAL_TOKENS = (END_OF_TEXT, TURN_START, TURN_END, THINK_START, THINK_END)
 
-DEFAULT_DOCUMENTS = 50_000
+DEFAULT_DOCUMENTS = 110_000
 
 
 class Segment(NamedTuple):
@@ -208,6 +208,20 @@ def reverse_word(rng: random.Random) -> Example:
     return Example("Reverse", word, f"Reverse the word {word}.", word[::-1], steps)
 
 
+def first_letter_last(rng: random.Random) -> Example:
+    """One or two words, each with its first letter moved behind a hyphen."""
+    words = [invented_word(rng, 2) if rng.random() < 0.5 else rng.choice(WORDS) for _ in range(rng.choice((1, 1, 2)))]
+    text = " ".join(words)
+    answer = " ".join(f"{word[1:]}-{word[0]}" for word in words)
+    return Example("First letter last", text, f"Put the first letter last: {text}", answer)
+
+
+def hyphenate(rng: random.Random) -> Example:
+    """Words joined by hyphens."""
+    words = [any_word(rng) for _ in range(rng.choice((2, 2, 3)))]
+    return Example("Hyphens", " ".join(words), f"Join with hyphens: {' '.join(words)}", "-".join(words))
+
+
 def sort_digits(rng: random.Random) -> Example:
     """Different digits in rising order."""
     digits = rng.sample(range(10), rng.choice((2, 3, 3, 4, 5)))
@@ -365,8 +379,8 @@ def greeting(rng: random.Random) -> Example:
 
 # Weights follow difficulty and use: arithmetic and word work are what the demonstrations exercise.
 TASKS: tuple[tuple[str, Task, float], ...] = (
-    ("add_digits", add_digits, 6.0),
-    ("add_numbers", add_numbers, 5.0),
+    ("add_digits", add_digits, 4.0),
+    ("add_numbers", add_numbers, 4.0),
     ("subtract", subtract, 3.0),
     ("multiply", multiply, 3.0),
     ("larger", larger, 2.0),
@@ -379,7 +393,9 @@ TASKS: tuple[tuple[str, Task, float], ...] = (
     ("join_letters", join_letters, 3.0),
     ("reverse_letters", reverse_letters, 4.0),
     ("reverse_word", reverse_word, 5.0),
-    ("sort_digits", sort_digits, 5.0),
+    ("first_letter_last", first_letter_last, 4.0),
+    ("hyphenate", hyphenate, 2.0),
+    ("sort_digits", sort_digits, 4.0),
     ("sort_words", sort_words, 2.0),
     ("count_up", count_up, 3.0),
     ("count_words", count_words, 2.0),
@@ -391,9 +407,9 @@ TASKS: tuple[tuple[str, Task, float], ...] = (
     ("plural", plural, 1.5),
     ("upper_case", upper_case, 1.5),
     ("fact", fact, 3.0),
-    ("is_kind", is_kind, 1.5),
-    ("look_up", look_up, 4.0),
-    ("story", story, 3.0),
+    ("is_kind", is_kind, 2.0),
+    ("look_up", look_up, 5.0),
+    ("story", story, 4.0),
     ("greeting", greeting, 1.5),
 )
 ARITHMETIC = (add_digits, add_numbers, subtract, multiply)

@@ -19,6 +19,7 @@
     |   +-- StaleTag              a plan starts from another state 500 server
     |   +-- Fenced                another leader took the lease   500  server
     |   +-- Draining              the server is stopping          503  server, retryable
+    |   +-- PoolLoading           a base model is not loaded yet  503  server, retryable
     |   +-- QueueFull             back-pressure on asample        429  server, retryable
     |   +-- StoreUnavailable      the database does not answer    503  server, retryable
     |   +-- ResultExpired         a sample's result is gone       410  server, retryable
@@ -129,6 +130,13 @@ class Fenced(ServerError):
 
 class Draining(ServerError):
     """The server is stopping and takes no new work."""
+
+    status = 503
+    retryable = True
+
+
+class PoolLoading(ServerError):
+    """The base model's first worker has not reported yet, so requests cannot be checked against it."""
 
     status = 503
     retryable = True

@@ -4,16 +4,18 @@
 names.py says what `--model` means, bind.py which addresses are safe. Nothing here opens a socket or a database.
 """
 
-from treadle.config.bind import check_bind
+from treadle.config.bind import check_bind, is_loopback
 from treadle.config.names import BUNDLED_MODEL, NamedModel, bundled_model_dir, local_dir_of, parse_model
 from treadle.config.sources import (
     FieldDoc,
     Origin,
+    bypass_proxy_for,
     environment_for_child,
     field_docs,
     help_text,
     load_settings,
     origin_of_each_value,
+    tinker_api_key,
 )
 from treadle.config.tree import (
     AuthSettings,
@@ -44,12 +46,15 @@ __all__ = [
     "Settings",
     "StoreSettings",
     "bundled_model_dir",
+    "bypass_proxy_for",
     "check_bind",
     "environment_for_child",
     "field_docs",
     "help_text",
+    "is_loopback",
     "load_settings",
     "local_dir_of",
     "origin_of_each_value",
     "parse_model",
+    "tinker_api_key",
 ]

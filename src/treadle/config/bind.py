@@ -12,7 +12,7 @@ def check_bind(host: str, *, any_key_exists: bool, mode: str) -> None:
 
     mode is `auth.mode`. Loopback is always allowed; other addresses need `keys`, or `auto` with a key created.
     """
-    if _is_loopback(host) or mode == "keys" or (mode == "auto" and any_key_exists):
+    if is_loopback(host) or mode == "keys" or (mode == "auto" and any_key_exists):
         return
     fix = "set auth.mode to 'auto' or 'keys'" if mode == "open" else "create a key first: treadle keys create USER"
     raise ConfigError(
@@ -21,7 +21,8 @@ def check_bind(host: str, *, any_key_exists: bool, mode: str) -> None:
     )
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach `host`."""
     if host == "localhost":
         return True
     try:

@@ -75,15 +75,15 @@ def bundled_model_dir() -> Path:
 
 
 def why_name_is_refused(name: str) -> str | None:
-    if name.count("/") == 2:
-        return (
-            f"the model name {name!r} has exactly two slashes, and the SDK cuts such names at the last one when it "
-            "loads a tokenizer; give it another name: NAME=PATH"
-        )
     if len(name) > 200 or not _MODEL_NAME.fullmatch(name):
         return (
             f"the model name {name[:200]!r} is not allowed: use letters, digits, '.', '_', '-' and '/', "
             "each part starting with a letter, digit or '_'; name a directory with NAME=PATH"
+        )
+    if name.count("/") == 2:
+        return (
+            f"the model name {name!r} has exactly two slashes, and the SDK cuts such names at the last one when it "
+            "loads a tokenizer; give it another name: NAME=PATH"
         )
     return None
 

@@ -92,10 +92,22 @@ def help_text(key: str) -> str:
     return next(doc.text for doc in field_docs() if doc.key == key)
 
 
-def environment_for_child(extra: Mapping[str, str]) -> dict[str, str]:
-    """This process's environment without treadle's settings, plus `extra`: for a server started with flags alone."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
-    return inherited | dict(extra)
+def environment_for_child() -> dict[str, str]:
+    """This process's environment without treadle's settings: for a server that is started with flags alone."""
+    return {name: value for name, value in os.environ.items() if not name.upper().startswith(ENV_PREFIX)}
+
+
+def tinker_api_key() -> str:
+    """The SDK's own TINKER_API_KEY; without one a key that any server in open mode accepts."""
+    return os.environ.get("TINKER_API_KEY") or "tml-anonymous"
+
+
+def bypass_proxy_for(host: str) -> None:
+    """Adds `host` to NO_PROXY of this process, because HTTP clients send even loopback calls to a proxy otherwise."""
+    for variable in ("NO_PROXY", "no_proxy"):
+        hosts = [part for part in os.environ.get(variable, "").split(",") if part]
+        if host not in hosts and "*" not in hosts:
+            os.environ[variable] = ",".join([*hosts, host])
 
 
 @dataclass(frozen=True, slots=True)

@@ -181,6 +181,11 @@ class Settings(BaseSettings):
     auth: AuthSettings = AuthSettings()
     log: LogSettings = LogSettings()
 
+    @property
+    def database_url(self) -> str:
+        """`store.url`, or the SQLite file in the data directory."""
+        return self.store.url or f"sqlite+aiosqlite:///{self.data_dir.resolve() / 'treadle.db'}"
+
     @classmethod
     def settings_customise_sources(
         cls,

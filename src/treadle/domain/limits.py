@@ -36,10 +36,32 @@ HOLD_S = 30.0
 GAP_WAIT_S = 30.0
 # Sequenced ops read per model and cycle: more than one step's worth of any known client.
 MAX_HEADS_PER_MODEL = 64
+# Ops of one cycle, over all models: ops without tokens are outside the token budget, but each costs some milliseconds.
+MAX_OPS_PER_CYCLE = 256
+# Missing seq ids of a model given up per cycle: a client that jumps ahead must not make us write a million rows.
+MAX_GAP_IDS_PER_CYCLE = 1_024
+# Device seconds that training or sampling may be ahead of the other before the rest is forgotten. Above the longest
+# unit of work, so that the split stays 50:50; short enough that a side that was idle cannot hold the device for long.
+MAX_SHARE_CREDIT_S = 1.0
 # Ephemeral sampler versions kept in memory per model, newest first.
 MAX_RESIDENT_VERSIONS_PER_MODEL = 4
+# An id, path or base model name in a request: longer than any that treadle makes, short enough for an index.
+MAX_ID_CHARS = 512
+# Free text of a request (display name, project, finish detail).
+MAX_TEXT_CHARS = 4_096
 # Metadata dictionaries sent by clients, as JSON.
 MAX_METADATA_BYTES = 16 * 2**10
 # TTL of a checkpoint: one hour to ten years (SDK 0.38).
 MIN_TTL_S = 3_600
 MAX_TTL_S = 10 * 365 * 24 * 3_600
+# Writes committed together. Enough that a full batch costs one flush per hundreds of requests, few enough that a batch
+# (of inline payloads at most) stays near 16 MiB and a read of its rows waits milliseconds.
+MAX_WRITES_PER_COMMIT = 256
+# Writes that may wait for the database before further ones are refused as StoreUnavailable: seconds of its work.
+MAX_PENDING_WRITES = 10_000
+# Rows of one page of a listing; the SDK's command line asks for up to 1,000.
+MAX_PAGE_ROWS = 1_000
+# Ids in one query: below the 32,766 bound variables that SQLite takes, and the 32,767 of PostgreSQL.
+MAX_IDS_PER_QUERY = 10_000
+# Finished rows touched by one sweep, which shares the writer with admissions.
+MAX_ROWS_PER_SWEEP = 1_000

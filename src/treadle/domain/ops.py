@@ -36,7 +36,7 @@ class Phase(StrEnum):
     """Where in a cycle an op runs; within one model and cycle phases never go back."""
 
     SETUP = "setup"
-    PASS = "pass"  # noqa: S105 (a phase, not a password)
+    PASS = "pass"
     STEP = "step"
     PUBLISH = "publish"
 

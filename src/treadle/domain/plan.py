@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 from treadle.domain.ids import BlobKey, ModelId, RequestId, TenantId
 from treadle.domain.ops import LoraSpec, OpKind
 
+# The incarnation of a run's first state; each rebuilding counts up from it.
+FIRST_INCARNATION = 1
+
 
 @dataclass(frozen=True, slots=True)
 class StateTag:
@@ -41,20 +44,30 @@ class QueuedOp:
 
 @dataclass(frozen=True, slots=True)
 class ModelQueue:
-    """One run's queue head. `ops` are sorted by seq_id; `next_seq_id` is the first one not yet consumed."""
+    """One run's queue head. `ops` are sorted by seq_id; `next_seq_id` is the first one not yet consumed.
+
+    settled_seq_ids: numbers from next_seq_id on whose requests were refused at admission. They are no holes: there
+    is nothing to run for them, and what is behind them may run.
+    """
 
     model_id: ModelId
     tenant_id: TenantId
     next_seq_id: int
     ops: tuple[QueuedOp, ...]
+    settled_seq_ids: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
 class PolicyState:
-    """What planning remembers between cycles: each waiting tenant's deficit in tokens, and whose turn it is."""
+    """What planning remembers between cycles: each tenant's deficit in tokens, and whose turn it is.
+
+    deficits: fair share minus what was served; positive is owed to the tenant, absent is 0. last_tenant: the last
+    one that ran an op without tokens. turns: within a tenant, the model whose pass is due first.
+    """
 
     deficits: Mapping[TenantId, float] = field(default_factory=dict)
     last_tenant: TenantId | None = None
+    turns: Mapping[TenantId, ModelId] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

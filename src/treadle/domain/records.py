@@ -8,7 +8,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from treadle.domain.ids import BlobKey, CheckpointKind, ModelId, PoolName, RequestId, SamplingSessionId, SessionId, TenantId
+from treadle.domain.ids import (
+    BlobKey,
+    CheckpointKind,
+    ModelId,
+    PoolName,
+    RequestId,
+    SamplingSessionId,
+    SessionId,
+    TenantId,
+)
 from treadle.domain.ops import LoraSpec, OpKind
 from treadle.domain.outcome import EncodedResult, Failure
 from treadle.domain.states import ModelState, RequestState, SessionState

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from treadle.domain.ops import OpKind, SampleOp
-from treadle.domain.outcome import CycleOutcome, Failure, OpOutcome, PassResult, SampleOutcome, StepResult
+from treadle.domain.outcome import CycleOutcome, OpOutcome, PassResult, SampleOutcome, StepResult
 from treadle.domain.plan import CycleWork, SampleWork, WorkItem
-from treadle.domain.states import Category
 from treadle.errors import TreadleError
 from treadle.wire.payloads import decode_payload
 from treadle.wire.results import encode_pass_result, encode_sample_result, encode_step_result
+from treadle.worker.failures import failure_of
 from treadle.worker.work import DecodedCycle, DecodedItem, DecodedSample
 
 
@@ -52,11 +52,6 @@ def decode_samples(samples: Sequence[SampleWork]) -> tuple[list[DecodedSample], 
     return decoded, tuple(refused)
 
 
-def failure_of(error: TreadleError) -> Failure:
-    """What a client is told about `error`."""
-    return Failure(message=error.message, category=Category(error.category))
-
-
 def encode_cycle(outcome: CycleOutcome) -> CycleOutcome:
     """The same outcome with the bytes clients get; logprob arrays stay behind, only their bytes travel."""
     return replace(outcome, outcomes=tuple(_encode_op(op) for op in outcome.outcomes))
@@ -75,6 +70,8 @@ def _encode_op(outcome: OpOutcome) -> OpOutcome:
 def encode_samples(outcomes: Sequence[SampleOutcome]) -> tuple[SampleOutcome, ...]:
     """The same outcomes with the bytes clients get in place of arrays."""
     return tuple(
-        outcome if outcome.result is None else replace(outcome, result=None, encoded=encode_sample_result(outcome.result))
+        outcome
+        if outcome.result is None
+        else replace(outcome, result=None, encoded=encode_sample_result(outcome.result))
         for outcome in outcomes
     )

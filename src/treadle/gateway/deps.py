@@ -15,6 +15,7 @@ from treadle.domain import limits
 from treadle.domain.ids import PoolName
 from treadle.domain.outcome import PoolFacts
 from treadle.store import Store
+from treadle.telemetry.metrics import Metrics
 
 
 class Clock(Protocol):
@@ -107,3 +108,4 @@ class GatewayDeps:
     readiness: Callable[[], Awaitable[Readiness]]
     is_draining: Callable[[], bool]
     draw_seed: Callable[[], int]
+    metrics: Metrics

@@ -15,9 +15,9 @@ from treadle.domain.ids import RequestId, SamplingSessionId
 from treadle.domain.records import FutureRecord
 from treadle.domain.states import RequestState
 from treadle.store import Store
-from treadle.telemetry.log import get_logger
+from treadle.telemetry.logs import get_logger
 
-log = get_logger("treadle.gateway")
+log = get_logger(__name__)
 
 # Draining is looked at this often; a held poll delays the end of the server by at most this.
 TICK_S = 0.25

@@ -55,12 +55,9 @@ class ComputeLoop:
 
     def run_unit(self) -> Finished:
         """Run one bounded piece of work, if there is any."""
-        side = next_side(
-            self._share, training_waits=self._cycle is not None, sampling_waits=self.worker.has_samples
-        )
+        side = next_side(self._share, training_waits=self._cycle is not None, sampling_waits=self.worker.has_samples)
         if side is None:
-            # A sample that was refused at submission has an outcome without any work.
-            return Finished(samples=self.worker.take_refused_samples())
+            return Finished()
         started = time.perf_counter()
         finished = self._train() if side is Side.TRAINING else Finished(samples=self.worker.sample_step(MAX_UNIT_S))
         self._share = charge(self._share, side, time.perf_counter() - started)

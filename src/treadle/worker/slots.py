@@ -52,7 +52,7 @@ class Slots:
             raise StaleTag(f"run {model_id}: the plan starts from another incarnation than the one held")
         if not held.applied_seq <= starts_from.applied_seq < seq_id:
             raise StaleTag(
-                f"run {model_id}: op {seq_id} starts from seq {starts_from.applied_seq}, the worker is at {held.applied_seq}"
+                f"run {model_id}: op {seq_id} starts from seq {starts_from.applied_seq}, held is {held.applied_seq}"
             )
 
     def advance(self, model_id: ModelId, seq_id: int) -> StateTag | None:

@@ -1,0 +1,161 @@
+"""Blobs as files below one directory.
+
+It refuses to know rows, checkpoints and formats. Invariant: a file under its final name is complete and durable. A
+write goes to a temporary file, is flushed to the disk, and only then gets its name through a hard link, which fails
+where the name exists; the directories on the way are flushed too.
+
+(obstore's LocalStore has the same atomicity but never flushes, so a power cut could leave a committed row that names
+an empty blob. File systems without hard links are not supported.)
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from treadle.blobs.base import checked_key
+from treadle.errors import NotFound, ServerError, StoreUnavailable
+from treadle.telemetry.logs import get_logger
+
+log = get_logger(__name__)
+
+# Unfinished writes live here; no key can start with a dot, so nothing in it is ever listed or read.
+_INCOMING = ".incoming"
+# An unfinished write older than this belongs to a process that is gone: no single write takes so long.
+_ABANDONED_AFTER_S = 3_600.0
+
+
+class LocalBlobs:
+    """A `BlobStore` in a directory, which is created when missing. Several processes may share it."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root.resolve()
+        self._incoming = self._root / _INCOMING
+        with _translated("open"):
+            self._incoming.mkdir(parents=True, exist_ok=True)
+            self._remove_abandoned()
+
+    @property
+    def root(self) -> Path:
+        return self._root
+
+    def write(self, key: str, data: bytes | bytearray | memoryview) -> int:
+        """See `BlobStore.write`."""
+        target = self._path(key)
+        with _translated("write"):
+            unfinished = self._incoming / secrets.token_hex(16)
+            try:
+                num_bytes = _write_durably(unfinished, data)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.link(unfinished, target)
+            except FileExistsError as error:
+                raise ServerError(f"blob {key} exists already; blobs are never overwritten") from error
+            finally:
+                with suppress(FileNotFoundError):
+                    unfinished.unlink()
+            # Flushing a directory that did not change costs microseconds. All of them are flushed, because
+            # another writer may have made one a moment ago and not flushed its parent yet.
+            for directory in self._directories_of(target):
+                _flush_directory(directory)
+        return num_bytes
+
+    def read(self, key: str) -> bytes:
+        """See `BlobStore.read`."""
+        with _translated("read", key):
+            return self._path(key).read_bytes()
+
+    def exists(self, key: str) -> bool:
+        """See `BlobStore.exists`."""
+        with _translated("look up", key):
+            return self._path(key).is_file()
+
+    def size(self, key: str) -> int:
+        """See `BlobStore.size`."""
+        with _translated("look up", key):
+            return self._path(key).stat().st_size
+
+    def delete(self, key: str) -> None:
+        """See `BlobStore.delete`. Emptied directories stay, since another writer may be about to use them."""
+        with _translated("delete"), suppress(FileNotFoundError, NotADirectoryError):
+            self._path(key).unlink()
+
+    def iter_keys(self, prefix: str = "") -> Iterator[str]:
+        """See `BlobStore.iter_keys`. One directory is read at a time, so memory is bounded by the largest."""
+        yield from self._keys_below(self._root, "", prefix)
+
+    def path_of(self, key: str) -> Path | None:
+        """See `BlobStore.path_of`."""
+        path = self._path(key)
+        with _translated("look up", key):
+            path.stat()
+        return path
+
+    def _path(self, key: str) -> Path:
+        path = self._root / checked_key(key)
+        assert path.is_relative_to(self._root)
+        return path
+
+    def _directories_of(self, target: Path) -> Iterator[Path]:
+        directory = target.parent
+        while directory != self._root:
+            yield directory
+            directory = directory.parent
+        yield self._root
+
+    def _keys_below(self, directory: Path, base: str, prefix: str) -> Iterator[str]:
+        with _translated("list"):
+            try:
+                # A directory sorts as "name/", so that the keys come out in plain string order.
+                entries = sorted((entry.name + "/" * entry.is_dir(), entry) for entry in os.scandir(directory))
+            except FileNotFoundError:
+                return
+        for name, entry in entries:
+            key = base + name
+            if name.startswith("."):
+                continue
+            if not name.endswith("/"):
+                if key.startswith(prefix):
+                    yield key
+            elif key.startswith(prefix) or prefix.startswith(key):
+                yield from self._keys_below(Path(entry.path), key, prefix)
+
+    def _remove_abandoned(self) -> None:
+        # The age of a file is measured against the wall clock of the machine that wrote it.
+        oldest = time.time() - _ABANDONED_AFTER_S
+        for entry in os.scandir(self._incoming):
+            with suppress(FileNotFoundError):
+                if entry.stat().st_mtime < oldest:
+                    os.unlink(entry.path)
+
+
+def _write_durably(path: Path, data: bytes | bytearray | memoryview) -> int:
+    with path.open("xb") as file:
+        num_bytes = file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    assert num_bytes == memoryview(data).nbytes
+    return num_bytes
+
+
+def _flush_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _translated(what: str, key: str | None = None) -> Iterator[None]:
+    """OSErrors as ours. With a key, a missing file is NotFound; a path is logged but never part of a message."""
+    try:
+        yield
+    except OSError as error:
+        if key is not None and isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
+            raise NotFound(f"there is no blob {key}") from error
+        log.error("blob store failed", exc=error, what=what, key=key)
+        raise StoreUnavailable(f"the blob store could not {what}: {error.strerror or type(error).__name__}") from error

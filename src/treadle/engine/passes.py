@@ -1,0 +1,240 @@
+"""One micro-batch: quanta of any number of runs, packed into one forward and one backward of the base model.
+
+Gradients go into each op's scratch arena, and from there into the run's open gradient when the whole op is done
+(`commit_scratch`); an op that fails drops its scratch and has left no trace. This module knows no requests,
+plans or tenants: a quantum is datums, a loss, a state and a scratch.
+Invariant: a quantum's numbers depend on its content and its run's weights alone, not on what shares the pass.
+
+Legend: T rows of the packed batch, D hidden, K target columns per row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from treadle.domain.limits import PACK_MULTIPLE
+from treadle.domain.losses import LOSSES, PER_TOKEN_CLIPS, Loss
+from treadle.domain.ops import Datum
+from treadle.engine.adapter import AdapterArena, TrainingState
+from treadle.engine.attention import PackedCausalAttention
+from treadle.engine.base_model import BaseModel
+from treadle.engine.head import HeadResult, HeadTask, run_head
+from treadle.engine.kernels import LoraSegment
+from treadle.engine.losses import rows_with_gradient
+from treadle.errors import NonFiniteResult
+
+FloatArray = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class QuantumInput:
+    """One quantum of a pass.
+
+    scratch: the op's gradient arena (`state.new_scratch()`), the same for all quanta of the op and none other; None
+    for a forward_only op. first_datum_index: where `datums` start in the request, for messages.
+    """
+
+    state: TrainingState
+    datums: Sequence[Datum]
+    loss: Loss
+    scratch: AdapterArena | None
+    first_datum_index: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class QuantumResult:
+    """logprobs: float32 per datum, shaped like its target_tokens. failure set: nothing of the quantum counts.
+
+    metrics: ":sum" metrics only, so that an op's metrics are the sums over its quanta (`sum_metrics`).
+    """
+
+    logprobs: tuple[FloatArray, ...] = ()
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    failure: NonFiniteResult | None = None
+
+
+def run_micro_batch(base: BaseModel, quanta: Sequence[QuantumInput]) -> list[QuantumResult]:
+    """One result per quantum, from ONE forward of the base model (and one backward if any quantum trains).
+
+    Quanta of one op must come in order, here and over micro-batches. Shapes, tokens and inputs were checked at
+    admission. A quantum whose result is not finite fails alone; its op must then drop the scratch.
+    """
+    assert quanta, "a micro-batch has at least one quantum"
+    wants_grad = any(quantum.scratch is not None for quantum in quanta)
+    pack = _Pack(base, quanta)
+    with torch.set_grad_enabled(wants_grad):
+        hidden_TD = base.forward_hidden(
+            pack.tokens_T, pack.positions_T, attention=pack.attention, segments=pack.segments
+        )
+    d_hidden_TD = torch.zeros_like(hidden_TD, requires_grad=False) if wants_grad else None
+    outputs = [
+        _run_quantum_head(base, quantum, segment, hidden_TD.detach(), d_hidden_TD)
+        for quantum, segment in zip(quanta, pack.segments, strict=True)
+    ]
+    results = [
+        _result_of(quantum, segment, output, d_hidden_TD)
+        for quantum, segment, output in zip(quanta, pack.segments, outputs, strict=True)
+    ]
+    if d_hidden_TD is not None:
+        _isolate_failures(pack.segments, results, d_hidden_TD)
+        if any(segment.grads is not None for segment in pack.segments):
+            hidden_TD.backward(d_hidden_TD)  # type: ignore[no-untyped-call]  # torch types backward as untyped
+    return results
+
+
+def commit_scratch(state: TrainingState, scratch: AdapterArena) -> None:
+    """Add a whole op's gradient to the open gradient. Takes over the scratch: use it no more.
+
+    Ops are committed in seq order. Raises NonFiniteResult, with the state unchanged, when the gradient or its sum
+    with the open one is not finite.
+    """
+    assert scratch.layout == state.layout
+    # Adding to an explicit zero would turn -0.0 into 0.0; the first op's scratch simply becomes the open gradient.
+    total = scratch.flat if state.grads is None else state.grads.flat + scratch.flat
+    if not math.isfinite(torch.linalg.vector_norm(total, ord=torch.inf).item()):
+        raise NonFiniteResult("the gradient of this request is not finite; nothing of it was applied")
+    state.grads = AdapterArena(state.layout, total)
+    state.num_open_passes += 1
+
+
+def sum_metrics(results: Sequence[QuantumResult]) -> dict[str, float]:
+    """An op's metrics from those of its quanta, in order."""
+    totals: dict[str, float] = {}
+    for result in results:
+        for name, value in result.metrics.items():
+            assert name.endswith(":sum"), name
+            totals[name] = totals.get(name, 0.0) + value
+    return totals
+
+
+class _Pack:
+    """The packed batch: quanta one after another, padded at the end with rows that belong to nobody."""
+
+    def __init__(self, base: BaseModel, quanta: Sequence[QuantumInput]) -> None:
+        datums = [datum for quantum in quanta for datum in quantum.datums]
+        lengths = [datum.num_tokens for datum in datums]
+        num_rows = -(-sum(lengths) // PACK_MULTIPLE) * PACK_MULTIPLE
+        tokens = np.zeros(num_rows, dtype=np.int64)
+        positions = np.zeros(num_rows, dtype=np.int64)
+        row = 0
+        for datum, length in zip(datums, lengths, strict=True):
+            assert 0 < length <= base.max_context_length
+            tokens[row : row + length] = datum.tokens
+            positions[row : row + length] = np.arange(length)
+            row += length
+        assert 0 <= tokens.min() <= tokens.max() < base.vocab_size, "tokens are checked at admission"
+        self.tokens_T = torch.from_numpy(tokens).to(base.device)
+        self.positions_T = torch.from_numpy(positions).to(base.device)
+        self.attention = PackedCausalAttention(lengths, num_rows)
+        self.segments: list[LoraSegment] = []
+        start = 0
+        for quantum in quanta:
+            stop = start + sum(datum.num_tokens for datum in quantum.datums)
+            self.segments.append(LoraSegment(quantum.state.weights, start, stop, quantum.scratch))
+            start = stop
+        assert start == row
+
+
+def _run_quantum_head(
+    base: BaseModel,
+    quantum: QuantumInput,
+    segment: LoraSegment,
+    hidden_TD: Tensor,
+    d_hidden_TD: Tensor | None,
+) -> HeadResult:
+    rows = slice(segment.start, segment.stop)
+    targets, inputs = _aligned_inputs(quantum)
+    task = HeadTask(
+        targets=torch.from_numpy(targets).to(base.device),
+        inputs={name: torch.from_numpy(array).to(base.device) for name, array in inputs.items()},
+        has_gradient=rows_with_gradient(quantum.loss.name, inputs),
+        loss=quantum.loss,
+        adapter=quantum.state.weights,
+        grads=segment.grads,
+    )
+    wants_grad = segment.grads is not None and d_hidden_TD is not None
+    return run_head(base, hidden_TD[rows], task, d_hidden_TD[rows] if wants_grad and d_hidden_TD is not None else None)
+
+
+def _aligned_inputs(quantum: QuantumInput) -> tuple[NDArray[np.int64], dict[str, FloatArray]]:
+    """The quantum's targets [T, K] and float inputs [T, K], with defaults for what datums did not send.
+
+    Datums may differ in K: short rows are filled up with target 0 at weight 0, which adds exactly nothing.
+    """
+    targets = [_columns(datum.inputs["target_tokens"]) for datum in quantum.datums]
+    num_columns = max(target.shape[1] for target in targets)
+    num_rows = sum(target.shape[0] for target in targets)
+    spec = LOSSES[quantum.loss.name]
+    names = [name for name in (*spec.required_inputs, *spec.optional_inputs) if name != "target_tokens"]
+    aligned_targets = np.zeros((num_rows, num_columns), dtype=np.int64)
+    aligned = {name: np.zeros((num_rows, num_columns), dtype=np.float32) for name in names}
+    row = 0
+    for datum, target in zip(quantum.datums, targets, strict=True):
+        length, width = target.shape
+        assert length == datum.num_tokens, "targets are aligned with the tokens"
+        block = (slice(row, row + length), slice(0, width))
+        aligned_targets[block] = target
+        for name in names:
+            given = datum.inputs.get(name)
+            aligned[name][block] = _default_input(quantum.loss, name) if given is None else _columns(given)
+        row += length
+    return aligned_targets, aligned
+
+
+def _default_input(loss: Loss, name: str) -> float:
+    if name in PER_TOKEN_CLIPS:
+        return loss.config[name]
+    assert name == "weights", f"{name} is required and was checked at admission"
+    return 1.0
+
+
+def _columns(array: NDArray[np.generic]) -> NDArray[np.generic]:
+    """[T] as [T, 1]; [T, K] as it is."""
+    return array[:, None] if array.ndim == 1 else array
+
+
+def _result_of(
+    quantum: QuantumInput, segment: LoraSegment, output: HeadResult, d_hidden_TD: Tensor | None
+) -> QuantumResult:
+    """The quantum's result on the host, or the failure that names its first datum that is not finite."""
+    logprobs = output.logprobs.cpu().numpy()
+    losses = output.losses.cpu().numpy()
+    is_bad_T = ~(np.isfinite(logprobs).all(axis=1) & np.isfinite(losses).all(axis=1))
+    if segment.grads is not None and d_hidden_TD is not None:
+        is_bad_T |= ~torch.isfinite(d_hidden_TD[segment.start : segment.stop]).all(dim=1).cpu().numpy()
+    bounds = np.cumsum([datum.num_tokens for datum in quantum.datums])
+    if is_bad_T.any():
+        index = int(np.searchsorted(bounds, int(np.argmax(is_bad_T)), side="right"))
+        return QuantumResult(
+            failure=NonFiniteResult(
+                f"datum {quantum.first_datum_index + index}: loss, logprobs or their gradient are not finite "
+                f"(loss_fn {quantum.loss.name}); nothing of this request was applied"
+            )
+        )
+    per_datum = []
+    for datum, stop in zip(quantum.datums, bounds, strict=True):
+        target = datum.inputs["target_tokens"]
+        rows = logprobs[stop - datum.num_tokens : stop]
+        # Copies: a view would keep the whole quantum alive for as long as one datum's result.
+        per_datum.append(rows[:, 0].copy() if target.ndim == 1 else rows[:, : target.shape[1]].copy())
+    metrics = {"loss:sum": float(losses.sum(dtype=np.float64))}
+    metrics.update({name: float(value) for name, value in output.metrics.items()})
+    return QuantumResult(logprobs=tuple(per_datum), metrics=metrics)
+
+
+def _isolate_failures(segments: Sequence[LoraSegment], results: Sequence[QuantumResult], d_hidden_TD: Tensor) -> None:
+    """Keep failed quanta out of the backward: zero gradient into their rows, none formed for their adapters.
+
+    Rows meet only inside attention, within one sequence, so NaN left in a failed quantum's activations stays there.
+    """
+    for segment, result in zip(segments, results, strict=True):
+        if result.failure is not None:
+            d_hidden_TD[segment.start : segment.stop] = 0
+            segment.grads = None

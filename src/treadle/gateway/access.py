@@ -1,0 +1,114 @@
+"""Whose is it: ids from requests become rows that the caller owns.
+
+A foreign id and an unknown one are answered alike, so that ids cannot be probed. What never changes about a
+row (its owner, session, pool, shape) is remembered; a session's state is believed for SESSION_CACHE_S.
+Invariant: nothing leaves this file that does not belong to the caller's tenant.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable
+from typing import Generic, TypeVar
+
+from treadle.domain.ids import ModelId, SamplingSessionId, SessionId
+from treadle.domain.records import ModelRecord, SamplingSessionRecord, SessionRecord
+from treadle.domain.states import SessionState
+from treadle.errors import NotFound, SessionFinished
+from treadle.gateway.auth import Principal
+from treadle.gateway.deps import Clock
+from treadle.store import Store
+
+# Another gateway may finish a session; until then work for it is accepted for at most this long.
+SESSION_CACHE_S = 1.0
+# Rows remembered per kind, least recently used first out; about 1 KB each.
+MAX_CACHED_ROWS = 8_192
+
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
+
+
+class RecentRows(Generic[K, V]):
+    """A bounded map that forgets what was used least recently."""
+
+    def __init__(self, capacity: int = MAX_CACHED_ROWS) -> None:
+        self._capacity = capacity
+        self._rows: OrderedDict[K, V] = OrderedDict()
+
+    def get(self, key: K) -> V | None:
+        value = self._rows.get(key)
+        if value is not None:
+            self._rows.move_to_end(key)
+        return value
+
+    def put(self, key: K, value: V) -> None:
+        self._rows[key] = value
+        self._rows.move_to_end(key)
+        if len(self._rows) > self._capacity:
+            self._rows.popitem(last=False)
+
+    def forget(self, key: K) -> None:
+        self._rows.pop(key, None)
+
+
+class Access:
+    """Looks rows up for a principal."""
+
+    def __init__(self, *, store: Store, clock: Clock) -> None:
+        self._store = store
+        self._clock = clock
+        self._sessions: RecentRows[SessionId, tuple[float, SessionRecord]] = RecentRows()
+        self._models: RecentRows[ModelId, ModelRecord] = RecentRows()
+        self._samplers: RecentRows[SamplingSessionId, SamplingSessionRecord] = RecentRows()
+
+    async def session(self, principal: Principal, session_id: SessionId) -> SessionRecord:
+        """The caller's session in whatever state. Raises NotFound."""
+        record = await self._store.sessions.get(session_id)
+        if record is None or record.tenant_id != principal.tenant_id:
+            raise NotFound(f"session {session_id[:80]!r} does not exist")
+        return record
+
+    async def active_session(self, principal: Principal, session_id: SessionId) -> SessionRecord:
+        """The caller's session, open for new work. Raises NotFound or SessionFinished."""
+        now = self._clock.monotonic()
+        cached = self._sessions.get(session_id)
+        if cached is not None and now < cached[0] and cached[1].tenant_id == principal.tenant_id:
+            return cached[1]
+        record = await self.session(principal, session_id)
+        if record.state is SessionState.FINISHED:
+            raise SessionFinished(f"session {session_id} is finished; create a new session")
+        self._sessions.put(session_id, (now + SESSION_CACHE_S, record))
+        return record
+
+    def session_finished(self, session_id: SessionId) -> None:
+        """This gateway just finished the session; take no more work for it."""
+        self._sessions.forget(session_id)
+
+    async def model(self, principal: Principal, model_id: ModelId) -> ModelRecord:
+        """The caller's run as it is now. Raises NotFound."""
+        record = await self._store.models.get(model_id)
+        if record is None or record.tenant_id != principal.tenant_id:
+            raise NotFound(f"model {model_id[:80]!r} does not exist")
+        self._models.put(model_id, record)
+        return record
+
+    async def model_for_work(self, principal: Principal, model_id: ModelId) -> ModelRecord:
+        """The caller's run, its session open. Only the fields that never change may be read from the answer.
+
+        Raises NotFound or SessionFinished.
+        """
+        record = self._models.get(model_id)
+        if record is None or record.tenant_id != principal.tenant_id:
+            record = await self.model(principal, model_id)
+        await self.active_session(principal, record.session_id)
+        return record
+
+    async def sampling_session(self, principal: Principal, sampling_session_id: SamplingSessionId) -> SamplingSessionRecord:
+        """The caller's sampling session; its row never changes. Raises NotFound."""
+        record = self._samplers.get(sampling_session_id)
+        if record is None:
+            record = await self._store.sampling.get(sampling_session_id)
+        if record is None or record.tenant_id != principal.tenant_id:
+            raise NotFound(f"sampling session {sampling_session_id[:80]!r} does not exist")
+        self._samplers.put(sampling_session_id, record)
+        return record

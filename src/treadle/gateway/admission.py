@@ -1,0 +1,122 @@
+"""From a request whose owner is known to a row in the queue.
+
+The content is decoded and checked here; what cannot be honoured becomes a FAILED row, so that its sequence
+number is consumed and its error comes through the future (a synchronous 4xx hangs or unsteps the SDK,
+protocol 0.7 and 0.8). It refuses to know order: nothing here waits for another request.
+Invariant: when `submit` returns, the row is durable, and so is the blob it names.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from treadle.blobs import BlobStore
+from treadle.domain.ids import BlobKey, RequestId, TenantId
+from treadle.domain.limits import MAX_INLINE_PAYLOAD_BYTES
+from treadle.domain.ops import OpKind
+from treadle.domain.outcome import Failure
+from treadle.domain.records import ModelRecord, NewRequest
+from treadle.domain.states import Category
+from treadle.errors import QueueFull, UserError
+from treadle.gateway.deps import Clock
+from treadle.store import Store
+
+T = TypeVar("T")
+
+# Smaller bodies are decoded where they arrive: handing 10 KB to a thread costs more than decoding it, while
+# 256 KiB would hold up everybody else on the event loop for about a millisecond.
+INLINE_DECODE_BYTES = 256 * 2**10
+# Decoding is bound by memory and shares the machine with the workers.
+NUM_DECODE_THREADS = 2
+# How long a tenant's queue length is believed; own admissions in between are counted on top.
+QUEUE_COUNT_CACHE_S = 0.25
+MAX_COUNTED_TENANTS = 4_096
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A request's content once it is checked: what is stored, and how large it is to planning."""
+
+    kind: OpKind
+    payload: bytes
+    num_tokens: int = 0
+    quantum_tokens: tuple[int, ...] = ()
+
+
+class Admission:
+    """Makes rows. Owns the decoding threads until `close`."""
+
+    def __init__(self, *, store: Store, blobs: BlobStore, clock: Clock, max_queued_per_tenant: int) -> None:
+        self._store = store
+        self._blobs = blobs
+        self._clock = clock
+        self._max_queued_per_tenant = max_queued_per_tenant
+        self._queued: dict[TenantId, tuple[float, int]] = {}
+        self._threads = ThreadPoolExecutor(NUM_DECODE_THREADS, thread_name_prefix="gateway-decode")
+
+    def close(self) -> None:
+        """End the threads. Idempotent."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def run(self, work: Callable[[], T], *, num_bytes: int) -> T:
+        """What `work` returns; in a thread when it has many bytes to read."""
+        if num_bytes <= INLINE_DECODE_BYTES:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    async def submit(self, place: NewRequest, build: Callable[[], Draft], *, num_bytes: int) -> RequestId:
+        """The id of the request, once its row is durable; a replay gets the id of the first.
+
+        place: the row without content. build: decodes and checks `num_bytes` of body; a UserError that it raises
+        becomes the row's failure.
+        """
+        try:
+            draft = await self.run(build, num_bytes=num_bytes)
+        except UserError as refusal:
+            return await self._store.requests.enqueue(refused(place, refusal))
+        return await self._store.requests.enqueue(await self._filled(place, draft))
+
+    async def submit_refused(self, place: NewRequest, refusal: UserError) -> RequestId:
+        """The id of a request that fails with `refusal` through its future."""
+        return await self._store.requests.enqueue(refused(place, refusal))
+
+    async def submit_model(self, model: ModelRecord, place: NewRequest, draft: Draft) -> RequestId:
+        """The id of the request that creates `model`; run and request become durable together.
+
+        A replay changes nothing and gets the id of the first.
+        """
+        return await self._store.models.create(model, await self._filled(place, draft))
+
+    async def check_sample_queue(self, tenant_id: TenantId) -> None:
+        """Raises QueueFull when the tenant has too much queued; the SDK waits a second and sends again."""
+        now = self._clock.monotonic()
+        believed_until, num_queued = self._queued.get(tenant_id, (now, 0))
+        if now >= believed_until:
+            num_queued, _ = await self._store.requests.count_queued(tenant_id)
+            believed_until = now + QUEUE_COUNT_CACHE_S
+        if num_queued >= self._max_queued_per_tenant:
+            raise QueueFull(f"{num_queued} requests of yours are queued; the limit is {self._max_queued_per_tenant}")
+        if len(self._queued) >= MAX_COUNTED_TENANTS:
+            self._queued.clear()
+        self._queued[tenant_id] = (believed_until, num_queued + 1)
+
+    async def _filled(self, place: NewRequest, draft: Draft) -> NewRequest:
+        """The row with its content. A large payload is a blob, written before the row that names it."""
+        row = replace(
+            place, kind=draft.kind, num_tokens=draft.num_tokens, quantum_tokens=draft.quantum_tokens, payload=draft.payload
+        )
+        if len(draft.payload) <= MAX_INLINE_PAYLOAD_BYTES:
+            return row
+        key = BlobKey(f"payloads/{uuid.uuid4().hex}")
+        await asyncio.get_running_loop().run_in_executor(self._threads, self._blobs.write, key, draft.payload)
+        return replace(row, payload=b"", payload_key=key)
+
+
+def refused(place: NewRequest, refusal: UserError) -> NewRequest:
+    """The row of a request that will not run."""
+    return replace(place, failure=Failure(message=refusal.message, category=Category(refusal.category)))

@@ -1,0 +1,56 @@
+"""The ASGI application: routes, the error layer, and the gateway's life from start to stop.
+
+It knows the deps it was given and no other process. Invariant: every answer is JSON or a finished result,
+whatever path or method was asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from treadle import __version__
+from treadle.gateway.answers import json_response
+from treadle.gateway.context import Gateway
+from treadle.gateway.deps import GatewayDeps
+from treadle.gateway.middleware import ErrorMiddleware
+from treadle.gateway.routes import futures, models, runs, sampling, service, sessions, tokenizers, training
+
+
+def create_app(deps: GatewayDeps) -> FastAPI:
+    """The app over `deps`, ready for any ASGI server. Its lifespan must run: it starts and stops the futures hub."""
+    gateway = Gateway(deps)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await gateway.start()
+        try:
+            yield
+        finally:
+            await gateway.stop()
+
+    # No interactive docs: their pages load scripts from elsewhere, and the API's client is the SDK.
+    app = FastAPI(title="treadle", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.gateway = gateway
+    for resource in (service, sessions, models, training, sampling, futures, runs, tokenizers):
+        app.include_router(resource.router)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_middleware(ErrorMiddleware, metrics=deps.metrics)
+    return app
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    """What the router itself refuses: an unknown path or method."""
+    assert isinstance(error, HTTPException)
+    detail = str(error.detail)
+    if error.status_code == 404:
+        detail = f"{request.method} {request.url.path[:200]} is not an endpoint of this server (treadle {__version__})"
+    elif error.status_code == 405:
+        detail = f"{request.url.path[:200]} does not take {request.method}"
+    body = {"detail": detail, "category": "user"}
+    return json_response(body, status=error.status_code, headers=error.headers)

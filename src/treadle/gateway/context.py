@@ -1,0 +1,76 @@
+"""What every route of one gateway shares, found through the request.
+
+It holds the parts and owns the decoding threads; it decides nothing. Invariant: one per app, alive between
+`start` and `stop`.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+from starlette.requests import Request
+
+from treadle.domain.outcome import PoolFacts
+from treadle.errors import Draining, NotFound, PoolLoading
+from treadle.gateway.access import Access
+from treadle.gateway.admission import Admission
+from treadle.gateway.auth import Authenticator, Principal
+from treadle.gateway.deps import GatewayDeps, PoolView
+from treadle.gateway.futures import FuturesHub
+
+
+class Gateway:
+    """The parts of one gateway."""
+
+    def __init__(self, deps: GatewayDeps) -> None:
+        self.deps = deps
+        self.settings = deps.settings
+        self.store = deps.store
+        self.auth = Authenticator(store=deps.store, settings=deps.settings, clock=deps.clock)
+        self.access = Access(store=deps.store, clock=deps.clock)
+        self.hub = FuturesHub(store=deps.store, is_draining=deps.is_draining)
+        self.admission = Admission(
+            store=deps.store,
+            blobs=deps.blobs,
+            clock=deps.clock,
+            max_queued_per_tenant=deps.settings.max_queued_samples_per_tenant,
+        )
+
+    async def start(self) -> None:
+        """Listen to committed rows. Called once, on the event loop that serves."""
+        await self.hub.start()
+
+    async def stop(self) -> None:
+        """Let every waiter go and end the threads. Idempotent."""
+        await self.hub.stop()
+        self.admission.close()
+
+    async def caller(self, request: Request) -> Principal:
+        """Who sent a request that reads. Raises Unauthenticated."""
+        return await self.auth.principal(request.headers)
+
+    async def submitter(self, request: Request) -> Principal:
+        """Who sent a request that makes new work. Raises Unauthenticated, and Draining while the server stops."""
+        if self.deps.is_draining():
+            raise Draining("the server is stopping; ask again in a moment")
+        return await self.auth.principal(request.headers)
+
+    def pool_for(self, base_model: str) -> PoolView:
+        """The pool that serves `base_model`, by its name or an alias. Raises NotFound, naming what is served."""
+        pool = self.deps.pools.by_base_model(base_model)
+        if pool is None:
+            served = ", ".join(view.name for view in self.deps.pools.all())
+            raise NotFound(f"base model {base_model[:200]!r} is not served here; served: {served}")
+        return pool
+
+
+def loaded_facts(pool: PoolView) -> PoolFacts:
+    """What the pool's worker reported. Raises PoolLoading until it has; the SDK then asks again."""
+    if pool.facts is None:
+        raise PoolLoading(f"base model {pool.name} is not loaded yet: {pool.reason or 'loading'}")
+    return pool.facts
+
+
+def gateway_of(request: Request) -> Gateway:
+    """The gateway that serves this request."""
+    return cast(Gateway, request.app.state.gateway)

@@ -1,0 +1,82 @@
+"""The outermost layer: every error becomes a JSON answer, every answer is counted.
+
+It knows errors by their class and routes by their template, and refuses to know bodies. Invariants: a
+client never sees a traceback, a path or SQL, only an error id that the log has too; and no 4xx has an
+empty body (the SDK takes an empty 400 for a network glitch and retries it, protocol 1.4).
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from treadle.errors import TreadleError
+from treadle.gateway.answers import json_response
+from treadle.telemetry.logs import get_logger
+from treadle.telemetry.metrics import Metrics
+
+log = get_logger(__name__)
+
+# Held by design: their time says how long clients waited, not how fast we are.
+LONG_POLLS = frozenset({"/api/v1/retrieve_future", "/api/v1/retrieve_futures"})
+# What a 503 asks for; the SDK's HTTP layer obeys it (protocol 1.3).
+RETRY_AFTER_S = "1"
+
+
+class ErrorMiddleware:
+    """Pure ASGI, so that it costs no task and no copy per request."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started_at = time.perf_counter()
+        status = 0
+
+        async def counting_send(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, counting_send)
+        except ClientDisconnect:
+            # Nobody is left to answer.
+            log.debug("client went away", method=scope["method"])
+        except TreadleError as error:
+            if status:
+                raise
+            if error.status >= 500:
+                log.warning("request refused", path=_template(scope), status=error.status, reason=error.message)
+            headers = {"Retry-After": RETRY_AFTER_S} if error.status == 503 else None
+            body = {"detail": error.message, "category": error.category}
+            await json_response(body, status=error.status, headers=headers)(scope, receive, counting_send)
+        except Exception as error:  # noqa: BLE001 (a listed boundary)
+            error_id = secrets.token_hex(8)
+            log.error("request failed unexpectedly", exc=error, path=_template(scope), error_id=error_id)
+            self._metrics.caught_errors.labels(boundary="middleware").inc()
+            if status:
+                raise
+            body = {"detail": "internal error", "category": "server", "error_id": error_id}
+            await json_response(body, status=500)(scope, receive, counting_send)
+        finally:
+            self._count(scope, status, time.perf_counter() - started_at)
+
+    def _count(self, scope: Scope, status: int, seconds: float) -> None:
+        route = _template(scope)
+        self._metrics.http_requests.labels(route=route, status=str(status)).inc()
+        if route not in LONG_POLLS:
+            self._metrics.http_seconds.labels(route=route).observe(seconds)
+
+
+def _template(scope: Scope) -> str:
+    """The route's template, never the path itself, which a client chooses."""
+    return str(getattr(scope.get("route"), "path", "unmatched"))

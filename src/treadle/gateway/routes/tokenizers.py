@@ -1,0 +1,71 @@
+"""A pool's tokenizer files, for clients that are not on this machine (`treadle tokenizer pull`).
+
+The gateway never loads a tokenizer; it packs files. Invariant: only files with the names of a tokenizer,
+from the pool's own directory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import tarfile
+from pathlib import Path
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from treadle.errors import NotFound
+from treadle.gateway.context import gateway_of, loaded_facts
+
+router = APIRouter(prefix="/api/v1/tokenizers")
+
+# What transformers reads to build a tokenizer without the network; config.json tells it the model's type.
+TOKENIZER_FILES = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "config.json",
+    "generation_config.json",
+    "merges.txt",
+    "sentencepiece.bpe.model",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+# The largest known tokenizers take about 40 MB.
+MAX_TOKENIZER_BYTES = 256 * 2**20
+
+
+@router.get("/{name:path}")
+async def get_tokenizer(request: Request, name: str) -> Response:
+    """An uncompressed tar of the tokenizer of base model `name`; files at its root, without owners or times."""
+    gateway = gateway_of(request)
+    await gateway.caller(request)
+    pool = gateway.pool_for(name)
+    facts = loaded_facts(pool)
+    if facts.tokenizer_dir is None:
+        raise NotFound(f"base model {pool.name} has no tokenizer")
+    body = await asyncio.to_thread(_pack, Path(facts.tokenizer_dir))
+    return Response(body, media_type="application/x-tar")
+
+
+def _pack(directory: Path) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name in TOKENIZER_FILES:
+            path = directory / name
+            if not path.is_file():
+                continue
+            num_bytes = path.stat().st_size
+            if num_bytes + buffer.tell() > MAX_TOKENIZER_BYTES:
+                raise NotFound("the tokenizer of this base model is too large to be served")
+            entry = tarfile.TarInfo(name)
+            entry.size, entry.mode = num_bytes, 0o644
+            with path.open("rb") as file:
+                tar.addfile(entry, file)
+    return buffer.getvalue()

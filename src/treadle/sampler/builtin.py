@@ -1,0 +1,324 @@
+"""The built-in sampler: continuous batching over the worker's own base model, with a cache of keys and values.
+
+Each pass carries one row for every running sequence and up to a chunk of prompt tokens, whatever their adapters,
+in ONE forward of the base model. It owns no thread and no clock but the one it is given, and knows no transport.
+
+Invariant: what a sequence samples depends on its request and the weights alone. Chunk borders depend on the prompt
+only, rows keep their bits in any company (layout.py, cache.py), random numbers are keyed by seed, sample and
+position (draw.py); so a sample is the same alone, in a crowd, and after a restart.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from treadle.domain.ids import RequestId, TenantId
+from treadle.domain.outcome import SampleOutcome
+from treadle.engine.base_model import BaseModel
+from treadle.errors import NonFiniteResult, TreadleError
+from treadle.sampler.base import SampleRequest, SamplerLimits
+from treadle.sampler.cache import Bucket, CacheShape, PromptCache, capacity_for
+from treadle.sampler.job import Job, SampledTokens, check_sample, failed_outcome, num_free_places
+from treadle.sampler.passes import Chunk, Drawn, run_pass
+from treadle.sampler.queue import TenantQueue
+from treadle.sampler.stops import stop_rule, tokenizer_eos_id
+from treadle.sampler.tokenizer import TokenBytes, load_token_bytes
+
+
+class BuiltinSampler:
+    """Implements sampler.base.Sampler. Not thread-safe; it must not run while another pass of `base` does."""
+
+    def __init__(
+        self,
+        base: BaseModel,
+        *,
+        token_bytes: TokenBytes | None,
+        eos_ids: frozenset[int],
+        limits: SamplerLimits,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._base = base
+        self._token_bytes = token_bytes
+        self._eos_ids = eos_ids
+        self._limits = limits
+        self._clock = clock
+        self._tenant_share = max(1, int(limits.max_running * limits.max_tenant_share))
+        self._cache_shape = CacheShape(base.num_layers, base.num_kv_heads, base.head_dim, base.dtype, base.device)
+        # Every live job by id. `_queue` holds those that still want slots, `_prefilling` those whose prompt is being
+        # read (one slot is reserved for each), `_buckets` all running sequences.
+        self._jobs: dict[RequestId, Job] = {}
+        self._queue = TenantQueue()
+        self._prefilling: list[Job] = []
+        self._buckets: dict[int, Bucket[SampledTokens]] = {}
+        self._num_held: Counter[TenantId] = Counter()
+        # Jobs that hold cache, in the order they were let in; the last one yields when memory runs out.
+        self._admitted: dict[RequestId, Job] = {}
+        self._finished: list[SampleOutcome] = []
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._jobs or self._finished)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._jobs) - len(self._admitted)
+
+    @property
+    def num_running(self) -> int:
+        return sum(len(bucket.owners) for bucket in self._buckets.values())
+
+    def submit(self, requests: Sequence[SampleRequest]) -> None:
+        """See Sampler.submit."""
+        for request in requests:
+            if request.request_id in self._jobs:
+                continue
+            try:
+                job = self._new_job(request)
+            except TreadleError as error:
+                self._finished.append(failed_outcome(request, error))
+                continue
+            self._jobs[request.request_id] = job
+            self._queue.add(job)
+
+    def cancel(self, request_ids: Sequence[RequestId]) -> None:
+        """See Sampler.cancel."""
+        for request_id in request_ids:
+            job = self._jobs.get(request_id)
+            if job is not None:
+                self._forget(job)
+
+    def step(self, max_seconds: float) -> list[SampleOutcome]:
+        """See Sampler.step."""
+        deadline = self._clock() + max_seconds
+        while self._jobs and not self._finished:
+            self._run_once()
+            if self._clock() >= deadline:
+                break
+        finished, self._finished = self._finished, []
+        return finished
+
+    def _new_job(self, request: SampleRequest) -> Job:
+        base = self._base
+        check_sample(request.op, vocab_size=base.vocab_size, max_context_length=base.max_context_length)
+        rule = stop_rule(
+            request.op.params,
+            eos_ids=self._eos_ids,
+            token_bytes=self._token_bytes,
+            num_free_places=num_free_places(request.op, base.max_context_length),
+        )
+        return Job(request, rule)
+
+    def _run_once(self) -> None:
+        self._make_room_to_grow()
+        self._let_in()
+        chunks = self._next_chunks()
+        buckets = [bucket for bucket in self._buckets.values() if bucket.owners]
+        assert chunks or buckets, "a live job is neither running, prefilling nor let in"
+        result = run_pass(self._base, buckets, chunks)
+        for drawn in result.drawn:
+            self._take_token(drawn)
+        for chunk in chunks:
+            self._after_chunk(chunk.job, result.failures.get(chunk.job.request.request_id))
+        for job in {drawn.sequence.job: None for drawn in result.drawn}:
+            if job.num_unfinished == 0 and self._is_live(job):
+                self._finished.append(job.outcome())
+                self._forget(job)
+
+    # Letting in: slots and memory.
+
+    def _let_in(self) -> None:
+        """Hand out free slots: to jobs whose prompt is read, and to new ones, whose prompt is read next."""
+        while self.num_running + len(self._prefilling) < self._limits.max_running:
+            job = self._queue.pick(self._num_held, self._tenant_share)
+            if job is None:
+                return
+            if not (self._start_sequences(job) if job.is_prefilled else self._start_prefill(job)):
+                return
+            self._queue.served(job.tenant_id)
+
+    def _start_prefill(self, job: Job) -> bool:
+        num_tokens = len(job.op.prompt)
+        # Room for the first sample is part of the price: a prompt that cannot go on would only hold memory.
+        if not self._fits(num_tokens + capacity_for(num_tokens + 1)):
+            return False
+        self._queue.remove(job)
+        job.prompt_cache = PromptCache(self._cache_shape, num_tokens)
+        self._prefilling.append(job)
+        self._admitted[job.request.request_id] = job
+        self._num_held[job.tenant_id] += 1
+        return True
+
+    def _start_sequences(self, job: Job) -> bool:
+        """Start as many of a prefilled job's sequences as its fair part of slots and memory allows."""
+        assert job.prompt_cache is not None
+        assert job.unstarted
+        num_places = len(job.op.prompt) + 1
+        num_slots = self._limits.max_running - self.num_running - len(self._prefilling)
+        allowed = min(
+            len(job.unstarted),
+            self._tenant_share - self._num_held[job.tenant_id],
+            max(1, num_slots // max(1, self._queue.num_tenants)),
+        )
+        num_started = 0
+        while num_started < allowed and self._fits(capacity_for(num_places)):
+            sequence = job.unstarted.pop(0)
+            self._place(sequence, num_places)
+            assert sequence.bucket is not None
+            sequence.bucket.data_N2SKCd[:, :, sequence.row, :, : num_places - 1] = job.prompt_cache.data_N2SKPd[:, :, 0]
+            self._num_held[job.tenant_id] += 1
+            num_started += 1
+        if not job.unstarted:
+            job.prompt_cache = None
+            self._queue.remove(job)
+        return num_started > 0
+
+    def _fits(self, num_places: int) -> bool:
+        """Whether more places may be taken. When nothing runs, anything may: else nothing ever would."""
+        if not self._prefilling and self.num_running == 0:
+            return True
+        return self._num_places() + num_places <= self._limits.max_cached_tokens
+
+    def _num_places(self) -> int:
+        prompts = sum(job.prompt_cache.num_places for job in self._admitted.values() if job.prompt_cache is not None)
+        return prompts + sum(len(bucket.owners) * bucket.capacity for bucket in self._buckets.values())
+
+    def _make_room_to_grow(self) -> None:
+        """Move sequences that fill their bucket to the next; when memory is short, the newest jobs start over later."""
+        while True:
+            full = [
+                sequence
+                for bucket in self._buckets.values()
+                for sequence in bucket.owners
+                if sequence.num_cached >= bucket.capacity
+            ]
+            growth = sum(capacity_for(sequence.num_cached + 1) - capacity_for(sequence.num_cached) for sequence in full)
+            if not full or len(self._admitted) == 1 or self._num_places() + growth <= self._limits.max_cached_tokens:
+                break
+            newest = next(reversed(self._admitted.values()))
+            self._release(newest)
+            newest.restart()
+            self._queue.add(newest, first=True)
+        for sequence in full:
+            self._move(sequence)
+
+    # Sequences in buckets.
+
+    def _place(self, sequence: SampledTokens, num_places: int) -> None:
+        capacity = capacity_for(num_places)
+        bucket = self._buckets.get(capacity)
+        if bucket is None:
+            bucket = self._buckets[capacity] = Bucket(self._cache_shape, capacity)
+        sequence.bucket, sequence.row = bucket, bucket.add(sequence)
+
+    def _move(self, sequence: SampledTokens) -> None:
+        assert sequence.bucket is not None
+        kept = sequence.bucket.data_N2SKCd[:, :, sequence.row].clone()
+        num_cached = sequence.num_cached
+        self._displace(sequence)
+        self._place(sequence, num_cached + 1)
+        sequence.bucket.data_N2SKCd[:, :, sequence.row, :, :num_cached] = kept[:, :, :, :num_cached]
+
+    def _displace(self, sequence: SampledTokens) -> None:
+        assert sequence.bucket is not None
+        moved = sequence.bucket.remove(sequence.row)
+        if moved is not None:
+            moved.row = sequence.row
+        sequence.bucket = None
+
+    # What a pass brought.
+
+    def _next_chunks(self) -> list[Chunk]:
+        """Whole chunks of prompts, up to one chunk's tokens together; who gets one goes to the back.
+
+        A prompt is always cut at the same places, whoever else is there: its numbers must not depend on company.
+        """
+        chunk_tokens = self._limits.prefill_chunk_tokens
+        chunks: list[Chunk] = []
+        num_free = chunk_tokens
+        for job in list(self._prefilling):
+            assert job.prompt_cache is not None
+            num_tokens = min(chunk_tokens, len(job.op.prompt) - job.prompt_cache.num_filled)
+            if num_tokens > num_free:
+                break
+            num_free -= num_tokens
+            chunks.append(Chunk(job, num_tokens))
+            self._prefilling.remove(job)
+            self._prefilling.append(job)
+        return chunks
+
+    def _take_token(self, drawn: Drawn) -> None:
+        sequence, job = drawn.sequence, drawn.sequence.job
+        if not self._is_live(job):
+            return  # A sibling failed in this same pass.
+        if not math.isfinite(drawn.logprob):
+            self._fail(job, NonFiniteResult("the model's logits are not finite for this sample"))
+            return
+        if not sequence.push(drawn.token, drawn.logprob):
+            return
+        job.num_unfinished -= 1
+        if sequence.bucket is None:
+            job.unstarted.remove(sequence)
+        else:
+            self._displace(sequence)
+            self._num_held[job.tenant_id] -= 1
+
+    def _after_chunk(self, job: Job, failure: TreadleError | None) -> None:
+        if not self._is_live(job):
+            return
+        if failure is not None:
+            self._fail(job, failure)
+            return
+        assert job.prompt_cache is not None
+        if job.prompt_cache.num_filled < job.prompt_cache.num_places:
+            return
+        self._prefilling.remove(job)
+        self._num_held[job.tenant_id] -= 1
+        job.is_prefilled = True
+        if job.unstarted:
+            self._queue.add(job, first=True)
+
+    # Ends.
+
+    def _is_live(self, job: Job) -> bool:
+        return self._jobs.get(job.request.request_id) is job
+
+    def _fail(self, job: Job, error: TreadleError) -> None:
+        self._finished.append(failed_outcome(job.request, error))
+        self._forget(job)
+
+    def _forget(self, job: Job) -> None:
+        self._release(job)
+        del self._jobs[job.request.request_id]
+
+    def _release(self, job: Job) -> None:
+        """Take back everything a job holds: slots, memory, its place in the queue."""
+        if job in self._prefilling:
+            self._prefilling.remove(job)
+            self._num_held[job.tenant_id] -= 1
+        elif job.unstarted:
+            self._queue.remove(job)
+        for sequence in job.sequences:
+            if sequence.bucket is not None:
+                self._displace(sequence)
+                self._num_held[job.tenant_id] -= 1
+        job.prompt_cache = None
+        self._admitted.pop(job.request.request_id, None)
+        self._num_held += Counter()  # Drops tenants that hold nothing.
+
+
+def open_sampler(base: BaseModel, *, limits: SamplerLimits | None = None) -> BuiltinSampler:
+    """The built-in sampler of a loaded base model, with the stop rules and tokenizer that came with it.
+
+    EOS ids: generation_config, else config, else the tokenizer's own. Raises ConfigError for a tokenizer that
+    cannot be read; a model without one samples, but refuses stop strings.
+    """
+    directory = base.facts.tokenizer_dir
+    token_bytes = load_token_bytes(directory)
+    eos_ids = frozenset(base.eos_token_ids)
+    if not eos_ids:
+        tokenizer_id = tokenizer_eos_id(directory, token_bytes)
+        eos_ids = frozenset() if tokenizer_id is None else frozenset({tokenizer_id})
+    return BuiltinSampler(base, token_bytes=token_bytes, eos_ids=eos_ids, limits=limits or SamplerLimits())

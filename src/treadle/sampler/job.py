@@ -1,0 +1,148 @@
+"""A sample request while it is being worked on, and each of its sequences.
+
+Mutable bookkeeping without any tensor maths; the built-in sampler is its only user. It refuses what cannot be
+sampled, in words for the client. Invariant: a job restarted from nothing samples the same tokens again.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from treadle.domain.limits import MAX_NUM_SAMPLES, MAX_TOPK_LOGPROBS
+from treadle.domain.ops import SampleOp
+from treadle.domain.outcome import Failure, SampledSequence, SampleOutcome, SampleResult
+from treadle.domain.states import Category, StopReason
+from treadle.errors import InvalidRequest, TreadleError
+from treadle.sampler.base import SampleRequest
+from treadle.sampler.cache import Bucket, PromptCache
+from treadle.sampler.draw import UniformStream
+from treadle.sampler.prompt import PromptScores
+from treadle.sampler.stops import StopRule, StopWatch
+
+
+class SampledTokens:
+    """One sequence: what it has sampled, and where its keys and values lie while it runs."""
+
+    __slots__ = ("bucket", "index", "job", "logprobs", "reason", "row", "tokens", "uniforms", "watch")
+
+    def __init__(self, job: Job, index: int) -> None:
+        self.job = job
+        self.index = index
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget everything sampled; the same will be sampled again."""
+        self.tokens: list[int] = []
+        self.logprobs: list[float] = []
+        self.uniforms = UniformStream(self.job.op.params.seed, self.index)
+        self.watch: StopWatch = self.job.stop_rule.start()
+        self.reason: StopReason | None = None
+        self.bucket: Bucket[SampledTokens] | None = None
+        self.row = -1
+
+    def push(self, token: int, logprob: float) -> bool:
+        """Take the next token; whether the sequence ends with it."""
+        assert self.reason is None, "a finished sequence takes no tokens"
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+        self.reason = self.watch.push(token)
+        return self.reason is not None
+
+    @property
+    def num_cached(self) -> int:
+        """Places of its cache in use: the prompt and all sampled tokens but the last, which was not yet fed."""
+        return len(self.job.op.prompt) + len(self.tokens) - 1
+
+    def result(self) -> SampledSequence:
+        assert self.reason is not None
+        return SampledSequence(
+            tokens=np.array(self.tokens, dtype=np.int32),
+            logprobs=np.array(self.logprobs, dtype=np.float32),
+            stop_reason=self.reason,
+        )
+
+
+class Job:
+    """One request. `prompt_cache` is there from the start of its prefill until its last sequence has started.
+
+    unstarted: sequences that wait for a decode slot; before the prefill has ended these are all of them.
+    """
+
+    def __init__(self, request: SampleRequest, stop_rule: StopRule) -> None:
+        self.request = request
+        self.op = request.op
+        self.tenant_id = request.tenant_id
+        self.adapter = request.adapter
+        self.stop_rule = stop_rule
+        self.sequences = [SampledTokens(self, index) for index in range(request.op.num_samples)]
+        self.unstarted = list(self.sequences)
+        self.num_unfinished = len(self.sequences)
+        self.prompt_cache: PromptCache | None = None
+        self.is_prefilled = False
+        self.scores = PromptScores(request.op)
+
+    def restart(self) -> None:
+        """Back to an untouched request, but for the sequences that have ended and prompt scores already made."""
+        self.unstarted = [sequence for sequence in self.sequences if sequence.reason is None]
+        for sequence in self.unstarted:
+            sequence.restart()
+        self.prompt_cache = None
+        self.is_prefilled = False
+
+    def outcome(self) -> SampleOutcome:
+        """The result of a job of which every sequence has ended."""
+        assert self.num_unfinished == 0
+        sequences = tuple(sequence.result() for sequence in self.sequences)
+        prompt_logprobs, topk = self.scores.result()
+        return SampleOutcome(
+            request_id=self.request.request_id,
+            result=SampleResult(sequences=sequences, prompt_logprobs=prompt_logprobs, topk_prompt_logprobs=topk),
+            num_prompt_tokens=len(self.op.prompt),
+            num_sampled_tokens=sum(len(sequence.tokens) for sequence in sequences),
+        )
+
+
+def failed_outcome(request: SampleRequest, error: TreadleError) -> SampleOutcome:
+    """The outcome of a request that ends with an error raised on purpose."""
+    return SampleOutcome(
+        request_id=request.request_id,
+        failure=Failure(message=error.message, category=Category(error.category)),
+        num_prompt_tokens=len(request.op.prompt),
+    )
+
+
+def check_sample(op: SampleOp, *, vocab_size: int, max_context_length: int) -> None:
+    """Raises InvalidRequest, naming value and limit, for what cannot be sampled on this model.
+
+    A prompt may fill the context whole: the one token sampled behind it is never fed back.
+    """
+    num_tokens = len(op.prompt)
+    if not 1 <= num_tokens <= max_context_length:
+        raise InvalidRequest(f"the prompt has {num_tokens} tokens; this model takes 1 to {max_context_length}")
+    lowest, highest = int(op.prompt.min()), int(op.prompt.max())
+    if lowest < 0 or highest >= vocab_size:
+        bad = lowest if lowest < 0 else highest
+        raise InvalidRequest(f"prompt token {bad} is outside the vocabulary of {vocab_size}")
+    _check_count("num_samples", op.num_samples, 1, MAX_NUM_SAMPLES)
+    _check_count("topk_prompt_logprobs", op.topk_prompt_logprobs, 0, MAX_TOPK_LOGPROBS)
+    params = op.params
+    if params.max_tokens is not None and params.max_tokens < 1:
+        raise InvalidRequest(f"max_tokens is {params.max_tokens}; it must be at least 1")
+    if not (math.isfinite(params.temperature) and params.temperature >= 0.0):
+        raise InvalidRequest(f"temperature is {params.temperature}; it must be finite and at least 0")
+    if params.top_k != -1 and params.top_k < 1:
+        raise InvalidRequest(f"top_k is {params.top_k}; it must be at least 1, or -1 for off")
+    if not 0.0 < params.top_p <= 1.0:
+        raise InvalidRequest(f"top_p is {params.top_p}; it must be over 0 and at most 1")
+
+
+def num_free_places(op: SampleOp, max_context_length: int) -> int:
+    """Tokens that fit behind the prompt; at least the one that is never fed back."""
+    return max(1, max_context_length - len(op.prompt))
+
+
+def _check_count(name: str, value: int, low: int, high: int) -> None:
+    if not low <= value <= high:
+        raise InvalidRequest(f"{name} is {value}; allowed: {low} to {high}")

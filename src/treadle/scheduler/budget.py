@@ -1,0 +1,41 @@
+"""How many tokens one cycle may hold, from the measured speed of the worker and the target cycle time.
+
+The budget moves work between cycles; it never changes a result, because whole quanta move.
+"""
+
+from __future__ import annotations
+
+from treadle.domain.limits import QUANTUM_TOKENS
+
+# Weight of the newest cycle in the moving average of tokens per second.
+SMOOTHING = 0.2
+# Before anything was measured: a few quanta.
+INITIAL_TOKENS = 4 * QUANTUM_TOKENS
+
+
+class TokenBudget:
+    """A moving average of tokens per second times the target cycle time."""
+
+    def __init__(self, *, target_cycle_s: float, fixed_tokens: int = 0) -> None:
+        """`fixed_tokens` > 0 switches measuring off."""
+        assert target_cycle_s > 0
+        self._target_cycle_s = target_cycle_s
+        self._fixed_tokens = fixed_tokens
+        self._tokens_per_s: float | None = None
+
+    @property
+    def tokens(self) -> int:
+        """The budget of the next cycle; at least one quantum."""
+        if self._fixed_tokens:
+            return self._fixed_tokens
+        if self._tokens_per_s is None:
+            return INITIAL_TOKENS
+        return max(QUANTUM_TOKENS, int(self._tokens_per_s * self._target_cycle_s))
+
+    def observe(self, *, num_tokens: int, compute_s: float) -> None:
+        """Learn from a cycle. Cycles too short to say anything about speed are ignored."""
+        if num_tokens < 64 or compute_s <= 0:
+            return
+        speed = num_tokens / compute_s
+        old = self._tokens_per_s
+        self._tokens_per_s = speed if old is None else (1 - SMOOTHING) * old + SMOOTHING * speed

@@ -1,0 +1,173 @@
+"""One pool: its lease, its worker and the two loops that feed it, kept alive until the server drains.
+
+A worker that dies is replaced; runs whose exact state survives in a snapshot are restored by the cycle loop, the
+others say that they are lost. A lease that is lost ends the pool here: another leader has it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from treadle.blobs import BlobStore
+from treadle.domain.ids import PoolName
+from treadle.domain.ops import OpKind
+from treadle.domain.outcome import PoolFacts
+from treadle.errors import ConfigError, WorkerDied
+from treadle.executor.base import Executor
+from treadle.scheduler.cycle_loop import CycleLoop, CycleSettings
+from treadle.scheduler.lease import acquire_lease, keep_lease
+from treadle.scheduler.sampling_loop import SamplingLoop
+from treadle.store import Store
+from treadle.telemetry.logs import get_logger
+from treadle.telemetry.metrics import Metrics
+
+log = get_logger(__name__)
+
+# Pause before a dead worker is replaced: the first time at once, then doubling up to the last value.
+RESTART_PAUSES_S = (0.0, 1.0, 2.0, 5.0, 10.0)
+
+
+@dataclass(frozen=True, slots=True)
+class PoolStatus:
+    """What readiness and the gateway see. `reason` says why it is not ready."""
+
+    facts: PoolFacts | None
+    is_ready: bool
+    reason: str
+
+
+class PoolRunner:
+    """Runs one pool. `run` returns after `drain`, or raises what ended the pool for good."""
+
+    def __init__(
+        self,
+        *,
+        pool: PoolName,
+        store: Store,
+        blobs: BlobStore,
+        make_executor: Callable[[], Executor],
+        settings: CycleSettings,
+        holder: str,
+        lease_ttl_s: float,
+        metrics: Metrics,
+        clock: Callable[[], float],
+    ) -> None:
+        self.pool = pool
+        self._metrics = metrics
+        self._store = store
+        self._blobs = blobs
+        self._make_executor = make_executor
+        self._settings = settings
+        self._holder = holder
+        self._lease_ttl_s = lease_ttl_s
+        self._clock = clock
+        self._status = PoolStatus(facts=None, is_ready=False, reason="waiting for the lease")
+        self._cycles: CycleLoop | None = None
+        self._samples: SamplingLoop | None = None
+        self._is_draining = False
+        # Set once the first worker has loaded; what happens later shows in `status`.
+        self.loaded = asyncio.Event()
+
+    @property
+    def status(self) -> PoolStatus:
+        return self._status
+
+    def wake(self, kind: OpKind) -> None:
+        """A request of this kind was queued."""
+        loop = self._samples if kind is OpKind.SAMPLE else self._cycles
+        if loop is not None:
+            loop.wake()
+
+    def drain(self) -> None:
+        """Finish the cycle in flight, persist every run, stop the worker; `run` then returns. Idempotent."""
+        self._is_draining = True
+        for loop in (self._cycles, self._samples):
+            if loop is not None:
+                loop.stop()
+
+    async def run(self) -> None:
+        """Lead the pool until drained. Raises ConfigError when the model cannot load, Fenced when the lease is lost."""
+        lease = await acquire_lease(self._store, self.pool, holder=self._holder, ttl_s=self._lease_ttl_s)
+        self._cycles = CycleLoop(
+            pool=self.pool,
+            store=self._store,
+            blobs=self._blobs,
+            lease=lease,
+            settings=self._settings,
+            metrics=self._metrics,
+            clock=self._clock,
+        )
+        self._samples = SamplingLoop(
+            pool=self.pool, store=self._store, blobs=self._blobs, lease=lease, metrics=self._metrics
+        )
+        keeper = asyncio.create_task(keep_lease(self._store, lease, ttl_s=self._lease_ttl_s))
+        serving = asyncio.create_task(self._serve_workers())
+        try:
+            done, _ = await asyncio.wait({keeper, serving}, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            self._status = PoolStatus(facts=self._status.facts, is_ready=False, reason="stopped")
+            for task in (keeper, serving):
+                task.cancel()
+            await asyncio.gather(keeper, serving, return_exceptions=True)
+        await self._store.leases.release(lease)
+
+    async def _serve_workers(self) -> None:
+        """One worker after another, for as long as the pool is led."""
+        num_deaths = 0
+        while not self._is_draining:
+            try:
+                await self._serve_one()
+                return
+            except WorkerDied as death:
+                pause_s = RESTART_PAUSES_S[min(num_deaths, len(RESTART_PAUSES_S) - 1)]
+                num_deaths += 1
+                self._metrics.worker_deaths.labels(self.pool).inc()
+                self._status = PoolStatus(self._status.facts, is_ready=False, reason=death.message)
+                log.warning("worker is replaced", pool=self.pool, reason=death.message, pause_s=pause_s)
+                await asyncio.sleep(pause_s)
+
+    async def _serve_one(self) -> None:
+        """Load a worker and feed it until the pool drains or the worker dies."""
+        assert self._cycles is not None
+        assert self._samples is not None
+        self._status = PoolStatus(self._status.facts, is_ready=False, reason="the worker is loading its model")
+        executor = self._make_executor()
+        died: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def on_death(reason: str) -> None:
+            if not died.done():
+                died.set_exception(WorkerDied(reason))
+
+        try:
+            facts = await executor.start(on_samples=self._samples.on_samples, on_death=on_death)
+            self._status = PoolStatus(facts, is_ready=True, reason="")
+            self.loaded.set()
+            log.info("pool ready", pool=self.pool, revision=facts.revision, device=facts.device, dtype=facts.dtype)
+            await self._feed(executor, died)
+            await self._cycles.persist(executor)
+        except ConfigError as error:
+            self._status = PoolStatus(None, is_ready=False, reason=error.message)
+            raise
+        finally:
+            died.cancel()
+            await executor.stop()
+
+    async def _feed(self, executor: Executor, died: asyncio.Future[None]) -> None:
+        """Run both loops until they were stopped; the first error of either, or the worker's death, ends both."""
+        assert self._cycles is not None
+        assert self._samples is not None
+        loops = [asyncio.create_task(self._cycles.run(executor)), asyncio.create_task(self._samples.run(executor))]
+        try:
+            pending: set[asyncio.Future[None]] = {*loops, died}
+            while any(not task.done() for task in loops):
+                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+                for future in done:
+                    future.result()
+        finally:
+            for task in loops:
+                task.cancel()
+            await asyncio.gather(*loops, return_exceptions=True)

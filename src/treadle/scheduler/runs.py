@@ -1,0 +1,89 @@
+"""The leader's book of runs: what the store says of each, and which state its worker holds.
+
+Only the leader of a pool changes these fields of a run, so the book is never stale while the lease is held.
+It decides what a run needs before its ops may run: nothing, a restore, or the admission that its state is gone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from treadle.domain.ids import CheckpointKind, ModelId
+from treadle.domain.plan import RestoreItem, StateTag
+from treadle.domain.records import ModelAdvance, ModelRecord
+from treadle.domain.states import ModelState
+from treadle.store import Store
+
+
+@dataclass(slots=True)
+class Run:
+    """One run as the leader knows it. `tag` None: the worker holds no state of it."""
+
+    record: ModelRecord
+    tag: StateTag | None = None
+
+    @property
+    def can_restore(self) -> bool:
+        """True when the registered snapshot (or the seed of an untouched run) is exactly the committed state."""
+        return self.record.snapshot_seq >= self.record.changed_seq
+
+    def restore_item(self) -> RestoreItem:
+        """How a worker rebuilds this run, under a new incarnation."""
+        assert self.can_restore
+        assert self.tag is None
+        record = self.record
+        tag = StateTag(record.model_id, incarnation=record.incarnation + 1, applied_seq=record.next_seq_id - 1)
+        return RestoreItem(model_id=record.model_id, lora=record.lora, blob_key=record.snapshot_key, tag=tag)
+
+    def apply(self, advance: ModelAdvance) -> None:
+        """Take over what a committed cycle changed."""
+        changes = {
+            name: value
+            for name in ("state", "incarnation", "changed_seq", "snapshot_key", "snapshot_seq")
+            if (value := getattr(advance, name)) is not None
+        }
+        self.record = replace(
+            self.record, next_seq_id=advance.next_seq_id, state_message=advance.state_message, **changes
+        )
+
+
+class RunBook:
+    """Runs of one pool by id, read from the store on first use."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._runs: dict[ModelId, Run] = {}
+
+    async def get(self, model_id: ModelId) -> Run:
+        """The run; it exists, because its row is written before any of its requests."""
+        run = self._runs.get(model_id)
+        if run is None:
+            record = await self._store.models.get(model_id)
+            assert record is not None, f"a request names the run {model_id}, which has no row"
+            run = self._runs[model_id] = Run(record)
+        return run
+
+    def resident(self) -> list[Run]:
+        """Runs that the worker holds."""
+        return [run for run in self._runs.values() if run.tag is not None]
+
+    def forget_worker(self) -> None:
+        """The worker is gone, and with it every state it held."""
+        for run in self._runs.values():
+            run.tag = None
+
+    async def loss_message(self, run: Run) -> str:
+        """What a client is told when its run's state is gone: the newest checkpoint, if there is one."""
+        model_id = run.record.model_id
+        newest = await self._store.checkpoints.newest(model_id, CheckpointKind.TRAINING)
+        hint = (
+            f"its newest checkpoint is {newest.tinker_path}: create a new training client from it"
+            if newest is not None
+            else "it has no checkpoint"
+        )
+        return f"the training state of run {model_id} was lost when its worker ended; {hint}"
+
+
+def is_over(state: ModelState) -> bool:
+    """True when no op of the run can ever run again."""
+    return state in (ModelState.FAILED, ModelState.LOST, ModelState.UNLOADED)

@@ -1,0 +1,153 @@
+"""Samples flow to the sampler continuously, outside the cycle: read rows, hand them over, commit what comes back.
+
+Rows keep QUEUED while a sampler works on them. When its worker dies they are simply handed to the next one; draws
+are keyed by the seed in the row, so a second run gives the same tokens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from treadle.blobs import BlobStore
+from treadle.domain.ids import PoolName, RequestId
+from treadle.domain.outcome import Failure, SampleOutcome
+from treadle.domain.plan import SampleWork
+from treadle.domain.records import FinishedRequest, LeaseRecord, RequestRecord
+from treadle.domain.states import Category
+from treadle.errors import Fenced, WorkerDied
+from treadle.executor.base import Executor
+from treadle.store import Store
+from treadle.telemetry.logs import get_logger
+from treadle.telemetry.metrics import Metrics
+
+log = get_logger(__name__)
+
+POLL_S = 1.0
+ERROR_PAUSE_S = 1.0
+# Samples one worker holds at a time; the rest wait as rows, where fairness over tenants and a restart find them.
+MAX_HANDED_OVER = 256
+# A sample that was running at this many worker deaths is given up.
+MAX_DEATHS = 3
+
+
+class SamplingLoop:
+    """Feeds one sampler and commits its results. `run` lasts as long as its executor."""
+
+    def __init__(self, *, pool: PoolName, store: Store, blobs: BlobStore, lease: LeaseRecord, metrics: Metrics) -> None:
+        self._pool = pool
+        self._metrics = metrics
+        self._store = store
+        self._blobs = blobs
+        self._lease = lease
+        self._running: set[RequestId] = set()
+        self._deaths: dict[RequestId, int] = {}
+        self._outcomes: list[SampleOutcome] = []
+        self._wake = asyncio.Event()
+        self._is_stopping = False
+
+    def wake(self) -> None:
+        """Something was queued."""
+        self._wake.set()
+
+    def on_samples(self, outcomes: Sequence[SampleOutcome]) -> None:
+        """The sampler finished some; called on the event loop."""
+        self._outcomes.extend(outcomes)
+        self._wake.set()
+
+    def stop(self) -> None:
+        """End `run`; samples in flight stay queued for the next start."""
+        self._is_stopping = True
+        self._wake.set()
+
+    async def run(self, executor: Executor) -> None:
+        """Feed `executor` until stopped. Raises WorkerDied when it dies, Fenced when the lease is lost."""
+        self._outcomes.clear()
+        self._running.clear()
+        try:
+            while not self._is_stopping:
+                self._wake.clear()
+                try:
+                    await self._commit()
+                    await self._hand_over(executor)
+                except (WorkerDied, Fenced):
+                    raise
+                except Exception as error:  # noqa: BLE001 (sample loop: the rows are still queued, so it tries again)
+                    log.error("sampling loop failed", pool=self._pool, exc=error)
+                    self._metrics.caught_errors.labels("sample_loop").inc()
+                    await asyncio.sleep(ERROR_PAUSE_S)
+                if not self._outcomes:
+                    await self._sleep()
+            await self._commit()
+        finally:
+            self._count_deaths()
+
+    async def _sleep(self) -> None:
+        try:
+            async with asyncio.timeout(POLL_S):
+                await self._wake.wait()
+        except TimeoutError:
+            return
+
+    async def _hand_over(self, executor: Executor) -> None:
+        room = MAX_HANDED_OVER - len(self._running)
+        if room <= 0:
+            return
+        rows = await self._store.requests.queued_samples(self._pool, MAX_HANDED_OVER + room)
+        fresh = [row for row in rows if row.request_id not in self._running][:room]
+        poisoned = [row for row in fresh if self._deaths.get(row.request_id, 0) >= MAX_DEATHS]
+        if poisoned:
+            await self._give_up(poisoned)
+        ready = [row for row in fresh if row not in poisoned]
+        if not ready:
+            return
+        payloads = await self._store.requests.payloads([row.request_id for row in ready])
+        works = []
+        for row in ready:
+            if row.request_id not in payloads:
+                continue  # finished or cancelled between the two reads
+            inline, key = payloads[row.request_id]
+            payload = inline if key is None else self._blobs.read(key)
+            works.append(SampleWork(request_id=row.request_id, tenant_id=row.tenant_id, payload=payload))
+        executor.submit_samples(works)
+        self._running.update(work.request_id for work in works)
+
+    async def _commit(self) -> None:
+        """Commit everything that came back since the last time, in one transaction."""
+        if not self._outcomes:
+            return
+        outcomes, self._outcomes = self._outcomes, []
+        finished = [
+            FinishedRequest(
+                request_id=outcome.request_id,
+                result=outcome.encoded,
+                failure=outcome.failure,
+                is_transient=outcome.is_transient,
+            )
+            for outcome in outcomes
+        ]
+        try:
+            await self._store.cycles.finish_samples(self._lease, finished)
+        except Exception:
+            self._outcomes = outcomes + self._outcomes
+            raise
+        for outcome in outcomes:
+            self._running.discard(outcome.request_id)
+            self._deaths.pop(outcome.request_id, None)
+            self._metrics.sampled_tokens.labels(self._pool).inc(outcome.num_sampled_tokens)
+            self._metrics.prompt_tokens.labels(self._pool).inc(outcome.num_prompt_tokens)
+
+    async def _give_up(self, rows: Sequence[RequestRecord]) -> None:
+        failure = Failure(f"this sample was running when its worker ended {MAX_DEATHS} times", Category.SERVER)
+        await self._store.cycles.finish_samples(
+            self._lease, [FinishedRequest(request_id=row.request_id, failure=failure) for row in rows]
+        )
+        for row in rows:
+            del self._deaths[row.request_id]
+
+    def _count_deaths(self) -> None:
+        """Whatever was still running when the executor went away was there at its end."""
+        if not self._is_stopping:
+            for request_id in self._running:
+                self._deaths[request_id] = self._deaths.get(request_id, 0) + 1
+        self._running.clear()

@@ -1,0 +1,306 @@
+"""The composition root: settings in, a running server out. The only place that knows every concrete class.
+
+Start: lock the data directory, launch the workers (their imports are what takes time), open the store, listen,
+then lead each pool. Stop (SIGTERM, SIGINT): refuse new work, finish the cycles in flight, persist every run, stop the
+workers, let waiting clients go, exit 0.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import secrets
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import uvicorn
+import uvloop
+from prometheus_client import CollectorRegistry
+
+from treadle.blobs import BlobStore, open_blobs
+from treadle.config import ModelSettings, Settings, check_bind, is_loopback
+from treadle.domain.ids import PoolName
+from treadle.domain.ops import OpKind
+from treadle.errors import ConfigError, TreadleError
+from treadle.executor.local import LocalExecutor
+from treadle.executor.messages import WorkerConfig
+from treadle.gateway.app import create_app
+from treadle.gateway.deps import GatewayDeps, GatewaySettings, PoolDirectory, PoolView, Readiness
+from treadle.scheduler.cycle_loop import CycleSettings
+from treadle.scheduler.pool import PoolRunner
+from treadle.store import Store
+from treadle.telemetry.logs import configure_logging, get_logger
+from treadle.telemetry.metrics import Metrics
+
+log = get_logger(__name__)
+
+# After the drain, how long open connections get to take their last answers.
+CLOSE_S = 3
+
+
+def run(settings: Settings) -> int:
+    """Serve until told to stop; the exit status. Raises ConfigError for what an operator must fix."""
+    configure_logging(level=settings.log.level, style=settings.log.format)
+    with locked(settings.data_dir), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(Server(settings).serve())
+
+
+@contextlib.contextmanager
+def locked(data_dir: Path) -> Iterator[None]:
+    """Hold the data directory for this process alone. Raises ConfigError while another server holds it."""
+    data_dir.mkdir(parents=True, exist_ok=True)
+    with (data_dir / "lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"another treadle server runs on the data directory {data_dir}; stop it, or choose another with --data"
+            ) from None
+        yield
+
+
+class Clock:
+    """The machine's clocks, as the gateway wants them."""
+
+    def now(self) -> float:
+        return time.time()
+
+    def monotonic(self) -> float:
+        return time.monotonic()
+
+
+class Server:
+    """One server process from start to stop."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._metrics = Metrics(CollectorRegistry())
+        self._blobs_url = str(settings.data_dir.resolve() / "blobs")
+        self._pools: list[PoolRunner] = []
+        self._is_draining = False
+        self._stop = asyncio.Event()
+
+    async def serve(self) -> int:
+        """Run until a signal; 0 after a drain in time, 1 when something that serves ended on its own."""
+        settings = self._settings
+        launched = {model.name: self._launch(model) for model in settings.models}
+        store = await Store.open(settings.database_url)
+        try:
+            check_bind(settings.server.host, any_key_exists=await store.keys.any_ever(), mode=settings.auth.mode)
+            blobs = open_blobs(self._blobs_url)
+            self._pools = [self._pool(model, store, blobs, launched[model.name]) for model in settings.models]
+            store.events.on_enqueued(self._wake)
+            with _listening(settings.server.host, settings.server.port) as listener:
+                return await self._serve_http(store, blobs, listener)
+        finally:
+            await asyncio.gather(*(executor.stop() for executor in launched.values()))
+            await store.close()
+
+    def _launch(self, model: ModelSettings) -> LocalExecutor:
+        """Start a worker process early; it imports and loads while this one opens its store."""
+        executor = self._executor(model)
+        executor.launch()
+        return executor
+
+    def _executor(self, model: ModelSettings) -> LocalExecutor:
+        engine, sampler = self._settings.engine, self._settings.sampler
+        directory = model.local_dir()
+        return LocalExecutor(
+            WorkerConfig(
+                base_model=model.name,
+                source=model.source if directory is None else str(directory),
+                revision=model.revision,
+                device=engine.device,
+                dtype=engine.dtype,
+                num_threads=engine.threads,
+                blobs_url=self._blobs_url,
+                max_running_samples=sampler.max_running,
+                max_cached_tokens=sampler.max_cached_tokens,
+                micro_batch_tokens=engine.micro_batch_tokens,
+            )
+        )
+
+    def _pool(self, model: ModelSettings, store: Store, blobs: BlobStore, first: LocalExecutor) -> PoolRunner:
+        scheduler = self._settings.scheduler
+        launched = [first]
+
+        def make_executor() -> LocalExecutor:
+            return launched.pop() if launched else self._executor(model)
+
+        return PoolRunner(
+            pool=PoolName(model.name),
+            store=store,
+            blobs=blobs,
+            make_executor=make_executor,
+            settings=CycleSettings(
+                gather_window_s=scheduler.gather_window_ms / 1000,
+                target_cycle_s=scheduler.target_cycle_s,
+                budget_tokens=scheduler.cycle_budget_tokens,
+                cap_fraction=scheduler.tenant_cap_fraction,
+                gap_wait_s=scheduler.gap_wait_s,
+            ),
+            # The lock on the data directory makes this process the only one of that name.
+            holder=f"{socket.gethostname()}:{self._settings.data_dir.resolve()}",
+            lease_ttl_s=scheduler.lease_ttl_s,
+            metrics=self._metrics,
+            clock=time.time,
+        )
+
+    def _wake(self, pool: PoolName, kind: OpKind) -> None:
+        for runner in self._pools:
+            if runner.pool == pool:
+                runner.wake(kind)
+
+    async def _serve_http(self, store: Store, blobs: BlobStore, listener: socket.socket) -> int:
+        settings = self._settings
+        http = _QuietServer(
+            uvicorn.Config(
+                create_app(self._gateway_deps(store, blobs)),
+                log_config=None,
+                access_log=False,
+                timeout_keep_alive=int(settings.server.keep_alive_s),
+                timeout_graceful_shutdown=CLOSE_S,
+                lifespan="on",
+                server_header=False,
+            )
+        )
+        self._handle_signals()
+        serving = asyncio.create_task(http.serve(sockets=[listener]), name="http")
+        leading = [asyncio.create_task(runner.run(), name=f"pool {runner.pool}") for runner in self._pools]
+        announcing = asyncio.create_task(self._announce(listener))
+        try:
+            stopping = asyncio.create_task(self._stop.wait())
+            await asyncio.wait({serving, stopping, *leading}, return_when=asyncio.FIRST_COMPLETED)
+            is_asked = self._stop.is_set()
+            is_clean = await self._drain(leading)
+            for task in leading:
+                if not is_asked and task.done() and not task.cancelled():
+                    task.result()  # what ended a pool for good is the reason to stop, and is raised here
+            return 0 if is_asked and is_clean else 1
+        finally:
+            announcing.cancel()
+            stopping.cancel()
+            http.should_exit = True
+            await asyncio.gather(serving, announcing, stopping, return_exceptions=True)
+
+    def _handle_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal)
+
+    def _on_signal(self) -> None:
+        if self._is_draining:
+            log.warning("second signal: stopping without a drain")
+            for task in asyncio.all_tasks():
+                if task.get_name().startswith("pool "):
+                    task.cancel()
+        self._stop.set()
+
+    async def _drain(self, leading: Sequence[asyncio.Task[None]]) -> bool:
+        """Finish what runs, within the bound; False when a pool had to be cut off or failed."""
+        self._is_draining = True
+        log.info("draining", bound_s=self._settings.server.drain_s)
+        for runner in self._pools:
+            runner.drain()
+        _, late = await asyncio.wait(leading, timeout=self._settings.server.drain_s)
+        for task in late:
+            log.warning("drain took too long", pool=task.get_name())
+            task.cancel()
+        results = await asyncio.gather(*leading, return_exceptions=True)
+        log.info("drained", in_time=not late)
+        return not late and not any(isinstance(result, BaseException) for result in results)
+
+    async def _announce(self, listener: socket.socket) -> None:
+        """The one line on stdout: where the server is, once every pool serves."""
+        for runner in self._pools:
+            await runner.loaded.wait()
+        host, port = listener.getsockname()[:2]
+        shown = f"[{host}]" if ":" in host else host
+        sys.stdout.write(f"treadle ready: http://{shown}:{port}\n")
+        sys.stdout.flush()
+
+    def _gateway_deps(self, store: Store, blobs: BlobStore) -> GatewayDeps:
+        settings = self._settings
+
+        async def readiness() -> Readiness:
+            return await self._readiness(store)
+
+        return GatewayDeps(
+            store=store,
+            blobs=blobs,
+            clock=Clock(),
+            pools=PoolDirectory(self._pool_views),
+            settings=GatewaySettings(
+                is_loopback=is_loopback(settings.server.host),
+                auth_mode=settings.auth.mode,
+                max_lora_rank=settings.limits.max_lora_rank,
+                hold_s=settings.server.hold_s,
+                max_body_bytes=settings.server.max_body_bytes,
+                max_decompressed_bytes=settings.server.max_decompressed_bytes,
+                max_datums_per_request=settings.limits.max_datums_per_request,
+                max_num_samples=settings.limits.max_num_samples,
+                max_queued_samples_per_tenant=settings.sampler.max_queued_samples_per_tenant,
+            ),
+            readiness=readiness,
+            is_draining=lambda: self._is_draining,
+            draw_seed=lambda: secrets.randbits(63),
+            metrics=self._metrics,
+        )
+
+    def _pool_views(self) -> list[PoolView]:
+        views = []
+        for model, runner in zip(self._settings.models, self._pools, strict=True):
+            status = runner.status
+            directory = model.local_dir()
+            views.append(
+                PoolView(
+                    name=runner.pool,
+                    aliases=() if directory is None else (str(directory),),
+                    facts=status.facts,
+                    is_ready=status.is_ready,
+                    reason=status.reason,
+                )
+            )
+        return views
+
+    async def _readiness(self, store: Store) -> Readiness:
+        reasons = []
+        try:
+            if not await store.schema_is_current():
+                reasons.append("the database schema is not current; run treadle db upgrade")
+        except TreadleError as error:
+            reasons.append(error.message)
+        if self._is_draining:
+            reasons.append("the server is stopping")
+        reasons += [
+            f"pool {runner.pool}: {runner.status.reason}" for runner in self._pools if not runner.status.is_ready
+        ]
+        return Readiness(is_ready=not reasons, reasons=tuple(reasons))
+
+
+class _QuietServer(uvicorn.Server):
+    """uvicorn without signal handlers: the composition root decides when HTTP ends."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+@contextlib.contextmanager
+def _listening(host: str, port: int) -> Iterator[socket.socket]:
+    """A bound socket. Raises ConfigError when the address is taken or not ours."""
+    try:
+        listener = socket.create_server((host, port), family=_family(host), backlog=2048, reuse_port=False)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
+    with listener:
+        yield listener
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET

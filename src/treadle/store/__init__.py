@@ -1,0 +1,8 @@
+"""The only package that speaks SQL. Start with `Store.open`."""
+
+from __future__ import annotations
+
+from treadle.store.sampling import Completion
+from treadle.store.store import Store
+
+__all__ = ["Completion", "Store"]

@@ -1,0 +1,129 @@
+"""Checkpoints: names of immutable blobs. They are published by the scheduler's commits (cycles.py).
+
+It refuses to touch blobs. Invariant: a checkpoint whose time is up is as good as gone, even before a sweep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import sqlalchemy as sa
+
+from treadle.domain.ids import BlobKey, CheckpointKind, ModelId, TenantId
+from treadle.domain.records import CheckpointRecord
+from treadle.store.dialect import Dialect
+from treadle.store.engine import Database
+from treadle.store.lora_json import lora_from_json, lora_to_json
+from treadle.store.pages import checked_page, read_page
+from treadle.store.tables import AnyRow, checkpoints
+from treadle.store.writer import Writer
+
+_LIVE = sa.select(*checkpoints.c).where(
+    sa.or_(checkpoints.c.expires_at.is_(None), checkpoints.c.expires_at > sa.bindparam("now", type_=sa.Double))
+)
+_NEWEST_FIRST = (checkpoints.c.created_at.desc(), checkpoints.c.tinker_path)
+_FIND = _LIVE.where(checkpoints.c.tinker_path == sa.bindparam("path"))
+_OF_MODEL = _LIVE.where(checkpoints.c.model_id == sa.bindparam("of_model")).order_by(*_NEWEST_FIRST)
+_NEWEST = (
+    _LIVE.where(checkpoints.c.model_id == sa.bindparam("of_model"), checkpoints.c.kind == sa.bindparam("of_kind"))
+    .order_by(checkpoints.c.created_at.desc(), checkpoints.c.seq_id.desc())
+    .limit(1)
+)
+_DELETE = checkpoints.delete().where(checkpoints.c.tinker_path == sa.bindparam("path"))
+
+
+class CheckpointUpserts:
+    """Publish checkpoints inside a write transaction; one under the same path is replaced."""
+
+    def __init__(self, dialect: Dialect) -> None:
+        insert = dialect.insert(checkpoints)
+        replaced = {column.name: insert.excluded[column.name] for column in checkpoints.c if not column.primary_key}
+        self._statement = insert.on_conflict_do_update(index_elements=[checkpoints.c.tinker_path], set_=replaced)
+
+    def upsert(self, conn: sa.Connection, records: tuple[CheckpointRecord, ...]) -> None:
+        """The last record of a path stays."""
+        if records:
+            conn.execute(self._statement, [_row_of(record) for record in records])
+
+
+class Checkpoints:
+    """See the module."""
+
+    def __init__(self, *, database: Database, writer: Writer, clock: Callable[[], float]) -> None:
+        self._database = database
+        self._writer = writer
+        self._clock = clock
+
+    async def find(self, tinker_path: str) -> CheckpointRecord | None:
+        """The live checkpoint under a tinker:// path, whoever owns it."""
+        values = {"path": tinker_path, "now": self._clock()}
+        row = await self._database.read(lambda conn: conn.execute(_FIND, values).one_or_none())
+        return None if row is None else _record_of(row)
+
+    async def exists(self, tinker_path: str) -> bool:
+        """Whether `find` would find it."""
+        return await self.find(tinker_path) is not None
+
+    async def of_model(self, model_id: ModelId) -> list[CheckpointRecord]:
+        """A run's checkpoints of all kinds, newest first."""
+        values = {"of_model": model_id, "now": self._clock()}
+        rows = await self._database.read(lambda conn: conn.execute(_OF_MODEL, values).all())
+        return [_record_of(row) for row in rows]
+
+    async def list(self, tenant_id: TenantId | None, limit: int, offset: int = 0) -> tuple[list[CheckpointRecord], int]:
+        """A page of a tenant's checkpoints (of all tenants for None), newest first, and how many there are."""
+        query = _LIVE.order_by(*_NEWEST_FIRST).params(now=self._clock())
+        if tenant_id is not None:
+            query = query.where(checkpoints.c.tenant_id == tenant_id)
+        page = checked_page(query, limit=limit, offset=offset)
+        rows, total = await self._database.read(lambda conn: read_page(conn, page))
+        return [_record_of(row) for row in rows], total
+
+    async def newest(self, model_id: ModelId, kind: CheckpointKind) -> CheckpointRecord | None:
+        """A run's newest checkpoint of one kind."""
+        values = {"of_model": model_id, "of_kind": kind.value, "now": self._clock()}
+        row = await self._database.read(lambda conn: conn.execute(_NEWEST, values).one_or_none())
+        return None if row is None else _record_of(row)
+
+    async def delete(self, tinker_path: str) -> bool:
+        """Whether there was such a checkpoint. Its blob stays for whoever still names it, until a sweep."""
+        return await self._writer.run(lambda conn: conn.execute(_DELETE, {"path": tinker_path}).rowcount == 1)
+
+
+def _row_of(record: CheckpointRecord) -> dict[str, Any]:
+    return {
+        "tinker_path": record.tinker_path,
+        "model_id": record.model_id,
+        "tenant_id": record.tenant_id,
+        "kind": record.kind.value,
+        "name": record.name,
+        "blob_key": record.blob_key,
+        "size_bytes": record.size_bytes,
+        "seq_id": record.seq_id,
+        "created_at": record.created_at,
+        "base_model": record.base_model,
+        "lora": lora_to_json(record.lora),
+        "public": record.public,
+        "expires_at": record.expires_at,
+        "user_metadata": dict(record.user_metadata),
+    }
+
+
+def _record_of(row: AnyRow) -> CheckpointRecord:
+    return CheckpointRecord(
+        model_id=ModelId(row.model_id),
+        tenant_id=TenantId(row.tenant_id),
+        kind=CheckpointKind(row.kind),
+        name=row.name,
+        tinker_path=row.tinker_path,
+        blob_key=BlobKey(row.blob_key),
+        size_bytes=row.size_bytes,
+        seq_id=row.seq_id,
+        created_at=row.created_at,
+        base_model=row.base_model,
+        lora=lora_from_json(row.lora),
+        public=row.public,
+        expires_at=row.expires_at,
+        user_metadata=row.user_metadata,
+    )

@@ -1,0 +1,166 @@
+"""The scheduler's commits: one fenced transaction per cycle.
+
+It refuses to judge outcomes; it makes all of them public at once. Invariant: everything a cycle changes (rows,
+results, runs, names of blobs, usage) becomes visible together, and only while the leader's lease is the newest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import sqlalchemy as sa
+
+from treadle.domain.ids import RequestId, TenantId
+from treadle.domain.records import FinishedCycle, FinishedRequest, LeaseRecord, ModelAdvance, NewRequest
+from treadle.store.checkpoints import CheckpointUpserts
+from treadle.store.engine import Database
+from treadle.store.events import Events
+from treadle.store.leases import Leases, fence
+from treadle.store.request_rows import RequestRows, checked_new
+from treadle.store.runlog import RunLogInserts
+from treadle.store.sampling import SamplingInserts
+from treadle.store.tables import IS_IN_LINE, models, requests, usage
+from treadle.store.writer import Writer
+
+_new_state = sa.bindparam("new_state", type_=sa.Text)
+
+
+def _unless_none(name: str) -> sa.ColumnElement[object]:
+    """The bound value, or what the column holds when it is None."""
+    column = models.c[name]
+    return sa.func.coalesce(sa.bindparam(f"new_{name}", type_=column.type), column)
+
+
+# One statement for every shape of advance, so that a cycle's advances are one batch.
+_ADVANCE = (
+    models.update()
+    .where(models.c.model_id == sa.bindparam("of_model"))
+    .values(
+        next_seq_id=sa.bindparam("new_next_seq_id"),
+        last_request_at=sa.bindparam("now"),
+        state=sa.func.coalesce(_new_state, models.c.state),
+        state_message=sa.case((_new_state.is_(None), models.c.state_message), else_=sa.bindparam("new_message")),
+        **{name: _unless_none(name) for name in ("incarnation", "changed_seq", "snapshot_key", "snapshot_seq")},
+    )
+)
+# Finished rows left the line on their own; this takes out the refused ones that planning stepped over.
+_STEP_OVER = (
+    requests.update()
+    .where(
+        requests.c.pool == sa.bindparam("of_pool"),
+        requests.c.model_id == sa.bindparam("of_model"),
+        requests.c.seq_id < sa.bindparam("new_next_seq_id"),
+        IS_IN_LINE,
+        requests.c.state != sa.literal_column("'queued'"),
+    )
+    .values(in_line=sa.false())
+)
+_USAGE = sa.select(usage.c.trained_tokens).where(usage.c.tenant_id == sa.bindparam("of_tenant"))
+
+
+class Cycles:
+    """See the module."""
+
+    def __init__(
+        self,
+        *,
+        database: Database,
+        writer: Writer,
+        events: Events,
+        leases: Leases,
+        rows: RequestRows,
+        sampling: SamplingInserts,
+        clock: Callable[[], float],
+    ) -> None:
+        self._database = database
+        self._writer = writer
+        self._events = events
+        self._leases = leases
+        self._rows = rows
+        self._sampling = sampling
+        self._clock = clock
+        self._checkpoints = CheckpointUpserts(database.dialect)
+        self._run_log = RunLogInserts(database.dialect)
+        insert_usage = database.dialect.insert(usage)
+        self._add_usage = insert_usage.on_conflict_do_update(
+            index_elements=[usage.c.tenant_id],
+            set_={"trained_tokens": usage.c.trained_tokens + insert_usage.excluded.trained_tokens},
+        )
+
+    async def begin(self, lease: LeaseRecord, cycle: int, request_ids: Sequence[RequestId]) -> None:
+        """Note in the lease row what a worker is about to get. Raises Fenced."""
+        await self._leases.begin_cycle(lease, cycle, request_ids)
+
+    async def finish(self, lease: LeaseRecord, cycle: FinishedCycle) -> None:
+        """Commit a cycle whole. Raises Fenced, with nothing written, when another leader took the pool.
+
+        Rows that are final already are left alone. A request that arrived after planning gave it up as never
+        received becomes FAILED like the others.
+        """
+        for request in cycle.never_received:
+            assert request.failure is not None, "a request that never came has failed"
+            checked_new(request)
+
+        def write(conn: sa.Connection) -> tuple[RequestId, ...]:
+            fence(conn, lease, ends_cycle=True)
+            now = self._clock()
+            added = self._rows.insert(conn, cycle.never_received, now)
+            late = [_failed(request) for request in cycle.never_received if request.request_id not in added]
+            finished = self._rows.finish(conn, [*cycle.finished, *late], now)
+            self._advance(conn, lease, cycle.advances, now)
+            self._checkpoints.upsert(conn, cycle.checkpoints)
+            self._sampling.insert(conn, cycle.sampling_sessions)
+            self._run_log.insert(conn, cycle.run_log)
+            self._count_usage(conn, cycle.trained_tokens)
+            return (*finished, *(r.request_id for r in cycle.never_received if r.request_id in added))
+
+        await self._writer.run(write, after_commit=self._events.announce_finished)
+
+    async def finish_samples(self, lease: LeaseRecord, finished: Sequence[FinishedRequest]) -> None:
+        """Commit finished samples. Raises Fenced. Rows that are final already are left alone."""
+
+        def write(conn: sa.Connection) -> tuple[RequestId, ...]:
+            fence(conn, lease, ends_cycle=False)
+            return self._rows.finish(conn, finished, self._clock())
+
+        await self._writer.run(write, after_commit=self._events.announce_finished)
+
+    async def trained_tokens(self, tenant_id: TenantId) -> int:
+        """Tokens of all passes that were committed for a tenant."""
+        values = {"of_tenant": tenant_id}
+        total = await self._database.read(lambda conn: conn.execute(_USAGE, values).scalar_one_or_none())
+        return total or 0
+
+    def _advance(self, conn: sa.Connection, lease: LeaseRecord, advances: Sequence[ModelAdvance], now: float) -> None:
+        if not advances:
+            return
+        assert len({advance.model_id for advance in advances}) == len(advances), "one advance per run"
+        rows = [_advance_values(advance, now) for advance in advances]
+        updated = conn.execute(_ADVANCE, rows).rowcount
+        assert updated in (len(rows), -1), "an advance of an unknown run"
+        steps = ("of_model", "new_next_seq_id")
+        conn.execute(_STEP_OVER, [{"of_pool": lease.pool} | {name: row[name] for name in steps} for row in rows])
+
+    def _count_usage(self, conn: sa.Connection, trained_tokens: Mapping[TenantId, int]) -> None:
+        # Sorted, so that two pools that count the same tenants cannot deadlock.
+        rows = [{"tenant_id": id_, "trained_tokens": count} for id_, count in sorted(trained_tokens.items()) if count]
+        if rows:
+            conn.execute(self._add_usage, rows)
+
+
+def _failed(request: NewRequest) -> FinishedRequest:
+    return FinishedRequest(request_id=request.request_id, failure=request.failure)
+
+
+def _advance_values(advance: ModelAdvance, now: float) -> dict[str, object]:
+    return {
+        "of_model": advance.model_id,
+        "new_next_seq_id": advance.next_seq_id,
+        "now": now,
+        "new_state": None if advance.state is None else advance.state.value,
+        "new_message": advance.state_message,
+        "new_incarnation": advance.incarnation,
+        "new_changed_seq": advance.changed_seq,
+        "new_snapshot_key": advance.snapshot_key,
+        "new_snapshot_seq": advance.snapshot_seq,
+    }

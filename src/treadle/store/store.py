@@ -1,0 +1,92 @@
+"""The store: one object, one part per resource.
+
+    store = await Store.open("sqlite+aiosqlite:////data/treadle.db")
+    await store.requests.enqueue(request)
+
+It belongs to the event loop it was opened on. See writer.py for what a write promises and engine.py for reads.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import sqlalchemy as sa
+
+from treadle.store import migrate
+from treadle.store.checkpoints import Checkpoints
+from treadle.store.cycles import Cycles
+from treadle.store.engine import Database, translated
+from treadle.store.events import Events
+from treadle.store.keys import Keys
+from treadle.store.leases import Leases
+from treadle.store.models import Models
+from treadle.store.request_rows import RequestRows
+from treadle.store.requests import Requests
+from treadle.store.runlog import RunLog
+from treadle.store.sampling import Sampling, SamplingInserts
+from treadle.store.sessions import Sessions
+from treadle.store.writer import Writer
+
+
+class Store:
+    """What the layers above hold. Any method of any part may raise StoreUnavailable."""
+
+    def __init__(self, *, database: Database, writer: Writer, clock: Callable[[], float]) -> None:
+        self._database = database
+        self._writer = writer
+        rows = RequestRows(database.dialect)
+        sampling_inserts = SamplingInserts(database.dialect)
+        self.events = Events()
+        self.keys = Keys(database=database, writer=writer, clock=clock)
+        self.sessions = Sessions(database=database, writer=writer, clock=clock)
+        self.requests = Requests(database=database, writer=writer, events=self.events, rows=rows, clock=clock)
+        self.models = Models(database=database, writer=writer, rows=rows, requests=self.requests, clock=clock)
+        self.sampling = Sampling(database=database, writer=writer, inserts=sampling_inserts)
+        self.checkpoints = Checkpoints(database=database, writer=writer, clock=clock)
+        self.leases = Leases(database=database, writer=writer, clock=clock)
+        self.cycles = Cycles(
+            database=database,
+            writer=writer,
+            events=self.events,
+            leases=self.leases,
+            rows=rows,
+            sampling=sampling_inserts,
+            clock=clock,
+        )
+        self.run_log = RunLog(database)
+
+    @staticmethod
+    async def open(url: str, *, clock: Callable[[], float] = time.time, migrate: bool = True) -> Store:
+        """An open store on `url`, like sqlite+aiosqlite:////ABSOLUTE/PATH (the directory must exist).
+
+        `clock` gives seconds since the epoch. `migrate` brings the schema to the newest version first. Raises
+        ConfigError for a URL that is not supported or a database of a newer treadle, and StoreUnavailable.
+        """
+        database = Database.of(url)
+        try:
+            if migrate:
+                await _upgrade(database)
+            return Store(database=database, writer=Writer(database), clock=clock)
+        except BaseException:
+            await database.close()
+            raise
+
+    async def close(self) -> None:
+        """Commit the writes that wait, then close. Later calls raise StoreUnavailable. Idempotent."""
+        await self._writer.close()
+        await self._database.close()
+
+    async def ping(self) -> None:
+        """Return when the database answers; else raise StoreUnavailable."""
+        await self._database.read(lambda conn: conn.execute(sa.select(1)).scalar_one())
+
+    async def schema_is_current(self) -> bool:
+        """Whether the schema is the one this treadle needs."""
+        return await self._database.read(migrate.version_of) == migrate.newest_version()
+
+
+async def _upgrade(database: Database) -> None:
+    with translated():
+        async with database.writing.begin() as conn:
+            await conn.run_sync(migrate.upgrade, database.dialect)

@@ -1,0 +1,222 @@
+"""The schema, as SQLAlchemy sees it. Migrations build the same one; a test compares them.
+
+It refuses to know queries. Times are seconds since the epoch. Ids that the API forms are text; `row_id` numbers rows
+in arrival order and is what side tables refer to, so that their inserts append. Wide values (payloads, results) live
+in side tables: the queue is scanned without touching them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import sqlalchemy as sa
+
+AnyRow: TypeAlias = "sa.Row[*tuple[Any, ...]]"
+"""A fetched row; the columns of the statement say what is in it."""
+
+metadata = sa.MetaData(
+    naming_convention={
+        "pk": "pk_%(table_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_name)s",
+        "ix": "ix_%(table_name)s_%(column_0_name)s",
+    }
+)
+
+# SQLite numbers rows by itself only in a column of exactly this type.
+_RowId = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
+
+keys = sa.Table(
+    "keys",
+    metadata,
+    sa.Column("key_id", _RowId, primary_key=True, autoincrement=True),
+    sa.Column("tenant_id", sa.Text, nullable=False),
+    sa.Column("user", sa.Text, nullable=False),
+    sa.Column("digest", sa.Text, nullable=False, unique=True),
+    sa.Column("is_admin", sa.Boolean, nullable=False),
+    sa.Column("created_at", sa.Double, nullable=False),
+    sa.Column("revoked_at", sa.Double),
+)
+
+sessions = sa.Table(
+    "sessions",
+    metadata,
+    sa.Column("session_id", sa.Text, primary_key=True),
+    sa.Column("tenant_id", sa.Text, nullable=False),
+    sa.Column("state", sa.Text, nullable=False),
+    sa.Column("created_at", sa.Double, nullable=False),
+    sa.Column("last_heartbeat_at", sa.Double, nullable=False),
+    sa.Column("sdk_version", sa.Text, nullable=False),
+    sa.Column("project_id", sa.Text),
+    sa.Column("display_name", sa.Text),
+    sa.Column("user_metadata", sa.JSON, nullable=False),
+    sa.Column("idempotency_key", sa.Text),
+    sa.Column("finished_at", sa.Double),
+    sa.Column("finish_reason", sa.Text),
+    sa.Column("finish_detail", sa.Text),
+    # A session without a key conflicts with none: NULLs are distinct.
+    sa.UniqueConstraint("tenant_id", "idempotency_key"),
+)
+sa.Index("ix_sessions_tenant", sessions.c.tenant_id, sessions.c.created_at)
+
+models = sa.Table(
+    "models",
+    metadata,
+    sa.Column("model_id", sa.Text, primary_key=True),
+    sa.Column("session_id", sa.Text, sa.ForeignKey(sessions.c.session_id), nullable=False),
+    sa.Column("tenant_id", sa.Text, nullable=False),
+    sa.Column("pool", sa.Text, nullable=False),
+    sa.Column("base_model", sa.Text, nullable=False),
+    sa.Column("revision", sa.Text, nullable=False),
+    sa.Column("lora", sa.JSON, nullable=False),
+    sa.Column("state", sa.Text, nullable=False),
+    sa.Column("state_message", sa.Text, nullable=False),
+    sa.Column("next_seq_id", sa.BigInteger, nullable=False),
+    sa.Column("incarnation", sa.BigInteger, nullable=False),
+    sa.Column("changed_seq", sa.BigInteger, nullable=False),
+    sa.Column("snapshot_key", sa.Text),
+    sa.Column("snapshot_seq", sa.BigInteger, nullable=False),
+    sa.Column("user_metadata", sa.JSON, nullable=False),
+    sa.Column("created_at", sa.Double, nullable=False),
+    sa.Column("last_request_at", sa.Double, nullable=False),
+    # The request that creates it, which a replay is answered with.
+    sa.Column("create_request_id", sa.Text, nullable=False),
+)
+sa.Index("ix_models_session", models.c.session_id)
+sa.Index("ix_models_tenant", models.c.tenant_id, models.c.created_at)
+sa.Index("ix_models_pool", models.c.pool, models.c.state)
+
+sampling_sessions = sa.Table(
+    "sampling_sessions",
+    metadata,
+    sa.Column("sampling_session_id", sa.Text, primary_key=True),
+    sa.Column("session_id", sa.Text, sa.ForeignKey(sessions.c.session_id), nullable=False),
+    sa.Column("tenant_id", sa.Text, nullable=False),
+    sa.Column("pool", sa.Text, nullable=False),
+    sa.Column("base_model", sa.Text, nullable=False),
+    sa.Column("created_at", sa.Double, nullable=False),
+    sa.Column("model_path", sa.Text),
+    sa.Column("blob_key", sa.Text),
+    sa.Column("model_id", sa.Text, sa.ForeignKey(models.c.model_id)),
+    # Clients that joined it, and samples of it that are finished; each numbers the next one.
+    sa.Column("client_counter", sa.BigInteger, nullable=False),
+    sa.Column("finished_counter", sa.BigInteger, nullable=False),
+)
+sa.Index("ix_sampling_sessions_session", sampling_sessions.c.session_id)
+
+requests = sa.Table(
+    "requests",
+    metadata,
+    sa.Column("row_id", _RowId, primary_key=True, autoincrement=True),
+    sa.Column("request_id", sa.Text, nullable=False, unique=True),
+    sa.Column("tenant_id", sa.Text, nullable=False),
+    sa.Column("pool", sa.Text, nullable=False),
+    sa.Column("kind", sa.Text, nullable=False),
+    sa.Column("state", sa.Text, nullable=False),
+    sa.Column("seq_id", sa.BigInteger, nullable=False),
+    sa.Column("num_tokens", sa.BigInteger, nullable=False),
+    sa.Column("quantum_tokens", sa.JSON, nullable=False),
+    sa.Column("model_id", sa.Text, sa.ForeignKey(models.c.model_id)),
+    sa.Column("sampling_session_id", sa.Text, sa.ForeignKey(sampling_sessions.c.sampling_session_id)),
+    sa.Column("payload_key", sa.Text),
+    sa.Column("created_at", sa.Double, nullable=False),
+    # A sequenced op that its model has not passed yet: queued, or refused at admission and still to be stepped over.
+    sa.Column("in_line", sa.Boolean, nullable=False),
+    sa.Column("finished_at", sa.Double),
+    # Position among the finished samples of its sampling session, from 1 on, in commit order.
+    sa.Column("finished_order", sa.BigInteger),
+    sa.Column("result_bytes", sa.BigInteger),
+    sa.Column("error", sa.Text),
+    sa.Column("category", sa.Text),
+    sa.Column("is_transient", sa.Boolean, nullable=False),
+)
+
+# Literals, because a partial index serves only queries that repeat its condition word for word.
+IS_QUEUED = requests.c.state == sa.literal_column("'queued'")
+IS_SAMPLE = requests.c.kind == sa.literal_column("'sample'")
+IS_IN_LINE = requests.c.in_line.is_(sa.true())
+
+
+def _partial_index(name: str, *columns: sa.Column[object], where: sa.ColumnElement[bool], unique: bool = False) -> None:
+    sa.Index(name, *columns, unique=unique, sqlite_where=where, postgresql_where=where)
+
+
+_r = requests.c
+_partial_index("ix_requests_line", _r.pool, _r.model_id, _r.seq_id, where=IS_IN_LINE)
+_partial_index("ix_requests_queued_samples", _r.pool, _r.row_id, where=sa.and_(IS_QUEUED, IS_SAMPLE))
+_partial_index("ix_requests_queued_of_tenant", _r.tenant_id, _r.num_tokens, where=IS_QUEUED)
+_partial_index("ix_requests_model_seq", _r.model_id, _r.seq_id, where=_r.model_id.is_not(None), unique=True)
+_partial_index(
+    "ix_requests_finished_samples",
+    _r.sampling_session_id,
+    _r.finished_order,
+    where=_r.finished_order.is_not(None),
+    unique=True,
+)
+
+payloads = sa.Table(
+    "payloads",
+    metadata,
+    sa.Column("row_id", _RowId, sa.ForeignKey(requests.c.row_id), primary_key=True, autoincrement=False),
+    sa.Column("body", sa.LargeBinary, nullable=False),
+)
+
+results = sa.Table(
+    "results",
+    metadata,
+    sa.Column("row_id", _RowId, sa.ForeignKey(requests.c.row_id), primary_key=True, autoincrement=False),
+    sa.Column("content_type", sa.Text, nullable=False),
+    sa.Column("finished_at", sa.Double, nullable=False, index=True),
+    sa.Column("delivered_at", sa.Double),
+    sa.Column("body", sa.LargeBinary, nullable=False),
+)
+
+checkpoints = sa.Table(
+    "checkpoints",
+    metadata,
+    sa.Column("tinker_path", sa.Text, primary_key=True),
+    sa.Column("model_id", sa.Text, sa.ForeignKey(models.c.model_id), nullable=False),
+    sa.Column("tenant_id", sa.Text, nullable=False),
+    sa.Column("kind", sa.Text, nullable=False),
+    sa.Column("name", sa.Text, nullable=False),
+    sa.Column("blob_key", sa.Text, nullable=False),
+    sa.Column("size_bytes", sa.BigInteger, nullable=False),
+    sa.Column("seq_id", sa.BigInteger, nullable=False),
+    sa.Column("created_at", sa.Double, nullable=False),
+    sa.Column("base_model", sa.Text, nullable=False),
+    sa.Column("lora", sa.JSON, nullable=False),
+    sa.Column("public", sa.Boolean, nullable=False),
+    sa.Column("expires_at", sa.Double),
+    sa.Column("user_metadata", sa.JSON, nullable=False),
+)
+sa.Index("ix_checkpoints_model", checkpoints.c.model_id, checkpoints.c.kind, checkpoints.c.created_at)
+sa.Index("ix_checkpoints_tenant", checkpoints.c.tenant_id, checkpoints.c.created_at)
+
+leases = sa.Table(
+    "leases",
+    metadata,
+    sa.Column("pool", sa.Text, primary_key=True),
+    sa.Column("token", sa.BigInteger, nullable=False),
+    sa.Column("holder", sa.Text, nullable=False),
+    sa.Column("expires_at", sa.Double, nullable=False),
+    sa.Column("cycle", sa.BigInteger, nullable=False),
+    # Requests handed to a worker and not committed: what a next leader has to suspect.
+    sa.Column("in_flight", sa.JSON, nullable=False),
+)
+
+run_log = sa.Table(
+    "run_log",
+    metadata,
+    sa.Column("model_id", sa.Text, sa.ForeignKey(models.c.model_id), primary_key=True),
+    sa.Column("seq_id", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("kind", sa.Text, nullable=False),
+    sa.Column("created_at", sa.Double, nullable=False),
+    sa.Column("metrics", sa.JSON, nullable=False),
+)
+
+usage = sa.Table(
+    "usage",
+    metadata,
+    sa.Column("tenant_id", sa.Text, primary_key=True),
+    sa.Column("trained_tokens", sa.BigInteger, nullable=False),
+)

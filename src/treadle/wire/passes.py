@@ -1,0 +1,285 @@
+"""forward_backward bodies: protobuf bytes to PassOp and back.
+
+Reading has two stages. The head (model and sequence number) decides whose request it is; when it cannot be read there
+is no row to fail, so that is UnreadableBody. Everything behind the head that cannot be honoured is InvalidRequest or
+NotSupported, and names the datum and the field. Knows no weights: a vocabulary size and a context length are enough.
+
+Invariant: a PassOp that leaves here with limits is safe to launch. Its ids index the vocabulary, its shapes agree,
+its floats are finite.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import numpy as np
+from google.protobuf.message import DecodeError
+from numpy.typing import NDArray
+
+from treadle.domain.ids import ModelId
+from treadle.domain.limits import MAX_DATUMS_PER_REQUEST, MAX_DECOMPRESSED_BYTES, MAX_ID_CHARS
+from treadle.domain.losses import LOSSES, LossSpec, resolve_loss
+from treadle.domain.ops import Datum, PassOp
+from treadle.errors import InvalidRequest, NotSupported, UnreadableBody
+from treadle.wire import treadle_pb2 as pb
+from treadle.wire.tensors import FLOAT32, INT32, INT64, FlatTensor, flat_tensor
+
+TARGET_TOKENS = "target_tokens"
+
+
+@dataclass(frozen=True, slots=True)
+class PassLimits:
+    """What a model can take: token ids in [0, vocab_size), sequences up to max_context_length tokens."""
+
+    vocab_size: int
+    max_context_length: int
+
+
+@dataclass(frozen=True, slots=True)
+class PassHead:
+    """Whose pass it is: enough to make a row for it, whatever the rest holds."""
+
+    model_id: ModelId
+    seq_id: int
+
+
+def read_pass_head(body: bytes) -> PassHead:
+    """The owner and place of a pass. Raises UnreadableBody for anything but protobuf with a model and a seq_id >= 1."""
+    return _head(_parsed(body))
+
+
+def decode_pass(body: bytes, *, limits: PassLimits) -> PassOp:
+    """The whole pass, checked against `limits`.
+
+    Arrays are writable copies of `body`, laid end to end per input, so that they can be handed to torch as they are.
+    Raises UnreadableBody as `read_pass_head` does, InvalidRequest naming datum and field, NotSupported for chunks
+    other than text.
+    """
+    return _decode(_parsed(body), limits)
+
+
+def decode_pass_trusted(body: bytes) -> PassOp:
+    """The pass of a stored payload, which `decode_pass` accepted before: model limits are not checked again."""
+    return _decode(_parsed(body), None)
+
+
+def encode_pass(op: PassOp) -> bytes:
+    """The pass as `decode_pass` reads it. The gateway stores the client's own bytes; this is for every other maker."""
+    message = pb.PassRequest(model_id=op.model_id, seq_id=op.seq_id, loss_fn=op.loss.name, forward_only=op.forward_only)
+    for key, number in op.loss.config.items():
+        message.loss_fn_settings[key].number = number
+    for datum in op.datums:
+        written = message.datums.add()
+        written.model_input.add().text.tokens = datum.tokens.astype(INT32, copy=False).tobytes()
+        for name, values in datum.inputs.items():
+            tensor = written.loss_fn_inputs[name]
+            is_integer = values.dtype.kind == "i"
+            tensor.dtype = pb.ELEMENT_TYPE_INT64 if is_integer else pb.ELEMENT_TYPE_FLOAT32
+            tensor.shape.extend(values.shape)
+            tensor.dense = values.astype(INT64 if is_integer else FLOAT32, copy=False).tobytes()
+    return message.SerializeToString()
+
+
+def _parsed(body: bytes) -> pb.PassRequest:
+    message = pb.PassRequest()
+    try:
+        message.ParseFromString(body)
+    except DecodeError:
+        raise UnreadableBody(f"the body of {len(body)} bytes is not a forward_backward protobuf message") from None
+    return message
+
+
+def _head(message: pb.PassRequest) -> PassHead:
+    model_id = message.model_id
+    if not model_id:
+        raise UnreadableBody("the body is not a forward_backward message with a model_id")
+    if len(model_id) > MAX_ID_CHARS or "\0" in model_id:
+        raise UnreadableBody(f"model_id {model_id[:80]!r} is not an id")
+    if message.seq_id < 1:
+        raise UnreadableBody(f"seq_id {message.seq_id} is not a sequence number; they start at 1")
+    return PassHead(ModelId(model_id), message.seq_id)
+
+
+def _decode(message: pb.PassRequest, limits: PassLimits | None) -> PassOp:
+    head = _head(message)
+    loss = resolve_loss(message.loss_fn, _loss_settings(message))
+    if not 1 <= len(message.datums) <= MAX_DATUMS_PER_REQUEST:
+        raise InvalidRequest(f"data has {len(message.datums)} datums; allowed are 1 to {MAX_DATUMS_PER_REQUEST}")
+    tokens = _read_tokens(message.datums, limits)
+    inputs = _read_inputs(message.datums, LOSSES[loss.name], tokens)
+    if limits is not None:
+        for column in (tokens, *inputs):
+            if column.flat.dtype.kind == "i":
+                column.check_token_ids(limits.vocab_size)
+            else:
+                column.check_finite()
+    inputs_of: list[dict[str, NDArray[np.generic]]] = [{} for _ in message.datums]
+    for column in inputs:
+        for datum_index, array in zip(column.datum_indexes, column.arrays(), strict=True):
+            inputs_of[datum_index][column.name] = array
+    datums = tuple(Datum(tokens=t, inputs=i) for t, i in zip(tokens.arrays(), inputs_of, strict=True))
+    return PassOp(head.model_id, head.seq_id, datums, loss, message.forward_only)
+
+
+def _loss_settings(message: pb.PassRequest) -> Mapping[str, float | str]:
+    """The loss's settings. The newer map wins when it has entries: the older one only mirrors its numbers."""
+    if not message.loss_fn_settings:
+        return dict(message.loss_fn_numbers)
+    settings: dict[str, float | str] = {}
+    for key, setting in message.loss_fn_settings.items():
+        match setting.WhichOneof("value"):
+            case "number":
+                settings[key] = setting.number
+            case "text":
+                settings[key] = setting.text
+            case _:
+                raise InvalidRequest(f"loss_fn_config key {key[:80]!r} has no value")
+    return settings
+
+
+@dataclass(frozen=True, slots=True)
+class _Column:
+    """One array of many datums, laid end to end: checked at once, then cut into views.
+
+    A thousand small numpy checks cost more than decoding the request; one large one is cheap.
+    """
+
+    name: str
+    datum_indexes: Sequence[int]
+    shapes: Sequence[tuple[int, ...]]
+    flat: NDArray[Any]
+
+    def arrays(self) -> list[NDArray[Any]]:
+        """One view per datum, in its own shape."""
+        arrays = []
+        start = 0
+        for shape in self.shapes:
+            stop = start + math.prod(shape)
+            part = self.flat[start:stop]
+            arrays.append(part if len(shape) == 1 else part.reshape(shape))
+            start = stop
+        assert start == len(self.flat)
+        return arrays
+
+    def check_token_ids(self, vocab_size: int) -> None:
+        """Raises InvalidRequest for the first id outside [0, vocab_size)."""
+        ids = self.flat
+        if len(ids) and (ids.min() < 0 or ids.max() >= vocab_size):
+            self._refuse_first((ids < 0) | (ids >= vocab_size), f"outside the vocabulary [0, {vocab_size})")
+
+    def check_finite(self) -> None:
+        """Raises InvalidRequest for the first NaN or infinity."""
+        is_finite = np.isfinite(self.flat)
+        if not is_finite.all():
+            self._refuse_first(~is_finite, "not finite")
+
+    def _refuse_first(self, is_bad: NDArray[np.bool_], reason: str) -> NoReturn:
+        flat_index = int(np.argmax(is_bad))
+        stops = np.cumsum([math.prod(shape) for shape in self.shapes])
+        place = int(np.searchsorted(stops, flat_index, side="right"))
+        shape = self.shapes[place]
+        within = flat_index - (int(stops[place - 1]) if place else 0)
+        position = ", ".join(str(int(i)) for i in np.unravel_index(within, shape))
+        raise InvalidRequest(
+            f"datum {self.datum_indexes[place]}: {self.name}[{position}] is {self.flat[flat_index]}, {reason}"
+        )
+
+
+def _joined(name: str, dtype: np.dtype[Any], parts: Sequence[tuple[int, FlatTensor]]) -> _Column:
+    # A bytearray makes the views writable; torch warns about arrays that are not.
+    buffer = bytearray().join([part.raw for _, part in parts])
+    return _Column(
+        name=name,
+        datum_indexes=[datum_index for datum_index, _ in parts],
+        shapes=[part.shape for _, part in parts],
+        flat=np.frombuffer(buffer, dtype=dtype),
+    )
+
+
+def _read_tokens(datums: Sequence[pb.DatumMessage], limits: PassLimits | None) -> _Column:
+    """The tokens of every datum, int32 [T] each."""
+    parts: list[tuple[int, FlatTensor]] = []
+    for datum_index, datum in enumerate(datums):
+        raw = _token_bytes(datum_index, datum)
+        num_tokens = len(raw) // INT32.itemsize
+        if num_tokens == 0:
+            raise InvalidRequest(f"datum {datum_index}: model_input has no tokens")
+        if limits is not None and num_tokens > limits.max_context_length:
+            raise InvalidRequest(
+                f"datum {datum_index}: model_input has {num_tokens} tokens; "
+                f"the context length is {limits.max_context_length}"
+            )
+        parts.append((datum_index, FlatTensor(raw, (num_tokens,))))
+    return _joined("model_input", INT32, parts)
+
+
+def _token_bytes(datum_index: int, datum: pb.DatumMessage) -> bytes:
+    chunks: list[bytes] = []
+    for chunk in datum.model_input:
+        kind = chunk.WhichOneof("chunk")
+        if kind != "text":
+            raise NotSupported(f"datum {datum_index}: model_input has a chunk of kind {kind}; only text is supported")
+        raw = chunk.text.tokens
+        if len(raw) % INT32.itemsize:
+            raise InvalidRequest(f"datum {datum_index}: model_input has {len(raw)} bytes of tokens, not whole int32s")
+        chunks.append(raw)
+    return b"".join(chunks)
+
+
+def _read_inputs(datums: Sequence[pb.DatumMessage], spec: LossSpec, tokens: _Column) -> list[_Column]:
+    """The loss inputs by name, in the order of the loss's table. An input that no datum has is left out."""
+    allowed = spec.required_inputs + spec.optional_inputs
+    parts: dict[str, list[tuple[int, FlatTensor]]] = {name: [] for name in allowed}
+    budget = MAX_DECOMPRESSED_BYTES
+    for datum_index, datum in enumerate(datums):
+        inputs = datum.loss_fn_inputs
+        _check_input_names(datum_index, inputs, spec)
+        (num_rows,) = tokens.shapes[datum_index]
+        for name in allowed:
+            if name not in inputs:
+                continue
+            try:
+                part = flat_tensor(inputs[name], num_rows=num_rows, dtype=_dtype_of(name), budget=budget)
+            except InvalidRequest as error:
+                raise InvalidRequest(f"datum {datum_index}: loss_fn_inputs {name!r} {error}") from None
+            budget -= len(part.raw)
+            parts[name].append((datum_index, part))
+        _check_columns(datum_index, {name: parts[name][-1][1].shape for name in allowed if name in inputs}, spec)
+    return [_joined(name, _dtype_of(name), parts[name]) for name in allowed if parts[name]]
+
+
+def _dtype_of(name: str) -> np.dtype[Any]:
+    return INT64 if name == TARGET_TOKENS else FLOAT32
+
+
+def _check_input_names(datum_index: int, inputs: Mapping[str, pb.TensorMessage], spec: LossSpec) -> None:
+    """Refuses missing inputs, and unknown ones too: a mask that is silently ignored trains on the wrong tokens."""
+    missing = [name for name in spec.required_inputs if name not in inputs]
+    if missing:
+        raise InvalidRequest(f"datum {datum_index}: loss_fn_inputs lacks {', '.join(missing)}, which {spec.name} needs")
+    allowed = spec.required_inputs + spec.optional_inputs
+    unknown = sorted(name for name in inputs if name not in allowed)
+    if unknown:
+        raise InvalidRequest(
+            f"datum {datum_index}: loss_fn_inputs {unknown[0][:80]!r} is not an input of {spec.name}; "
+            f"its inputs are {', '.join(allowed)}"
+        )
+
+
+def _check_columns(datum_index: int, shapes: Mapping[str, tuple[int, ...]], spec: LossSpec) -> None:
+    """Refuses [T, K] inputs where the loss takes [T] only, and inputs whose shape is not that of the targets."""
+    target_shape = shapes[TARGET_TOKENS]
+    for name, shape in shapes.items():
+        if len(shape) == 2 and not spec.allows_target_columns:
+            raise InvalidRequest(
+                f"datum {datum_index}: loss_fn_inputs {name!r} has shape {list(shape)}; "
+                f"{spec.name} takes one value per token"
+            )
+        if shape != target_shape:
+            raise InvalidRequest(
+                f"datum {datum_index}: loss_fn_inputs {name!r} has shape {list(shape)}, "
+                f"but {TARGET_TOKENS!r} has {list(target_shape)}"
+            )

@@ -1,0 +1,80 @@
+"""A pass on its way through cycles: which quanta ran, what they gave, and the gradient that is not yet the run's.
+
+An op is applied whole or not at all: its gradient grows in a scratch arena of its own and joins the run's open
+gradient only when the last quantum is done.
+"""
+
+from __future__ import annotations
+
+from treadle.domain.ops import PassOp
+from treadle.domain.outcome import Failure, PassResult
+from treadle.domain.quanta import cut_quanta
+from treadle.engine.adapter import TrainingState
+from treadle.engine.passes import QuantumInput, QuantumResult, commit_scratch, sum_metrics
+from treadle.worker.failures import failure_of
+
+
+class OpenPass:
+    """One forward or forward_backward op between its first and its last quantum."""
+
+    def __init__(self, op: PassOp, state: TrainingState) -> None:
+        self.op = op
+        self.state = state
+        self.quanta = cut_quanta([datum.num_tokens for datum in op.datums])
+        self.failure: Failure | None = None
+        self._scratch = None if op.forward_only else state.new_scratch()
+        self._results: list[QuantumResult] = []
+
+    @property
+    def num_done(self) -> int:
+        return len(self._results)
+
+    @property
+    def is_done(self) -> bool:
+        return self.failure is not None or len(self._results) == len(self.quanta)
+
+    def quantum(self, index: int) -> QuantumInput:
+        """What the engine needs to run quantum `index`."""
+        start, stop = self.quanta[index]
+        return QuantumInput(
+            state=self.state,
+            datums=self.op.datums[start:stop],
+            loss=self.op.loss,
+            scratch=self._scratch,
+            first_datum_index=start,
+        )
+
+    def num_tokens(self, index: int) -> int:
+        """Tokens of quantum `index`."""
+        start, stop = self.quanta[index]
+        return sum(datum.num_tokens for datum in self.op.datums[start:stop])
+
+    def take(self, index: int, result: QuantumResult) -> None:
+        """Book one quantum's result, in order. A failure ends the op; what it had gathered is dropped."""
+        if self.failure is not None:
+            return
+        assert index == len(self._results), "quanta of an op run in order"
+        self._results.append(result)
+        if result.failure is not None:
+            self.fail(failure_of(result.failure))
+
+    def restart(self) -> None:
+        """Forget every quantum that ran; the op starts again from nothing, to the same bits."""
+        self._scratch = None if self.op.forward_only else self.state.new_scratch()
+        self._results.clear()
+
+    def fail(self, failure: Failure) -> None:
+        """End the op without a trace."""
+        self.failure = failure
+        self._scratch = None
+        self._results.clear()
+
+    def finish(self) -> PassResult:
+        """Apply the op; its result. Raises NonFiniteResult, with nothing applied, when its gradient is not finite."""
+        assert self.failure is None
+        assert self.is_done
+        if self._scratch is not None:
+            commit_scratch(self.state, self._scratch)
+        logprobs = tuple(array for result in self._results for array in result.logprobs)
+        assert len(logprobs) == len(self.op.datums)
+        return PassResult(logprobs=logprobs, metrics=sum_metrics(self._results))

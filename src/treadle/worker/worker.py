@@ -1,0 +1,105 @@
+"""A worker: one base model, the runs resident on it, and the sampler that shares its weights.
+
+It gets plans and payloads and returns outcomes. It refuses to know where they come from, when, or for whom.
+Invariant: a run's state and its tag change together, by whole ops only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+
+from treadle.domain.ids import BlobKey, ModelId, RequestId
+from treadle.domain.outcome import CycleOutcome, PoolFacts, SampleOutcome
+from treadle.domain.plan import StateTag
+from treadle.engine.base_model import BaseModel
+from treadle.engine.files import encode_state
+from treadle.errors import Fenced, TreadleError
+from treadle.sampler.base import Sampler, SampleRequest
+from treadle.worker.blob_io import BlobIO
+from treadle.worker.cycle import CycleRunner
+from treadle.worker.failures import failure_of
+from treadle.worker.slots import Slots
+from treadle.worker.versions import Versions
+from treadle.worker.work import DecodedCycle, DecodedSample
+
+
+class Worker:
+    """Owned by one compute thread; nothing here is thread-safe."""
+
+    def __init__(self, *, base: BaseModel, sampler: Sampler, blobs: BlobIO, micro_batch_tokens: int) -> None:
+        self._base = base
+        self._sampler = sampler
+        self._blobs = blobs
+        self._slots = Slots()
+        self._versions = Versions(base, blobs)
+        self._token = 0
+        self._runner = CycleRunner(
+            base=base,
+            slots=self._slots,
+            versions=self._versions,
+            blobs=blobs,
+            micro_batch_tokens=micro_batch_tokens,
+        )
+        self._refused: list[SampleOutcome] = []
+
+    @property
+    def facts(self) -> PoolFacts:
+        return self._base.facts
+
+    def begin_cycle(self, cycle: DecodedCycle) -> Generator[None, None, CycleOutcome]:
+        """A generator that runs the cycle, one bounded piece per step, and returns its outcome.
+
+        Raises Fenced at once when the plan's token is older than one seen before.
+        """
+        if cycle.token < self._token:
+            raise Fenced(f"cycle {cycle.cycle} carries token {cycle.token}, this worker has seen {self._token}")
+        if cycle.token > self._token:
+            self._token = cycle.token
+            # Parts of ops that an older leader had sent are void: the new one starts them again.
+            self._runner.forget_parts()
+        return self._runner.execute(cycle)
+
+    def snapshot(self, targets: Sequence[tuple[StateTag, str]]) -> dict[ModelId, int]:
+        """Write whole states under the given keys; bytes per run. Runs not held at exactly that tag are left out."""
+        written: dict[ModelId, int] = {}
+        for tag, key in targets:
+            if self._slots.tag(tag.model_id) != tag:
+                continue
+            state = self._slots.state(tag.model_id)
+            data = encode_state(state, self._base, with_optimizer=True, applied_seq=tag.applied_seq)
+            written[tag.model_id] = self._blobs.write(key, data)
+        return written
+
+    def evict(self, model_ids: Sequence[ModelId]) -> None:
+        """Forget runs and free their memory. Idempotent."""
+        for model_id in model_ids:
+            self._slots.drop(model_id)
+
+    @property
+    def has_samples(self) -> bool:
+        return self._sampler.has_work or bool(self._refused)
+
+    def submit_samples(self, samples: Sequence[DecodedSample]) -> None:
+        """Queue samples; one whose weights cannot be had ends in a failure and leaves the others alone."""
+        requests: list[SampleRequest] = []
+        for sample in samples:
+            key: BlobKey | None = sample.op.blob_key
+            try:
+                adapter = None if key is None else self._versions.get(key)
+            except TreadleError as error:
+                self._refused.append(SampleOutcome(request_id=sample.request_id, failure=failure_of(error)))
+                continue
+            requests.append(
+                SampleRequest(request_id=sample.request_id, tenant_id=sample.tenant_id, op=sample.op, adapter=adapter)
+            )
+        self._sampler.submit(requests)
+
+    def cancel_samples(self, request_ids: Sequence[RequestId]) -> None:
+        """Drop samples that nobody waits for; unknown ids are ignored."""
+        self._sampler.cancel(request_ids)
+
+    def sample_step(self, max_s: float) -> tuple[SampleOutcome, ...]:
+        """Run one bounded unit of sampling; what finished."""
+        refused, self._refused = self._refused, []
+        finished = self._sampler.step(max_s) if self._sampler.has_work else []
+        return (*refused, *finished)
