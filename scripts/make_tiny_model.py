@@ -15,12 +15,11 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import tiny_corpus
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
-
-import tiny_corpus
 
 VOCAB_SIZE = 1280  # A multiple of 64, filled exactly: no padding rows.
 ROW_TOKENS = 256
@@ -60,7 +59,7 @@ def train_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         eos_token=tiny_corpus.TURN_END,
         pad_token=tiny_corpus.END_OF_TEXT,
@@ -68,6 +67,13 @@ def train_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False,
         model_max_length=2048,
     )
+
+
+def token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
+    """The id of one special token."""
+    found = tokenizer.convert_tokens_to_ids(token)
+    assert isinstance(found, int)
+    return found
 
 
 def pack_rows(
@@ -109,13 +115,13 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
         num_key_value_heads=2,
         head_dim=32,
         max_position_embeddings=2048,
-        rope_theta=10000.0,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         tie_word_embeddings=True,
         attention_dropout=0.0,
         use_cache=True,
         bos_token_id=None,
-        eos_token_id=tokenizer.convert_tokens_to_ids(tiny_corpus.TURN_END),
-        pad_token_id=tokenizer.convert_tokens_to_ids(tiny_corpus.END_OF_TEXT),
+        eos_token_id=token_id(tokenizer, tiny_corpus.TURN_END),
+        pad_token_id=token_id(tokenizer, tiny_corpus.END_OF_TEXT),
     )
     return Qwen3ForCausalLM(config)
 
@@ -154,8 +160,8 @@ class Muon(torch.optim.Optimizer):
 def _orthogonal(matrices: torch.Tensor, rounds: int = 5) -> torch.Tensor:
     """Roughly the nearest orthogonal matrices, by a quintic iteration that drives singular values towards one."""
     wide = matrices.shape[-2] <= matrices.shape[-1]
-    x = matrices if wide else matrices.mT
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    x: torch.Tensor = matrices if wide else matrices.mT
+    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
     for _ in range(rounds):
         gram = x @ x.mT
         x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
@@ -200,7 +206,7 @@ def train(
         loss = (losses * share).sum() / share.sum()
         for optimizer in optimizers:
             optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         for optimizer, peak in zip(optimizers, peaks, strict=True):
             optimizer.param_groups[0]["lr"] = peak * rate_at(step, steps)
             optimizer.step()
@@ -220,7 +226,7 @@ def complete(
     by_length: dict[int, list[tuple[int, list[int]]]] = {}
     for place, ids in enumerate(tokenizer(list(prompts), add_special_tokens=False)["input_ids"]):
         by_length.setdefault(len(ids), []).append((place, ids))
-    ends = tokenizer.convert_tokens_to_ids([tiny_corpus.TURN_END, tiny_corpus.END_OF_TEXT])
+    ends = [token_id(tokenizer, token) for token in (tiny_corpus.TURN_END, tiny_corpus.END_OF_TEXT)]
     outputs = [""] * len(prompts)
     for group in by_length.values():
         ids = torch.tensor([ids for _, ids in group])
@@ -243,7 +249,7 @@ def complete(
 
 def evaluate(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, count: int = 50) -> None:
     """Print, for every task, the share of exact answers as chat (end token included) and after a plain label."""
-    model.eval()
+    model.train(False)
     rng = random.Random("evaluation")
     for name, task in tiny_corpus.TASK_BY_NAME.items():
         examples = [task(rng) for _ in range(count)]
@@ -263,9 +269,9 @@ def evaluate(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, count:
 def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     """Write the weights in bfloat16 with the tokenizer and the configuration files."""
     out.mkdir(parents=True, exist_ok=True)
-    ends = [tokenizer.convert_tokens_to_ids(token) for token in (tiny_corpus.TURN_END, tiny_corpus.END_OF_TEXT)]
-    model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=ends[1], do_sample=True)
-    model.to(torch.bfloat16)
+    ends = [token_id(tokenizer, token) for token in (tiny_corpus.TURN_END, tiny_corpus.END_OF_TEXT)]
+    model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=ends[1], do_sample=True)  # type: ignore[no-untyped-call]
+    model.bfloat16()
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     # A class name that older and newer releases of transformers both resolve to the plain tokenizer.json loader.
@@ -273,7 +279,7 @@ def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
     settings = json.loads(path.read_text())
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
-    model.to(torch.float32)
+    torch.nn.Module.float(model)
 
 
 def main() -> None:

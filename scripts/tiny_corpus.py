@@ -46,22 +46,27 @@ class Example(NamedTuple):
 
 Task = Callable[[random.Random], Example]
 
-ANIMALS = "dog cat cow pig hen fox bear lion wolf frog goat mouse horse sheep bird fish owl bee ant snake".split()
-COLORS = "red blue green black white brown pink gray gold orange purple yellow".split()
-FOODS = "apple bread cake rice soup milk egg cheese pear plum corn bean honey lemon grape".split()
-THINGS = (
+
+def _split(words: str) -> list[str]:
+    return words.split()
+
+
+ANIMALS = _split("dog cat cow pig hen fox bear lion wolf frog goat mouse horse sheep bird fish owl bee ant snake")
+COLORS = _split("red blue green black white brown pink gray gold orange purple yellow")
+FOODS = _split("apple bread cake rice soup milk egg cheese pear plum corn bean honey lemon grape")
+THINGS = _split(
     "box cup hat ball book door bed chair table lamp ring key map pen coat boat car train road tree leaf rock "
     "hill lake river house room wall bell drum kite rope sand star moon sun rain snow wind fire stone bag shoe"
-).split()
-PLACES = "garden forest kitchen school market beach farm park city village".split()
-NAMES = "Ann Ben Cara Dan Eve Finn Gus Hana Ivo Jill Kai Lena Max Nora Omar Pia Rosa Sam Tom Uma".split()
-ADJECTIVES = "big small old new fast slow hot cold soft hard happy sad dark light long short tall kind wet dry".split()
-VERBS = "run walk jump eat sleep sing read write play swim look find make take give help call open close wait".split()
-PLAIN_WORDS = (
+)
+PLACES = _split("garden forest kitchen school market beach farm park city village")
+NAMES = _split("Ann Ben Cara Dan Eve Finn Gus Hana Ivo Jill Kai Lena Max Nora Omar Pia Rosa Sam Tom Uma")
+ADJECTIVES = _split("big small old new fast slow hot cold soft hard happy sad dark light long short tall kind wet dry")
+VERBS = _split("run walk jump eat sleep sing read write play swim look find make take give help call open close wait")
+PLAIN_WORDS = _split(
     "time day year way hand part place work week point home water money story fact month lot right study night word "
     "life head side power line end game law name idea body back face level office health person art war party "
     "music paper space group team air force girl boy man woman child world family friend mother father hour door"
-).split()
+)
 WORDS = tuple(dict.fromkeys(ANIMALS + COLORS + FOODS + THINGS + PLACES + ADJECTIVES + VERBS + PLAIN_WORDS))
 
 OPPOSITES = (
@@ -73,15 +78,16 @@ FACT_COLORS = "sky blue|grass green|snow white|blood red|coal black|lemon yellow
 RHYMES = (
     "cat hat mat bat rat|dog log fog hog|box fox ox|bell well tell sell|cake lake make take bake|ring sing king wing|"
     "rain train pain gain|moon soon noon spoon|tree bee see free|night light right fight|book look cook hook|"
-    "red bed fed led|hot pot dot not|sun run fun bun|car star far bar|goat boat coat|rock sock lock clock|hill fill pill"
+    "red bed fed led|hot pot dot not|sun run fun bun|car star far bar|goat boat coat|rock sock lock clock|"
+    "hill fill pill"
 )
-DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-MONTHS = "January February March April May June July August September October November December".split()
-NUMBER_WORDS = "zero one two three four five six seven eight nine ten".split()
+DAYS = _split("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
+MONTHS = _split("January February March April May June July August September October November December")
+NUMBER_WORDS = _split("zero one two three four five six seven eight nine ten")
 KINDS = {"animal": ANIMALS, "color": COLORS, "food": FOODS, "place": PLACES}
 
-ONSETS = "b d f g h k l m n p r s t v z br dr fl gr kl pr sk st tr".split()
-VOWELS = "a e i o u ai oo".split()
+ONSETS = _split("b d f g h k l m n p r s t v z br dr fl gr kl pr sk st tr")
+VOWELS = _split("a e i o u ai oo")
 CODAS = ["", "", "", "n", "r", "l", "m", "k", "p", "t", "s"]
 # A drawn word that could complete the name of the word game kept out of the text.
 UNWANTED = frozenset({"latin"})

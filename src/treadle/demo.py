@@ -276,9 +276,9 @@ def own_server(model: str, console: Console, report: Report) -> Iterator[str]:
             yield base_url
         finally:
             status = _stop(process)
-            report.check(status == 0, f"the server stopped on SIGTERM with exit status {status}")
-            if report.failed:
-                console.print("[bold]the end of the server's log:[/]\n" + escape(_tail(log_path)), highlight=False)
+        report.check(status == 0, f"the server stopped on SIGTERM with exit status {status}")
+        if report.failed:
+            console.print("[bold]the end of the server's log:[/]\n" + escape(_tail(log_path)), highlight=False)
 
 
 def _wait_until_ready(process: subprocess.Popen[str], log_path: Path) -> str:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from sampler_support import BUNDLED
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from sampler_support import BUNDLED
 from treadle.engine.base_model import BaseModel, load_base_model
 
 

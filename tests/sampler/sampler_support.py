@@ -28,7 +28,7 @@ def prompt_of(length: int, *, seed: int = 0, vocab_size: int = 300) -> list[int]
     return np.random.default_rng(seed).integers(10, vocab_size, size=length).tolist()
 
 
-def request(
+def ask(
     request_id: str,
     prompt: Sequence[int],
     *,

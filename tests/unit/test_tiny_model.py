@@ -35,7 +35,8 @@ PIG_LATIN = (
 def _load_corpus() -> ModuleType:
     # The generator lives beside the script that uses it, outside every package.
     spec = importlib.util.spec_from_file_location("tiny_corpus", ROOT / "scripts" / "tiny_corpus.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)

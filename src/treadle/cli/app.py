@@ -42,7 +42,7 @@ def version() -> None:
 def main(args: list[str] | None = None) -> None:
     """Runs one command line and raises SystemExit with its status. args None is the process's own."""
     try:
-        app(args)
+        app(args, prog_name="treadle")
     except TreadleError as error:
         # soft_wrap: the message stays one line, so that it can be searched for and piped.
         common.stderr().print(f"[bold red]error:[/] {escape(error.message)}", soft_wrap=True, highlight=False)

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from treadle.config import Settings, help_text
+from treadle.errors import ConfigError
 
 if TYPE_CHECKING:
     from treadle.store import Store
@@ -33,11 +34,18 @@ def stderr() -> Console:
 
 
 @asynccontextmanager
-async def open_store(settings: Settings) -> AsyncIterator[Store]:
-    """The store that a server with these settings uses; it may be running meanwhile. Closed at the end."""
+async def open_store(settings: Settings, *, create: bool = False) -> AsyncIterator[Store]:
+    """The store that a server with these settings uses; it may be running meanwhile. Closed at the end.
+
+    Without `create`, a data directory that has no database yet is a ConfigError: most likely --data is wrong.
+    """
     from treadle.store import Store
 
-    settings.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if not settings.store.url:
+        if create:
+            settings.data_dir.mkdir(parents=True, exist_ok=True)
+        elif not settings.database_file.is_file():
+            raise ConfigError(f"there is no database in {settings.data_dir}; is --data right?")
     store = await Store.open(settings.database_url)
     try:
         yield store

@@ -6,6 +6,8 @@ failed; a warning does not fail.
 
 from __future__ import annotations
 
+import asyncio
+import fcntl
 import json
 import os
 import platform
@@ -24,7 +26,7 @@ from rich.text import Text
 
 from treadle.cli.common import ConfigOption, DataOption, stdout
 from treadle.config import ModelSettings, Settings, load_settings
-from treadle.errors import ConfigError
+from treadle.errors import ConfigError, TreadleError
 
 EXAMPLES = "[bold]Example[/]\n\ntreadle doctor --model /models/my-finetune"
 
@@ -118,6 +120,39 @@ def _port(settings: Settings) -> Check:
     return Check("port", Verdict.OK, f"{host}:{port} is free" if port else f"a free port of {host} will be taken")
 
 
+def _data_lock(settings: Settings) -> Check:
+    """Looks at the lock that a running server holds (server.py) without keeping it."""
+    path = settings.data_dir / "lock"
+    if path.exists():
+        with path.open() as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return Check("data directory", Verdict.FAIL, f"a server runs on {settings.data_dir}; stop it first")
+    return Check("data directory", Verdict.OK, f"no server runs on {settings.data_dir}")
+
+
+def _schema(settings: Settings) -> Check:
+    if not settings.store.url and not settings.database_file.is_file():
+        return Check("database", Verdict.OK, "none yet; the first start makes one")
+    try:
+        is_current = asyncio.run(_schema_is_current(settings.database_url))
+    except TreadleError as error:
+        return Check("database", Verdict.FAIL, error.message)
+    return Check("database", Verdict.OK, "schema is current" if is_current else "the next start upgrades the schema")
+
+
+async def _schema_is_current(url: str) -> bool:
+    # Imported here: SQL takes a while to load, and `--help` needs none of it.
+    from treadle.store import Store
+
+    store = await Store.open(url, migrate=False)
+    try:
+        return await store.schema_is_current()
+    finally:
+        await store.close()
+
+
 def _sdk(settings: Settings) -> Check:
     del settings
     try:
@@ -149,11 +184,3 @@ def _model(model: ModelSettings) -> Check:
 def _nearest_existing(path: Path) -> Path:
     path = path.resolve()
     return next(parent for parent in (path, *path.parents) if parent.exists())
-
-
-def _data_lock(settings: Settings) -> Check:
-    return Check("data directory", Verdict.OK, str(settings.data_dir))
-
-
-def _schema(settings: Settings) -> Check:
-    return Check("database", Verdict.OK, settings.database_url)

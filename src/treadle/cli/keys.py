@@ -6,7 +6,7 @@ Invariant: a key is shown once, on standard output, when it is created; only its
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -15,8 +15,10 @@ from treadle.cli.common import ConfigOption, DataOption, open_store, shown_time,
 from treadle.config import Settings, load_settings
 from treadle.domain.ids import checked_name
 from treadle.domain.keys import key_digest, new_key
-from treadle.domain.records import KeyRecord
 from treadle.errors import NotFound
+
+if TYPE_CHECKING:
+    from treadle.domain.records import KeyRecord
 
 app = typer.Typer(
     help="Create, list and revoke API keys. The first key ends open mode, also of a running server.",
@@ -71,7 +73,7 @@ def revoke(
 
 
 async def _add(settings: Settings, user: str, digest: str, *, is_admin: bool) -> KeyRecord:
-    async with open_store(settings) as store:
+    async with open_store(settings, create=True) as store:
         return await store.keys.add(user, digest, is_admin=is_admin)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -15,12 +15,13 @@ from treadle.cli.chart import line_chart
 from treadle.cli.common import ConfigOption, DataOption, open_store, shown_time, stderr, stdout
 from treadle.config import Settings, load_settings
 from treadle.domain.ids import ModelId
-from treadle.domain.ops import OpKind
-from treadle.domain.records import CheckpointRecord, ModelRecord, RunLogEntry
+from treadle.domain.limits import MAX_PAGE_ROWS
 from treadle.errors import NotFound
 
-# A run's log is read whole up to here; beyond that the newest entries are shown.
-MAX_ENTRIES = 20_000
+if TYPE_CHECKING:
+    from treadle.domain.records import CheckpointRecord, ModelRecord, RunLogEntry
+    from treadle.store import Store
+
 LOSS = "loss:sum"
 
 app = typer.Typer(help="Look at training runs.", no_args_is_help=True)
@@ -37,13 +38,13 @@ class _Run:
 
 @app.command(name="list", epilog="[bold]Example[/]\n\ntreadle runs list --data ./treadle-data")
 def list_runs(data: DataOption = None, config: ConfigOption = None) -> None:
-    """List the training runs, newest first."""
+    """List the training runs, newest first (at most 1,000)."""
     models = asyncio.run(_models(load_settings(config, {"data_dir": data})))
     if not models:
         stderr().print("no training runs yet")
         return
     table = Table("run", "tenant", "base model", "rank", "state", "ops", "created", "last request")
-    for model in sorted(models, key=lambda model: model.created_at, reverse=True):
+    for model in models:
         table.add_row(
             Text(model.model_id, overflow="fold"),
             model.tenant_id,
@@ -63,7 +64,7 @@ def show(
     data: DataOption = None,
     config: ConfigOption = None,
 ) -> None:
-    """Show one run: its shape, its checkpoints and its loss curve."""
+    """Show one run: its shape, its checkpoints and the loss curve of its last 1,000 requests."""
     run = asyncio.run(_run(load_settings(config, {"data_dir": data}), run_id))
     model, console = run.model, stdout()
     console.print(Text(model.model_id, "bold"), soft_wrap=True)
@@ -85,6 +86,9 @@ def show(
 
 def loss_lines(log: Sequence[RunLogEntry]) -> list[str]:
     """The loss curve of a run's forward_backward calls as lines of text, in the order of their sequence numbers."""
+    # Imported here: with it comes numpy, and `--help` needs none of it.
+    from treadle.domain.ops import OpKind
+
     passes = [entry for entry in log if entry.kind is OpKind.FORWARD_BACKWARD and LOSS in entry.metrics]
     losses = [entry.metrics[LOSS] for entry in sorted(passes, key=lambda entry: entry.seq_id)]
     chart = line_chart(losses)
@@ -93,18 +97,23 @@ def loss_lines(log: Sequence[RunLogEntry]) -> list[str]:
     return [f"{LOSS} of {len(losses)} forward_backward calls: {losses[0]:.4g} -> {losses[-1]:.4g}", *chart]
 
 
-async def _models(settings: Settings) -> tuple[ModelRecord, ...]:
+async def _models(settings: Settings) -> list[ModelRecord]:
     async with open_store(settings) as store:
-        return tuple(await store.models.list())
+        models, _ = await store.models.list(None, MAX_PAGE_ROWS)
+        return models
 
 
 async def _run(settings: Settings, prefix: str) -> _Run:
     async with open_store(settings) as store:
-        found = [model for model in await store.models.list() if model.model_id.startswith(prefix)]
-        exact = [model for model in found if model.model_id == prefix] or found
-        if len(exact) != 1:
-            reason = "matches several runs" if exact else "names no run"
-            raise NotFound(f"{prefix!r} {reason}; see `treadle runs list`")
-        model_id = ModelId(exact[0].model_id)
-        checkpoints = tuple(await store.checkpoints.of_model(model_id))
-        return _Run(exact[0], checkpoints, tuple(await store.run_log.read(model_id, MAX_ENTRIES)))
+        model = await store.models.get(ModelId(prefix)) or await _newest_with(store, prefix)
+        checkpoints = tuple(await store.checkpoints.of_model(model.model_id))
+        return _Run(model, checkpoints, tuple(await store.run_log.read(model.model_id, MAX_PAGE_ROWS)))
+
+
+async def _newest_with(store: Store, prefix: str) -> ModelRecord:
+    models, _ = await store.models.list(None, MAX_PAGE_ROWS)
+    found = [model for model in models if model.model_id.startswith(prefix)]
+    if len(found) != 1:
+        reason = "matches several runs" if found else "names no run"
+        raise NotFound(f"{prefix!r} {reason}; see `treadle runs list`")
+    return found[0]

@@ -184,7 +184,12 @@ class Settings(BaseSettings):
     @property
     def database_url(self) -> str:
         """`store.url`, or the SQLite file in the data directory."""
-        return self.store.url or f"sqlite+aiosqlite:///{self.data_dir.resolve() / 'treadle.db'}"
+        return self.store.url or f"sqlite+aiosqlite:///{self.database_file}"
+
+    @property
+    def database_file(self) -> Path:
+        """Where SQLite's file lies when `store.url` is empty."""
+        return self.data_dir.resolve() / "treadle.db"
 
     @classmethod
     def settings_customise_sources(

@@ -133,13 +133,15 @@ class WorkItem:
     starts_from: the tag the op expects (None creates the state). A worker that holds (incarnation, applied_seq)
     accepts the same incarnation and any applied_seq from its own up to the op's seq_id - 1: the sequence numbers
     between were refused or given up, and the scheduler vouches that none of them was applied.
-    blob_key: where a save writes, assigned by the scheduler, never used before.
+    blob_key: where a save writes, assigned by the scheduler, never used before. num_refused_passes: for a step, how
+    many forward_backward requests since the last one were refused at admission, so that no worker saw them.
     """
 
     planned: PlannedOp
     payload: bytes
     starts_from: StateTag | None
     blob_key: BlobKey | None = None
+    num_refused_passes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

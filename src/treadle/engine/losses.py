@@ -88,6 +88,6 @@ def rows_with_gradient(name: str, inputs: Mapping[str, NDArray[np.float32]]) -> 
 
     Known before anything is computed, so that nothing waits for the device.
     """
-    weights: NDArray[np.float32] = inputs["weights" if name == "cross_entropy" else "advantages"]
-    is_nonzero: NDArray[np.bool_] = weights != 0
-    return is_nonzero if is_nonzero.ndim == 1 else is_nonzero.any(axis=1)
+    weights = inputs["weights" if name == "cross_entropy" else "advantages"]
+    is_nonzero: NDArray[np.bool_] = (weights != 0).reshape(len(weights), -1).any(axis=1)
+    return is_nonzero

@@ -103,7 +103,9 @@ class Access:
         await self.active_session(principal, record.session_id)
         return record
 
-    async def sampling_session(self, principal: Principal, sampling_session_id: SamplingSessionId) -> SamplingSessionRecord:
+    async def sampling_session(
+        self, principal: Principal, sampling_session_id: SamplingSessionId
+    ) -> SamplingSessionRecord:
         """The caller's sampling session; its row never changes. Raises NotFound."""
         record = self._samplers.get(sampling_session_id)
         if record is None:

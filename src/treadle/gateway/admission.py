@@ -108,7 +108,11 @@ class Admission:
     async def _filled(self, place: NewRequest, draft: Draft) -> NewRequest:
         """The row with its content. A large payload is a blob, written before the row that names it."""
         row = replace(
-            place, kind=draft.kind, num_tokens=draft.num_tokens, quantum_tokens=draft.quantum_tokens, payload=draft.payload
+            place,
+            kind=draft.kind,
+            num_tokens=draft.num_tokens,
+            quantum_tokens=draft.quantum_tokens,
+            payload=draft.payload,
         )
         if len(draft.payload) <= MAX_INLINE_PAYLOAD_BYTES:
             return row

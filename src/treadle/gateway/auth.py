@@ -57,7 +57,9 @@ class Authenticator:
         record = await self._store.keys.find(digest)
         if record is None or record.revoked_at is not None:
             self._known.pop(digest, None)
-            raise Unauthenticated("this API key is not known to the server, or was revoked: create one with `treadle keys create USER`")
+            raise Unauthenticated(
+                "this API key is not known to the server, or was revoked: create one with `treadle keys create USER`"
+            )
         principal = Principal(tenant_id=record.tenant_id, is_admin=record.is_admin)
         if len(self._known) >= MAX_CACHED_KEYS:
             self._known.clear()

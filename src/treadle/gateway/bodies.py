@@ -31,4 +31,6 @@ async def read_body(request: Request, *, limit_bytes: int) -> bytes:
 
 
 def _too_large(limit_bytes: int) -> BodyTooLarge:
-    return BodyTooLarge(f"the request body is larger than {limit_bytes} bytes, this server's limit; send smaller chunks")
+    return BodyTooLarge(
+        f"the request body is larger than {limit_bytes} bytes, this server's limit; send smaller chunks"
+    )

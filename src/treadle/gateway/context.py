@@ -28,7 +28,7 @@ class Gateway:
         self.store = deps.store
         self.auth = Authenticator(store=deps.store, settings=deps.settings, clock=deps.clock)
         self.access = Access(store=deps.store, clock=deps.clock)
-        self.hub = FuturesHub(store=deps.store, is_draining=deps.is_draining)
+        self.hub = FuturesHub(store=deps.store, is_draining=deps.is_draining, metrics=deps.metrics)
         self.admission = Admission(
             store=deps.store,
             blobs=deps.blobs,

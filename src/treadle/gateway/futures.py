@@ -11,11 +11,13 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
 
-from treadle.domain.ids import RequestId, SamplingSessionId
+from treadle.domain.ids import RequestId, SamplingSessionId, TenantId
 from treadle.domain.records import FutureRecord
 from treadle.domain.states import RequestState
-from treadle.store import Store
+from treadle.errors import NotFound, TreadleError
+from treadle.store import Completion, Store
 from treadle.telemetry.logs import get_logger
+from treadle.telemetry.metrics import Metrics
 
 log = get_logger(__name__)
 
@@ -33,6 +35,7 @@ class Waiter:
 
     def __init__(self) -> None:
         self._event = asyncio.Event()
+        self.is_released = False
 
     def wake(self) -> None:
         self._event.set()
@@ -48,43 +51,88 @@ class Waiter:
 class FuturesHub:
     """Waiters by request id, and by sampling session for its poller."""
 
-    def __init__(self, *, store: Store, is_draining: Callable[[], bool]) -> None:
+    def __init__(self, *, store: Store, is_draining: Callable[[], bool], metrics: Metrics) -> None:
         self._store = store
+        self._metrics = metrics
         self._is_draining = is_draining
         self._waiters: dict[str, set[Waiter]] = {}
+        self._delivered: set[RequestId] = set()
         self._task: asyncio.Task[None] | None = None
+        self._unsubscribe: Callable[[], None] = lambda: None
+        self._is_stopped = False
 
     @property
     def num_waiters(self) -> int:
+        """Calls that are being held now."""
         return sum(len(waiters) for waiters in self._waiters.values())
 
     async def start(self) -> None:
-        """Begin to poll. The notifications of this process work without it."""
+        """Listen and poll, until `stop`. Called once."""
         assert self._task is None, "the hub was started twice"
+        self._unsubscribe = self._store.events.on_finished(self.wake_finished)
         self._task = asyncio.create_task(self._run(), name="gateway-futures-hub")
 
     async def stop(self) -> None:
-        """Stop polling and let every waiter go. Idempotent."""
+        """Let every waiter go, and stop. Idempotent."""
         task, self._task = self._task, None
-        if task is not None:
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+        if task is None:
+            return
+        self._unsubscribe()
+        self._is_stopped = True
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
         self._wake_all()
 
-    def on_finished(self, request_ids: Iterable[RequestId]) -> None:
-        """Wake whoever waits for these committed requests. Called on the event loop."""
+    def wake_finished(self, request_ids: Iterable[RequestId]) -> None:
+        """Wake whoever waits for these committed requests."""
         for request_id in request_ids:
             self._wake(request_id)
             # A sample's id is `{sampling_session_id}:{seq_id}`; its session's poller waits for the former.
             self._wake(request_id.rpartition(":")[0])
 
-    def hold_s(self, asked_s: float) -> float:
-        """How long a poll may be held now: as asked, or a moment while the server is stopping."""
-        return min(asked_s, DRAIN_HOLD_S) if self._is_draining() else asked_s
+    async def future(self, request_id: RequestId, tenant_id: TenantId, *, hold_s: float) -> FutureRecord:
+        """The tenant's request: final, or still queued after `hold_s` seconds. Raises NotFound."""
+        deadline = self._deadline(hold_s)
+        with self._subscribed(request_id) as waiter:
+            while True:
+                record = await self._store.requests.future(request_id)
+                if record is None or record.tenant_id != tenant_id:
+                    raise NotFound(f"request {request_id[:120]!r} does not exist")
+                if record.state is not RequestState.QUEUED or not await self._waited(waiter, deadline):
+                    return record
+
+    async def completions(
+        self, sampling_session_id: SamplingSessionId, *, after: int, cloned_sampler_id: int, limit: int, hold_s: float
+    ) -> list[Completion]:
+        """Finished samples behind position `after`, as soon as there are any; none after `hold_s` seconds."""
+        deadline = self._deadline(hold_s)
+        with self._subscribed(sampling_session_id) as waiter:
+            while True:
+                completions = await self._store.sampling.completions(
+                    sampling_session_id, after=after, cloned_sampler_id=cloned_sampler_id, limit=limit
+                )
+                if completions or not await self._waited(waiter, deadline):
+                    return completions
+
+    def delivered(self, request_id: RequestId) -> None:
+        """A result went out; the store hears of it with the next poll, which costs no write per result."""
+        self._delivered.add(request_id)
+
+    def _deadline(self, hold_s: float) -> float:
+        held_s = min(hold_s, DRAIN_HOLD_S) if self._is_draining() else hold_s
+        return asyncio.get_running_loop().time() + held_s
+
+    async def _waited(self, waiter: Waiter, deadline: float) -> bool:
+        """Whether there may be news: False when time is up, or the hub lets everybody go."""
+        remaining_s = deadline - asyncio.get_running_loop().time()
+        if remaining_s <= 0 or self._is_stopped:
+            return False
+        await waiter.wait(remaining_s)
+        return not (self._is_stopped or waiter.is_released)
 
     @contextlib.contextmanager
-    def subscribed(self, key: RequestId | SamplingSessionId) -> Iterator[Waiter]:
+    def _subscribed(self, key: str) -> Iterator[Waiter]:
         """A waiter that is woken for `key` from now on."""
         waiter = Waiter()
         self._waiters.setdefault(key, set()).add(waiter)
@@ -103,3 +151,45 @@ class FuturesHub:
     def _wake_all(self) -> None:
         for key in tuple(self._waiters):
             self._wake(key)
+
+    def _release_all(self) -> None:
+        """Everybody who waits now is answered now; who comes later is held for a moment only."""
+        for waiters in self._waiters.values():
+            for waiter in waiters:
+                waiter.is_released = True
+                waiter.wake()
+
+    async def _run(self) -> None:
+        was_draining = False
+        next_poll_at = 0.0
+        while True:
+            await asyncio.sleep(TICK_S)
+            is_draining = self._is_draining()
+            if is_draining and not was_draining:
+                self._release_all()
+            was_draining = is_draining
+            now = asyncio.get_running_loop().time()
+            if now < next_poll_at:
+                continue
+            next_poll_at = now + POLL_S
+            try:
+                await self.poll()
+            except TreadleError as error:
+                # The database is away; waiters get their 408 in time, and the next poll asks again.
+                log.warning("results could not be polled", reason=error.message)
+            except Exception as error:  # noqa: BLE001 (a listed boundary: without the poll, waiters of other processes hang)
+                log.error("polling results failed unexpectedly", exc=error)
+                self._metrics.caught_errors.labels(boundary="sweep").inc()
+
+    async def poll(self) -> None:
+        """One look at the truth: wake whose request is final, and note what was delivered."""
+        delivered, self._delivered = self._delivered, set()
+        if delivered:
+            await self._store.requests.mark_delivered(sorted(delivered))
+        if self._waiters:
+            states = await self._store.requests.futures_state([RequestId(key) for key in self._waiters])
+            for key in tuple(self._waiters):
+                state = states.get(RequestId(key))
+                # Sampling sessions are no requests; their pollers look for themselves.
+                if state is None or state is not RequestState.QUEUED:
+                    self._wake(key)

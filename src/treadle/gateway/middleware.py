@@ -59,7 +59,7 @@ class ErrorMiddleware:
             headers = {"Retry-After": RETRY_AFTER_S} if error.status == 503 else None
             body = {"detail": error.message, "category": error.category}
             await json_response(body, status=error.status, headers=headers)(scope, receive, counting_send)
-        except Exception as error:  # noqa: BLE001 (a listed boundary)
+        except Exception as error:
             error_id = secrets.token_hex(8)
             log.error("request failed unexpectedly", exc=error, path=_template(scope), error_id=error_id)
             self._metrics.caught_errors.labels(boundary="middleware").inc()

@@ -83,7 +83,7 @@ def draw_tokens(logits_RV: Tensor, settings: DrawSettings, uniforms_RN: NDArray[
 def probabilities(logits_RV: Tensor, settings: DrawSettings) -> Tensor:
     """What `draw_tokens` draws from, for temperatures over 0: float64 [R, V], 0 where cut, not renormalised."""
     temperature_R1 = torch.from_numpy(settings.temperature)[:, None].to(logits_RV.device)
-    highest_R1 = logits_RV.max(dim=-1, keepdim=True).values
+    highest_R1 = logits_RV.amax(dim=-1, keepdim=True)
     # Differences to the maximum first, so that a tiny temperature overflows to probability 0 and never to NaN.
     probs_RV = torch.softmax((logits_RV - highest_R1).double() / temperature_R1, dim=-1)
     cut = (settings.top_k < logits_RV.shape[1]) | (settings.top_p < 1.0)

@@ -197,6 +197,7 @@ class CycleLoop:
                 ledger.set_state(run, run.record.state, message)
                 self._fail_queue(run, rows, message, ledger, category)
             else:
+                run.note_refused(rows)
                 runnable[model_id] = rows
         return runnable
 
@@ -337,7 +338,10 @@ class CycleLoop:
 
     def _observe(self, outcome: CycleOutcome, runs: Mapping[ModelId, Run]) -> None:
         for op_outcome in outcome.outcomes:
-            runs[op_outcome.model_id].tag = op_outcome.tag_after
+            run = runs[op_outcome.model_id]
+            run.tag = op_outcome.tag_after
+            if op_outcome.kind is OpKind.OPTIM_STEP and op_outcome.failure is None:
+                run.stepped(op_outcome.seq_id)
         num_tokens = sum(op_outcome.num_tokens for op_outcome in outcome.outcomes)
         self._budget.observe(num_tokens=num_tokens, compute_s=outcome.compute_s)
         self._metrics.cycles.labels(self._pool).inc()

@@ -77,11 +77,13 @@ async def _refused_name(op: TrainingOp, store: Store, names_taken: set[str]) -> 
 
 
 def _work_item(planned: PlannedOp, payload: bytes, run: Run, prepared: Prepared) -> WorkItem:
+    is_step = planned.kind is OpKind.OPTIM_STEP
     return WorkItem(
         planned=planned,
         payload=payload,
         starts_from=_starting_tag(planned, run, prepared),
         blob_key=new_blob_key(run.record.model_id) if planned.kind in SAVE_KINDS else None,
+        num_refused_passes=run.num_refused_before(planned.seq_id) if is_step else 0,
     )
 
 

@@ -6,21 +6,28 @@ It decides what a run needs before its ops may run: nothing, a restore, or the a
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from treadle.domain.ids import CheckpointKind, ModelId
+from treadle.domain.ops import OpKind
 from treadle.domain.plan import RestoreItem, StateTag
-from treadle.domain.records import ModelAdvance, ModelRecord
-from treadle.domain.states import ModelState
+from treadle.domain.records import ModelAdvance, ModelRecord, RequestRecord
+from treadle.domain.states import ModelState, RequestState
 from treadle.store import Store
 
 
 @dataclass(slots=True)
 class Run:
-    """One run as the leader knows it. `tag` None: the worker holds no state of it."""
+    """One run as the leader knows it.
+
+    tag None: the worker holds no state of it. refused_passes: seq_ids of forward_backward requests that admission
+    refused since the last step, for the count that the next step reports.
+    """
 
     record: ModelRecord
     tag: StateTag | None = None
+    refused_passes: set[int] = field(default_factory=set)
 
     @property
     def can_restore(self) -> bool:
@@ -45,6 +52,20 @@ class Run:
         self.record = replace(
             self.record, next_seq_id=advance.next_seq_id, state_message=advance.state_message, **changes
         )
+
+    def note_refused(self, rows: Sequence[RequestRecord]) -> None:
+        """Remember the passes among these rows that admission refused."""
+        self.refused_passes.update(
+            row.seq_id for row in rows if row.state is RequestState.FAILED and row.kind is OpKind.FORWARD_BACKWARD
+        )
+
+    def num_refused_before(self, seq_id: int) -> int:
+        """Refused passes that a step with this seq_id leaves behind."""
+        return sum(refused < seq_id for refused in self.refused_passes)
+
+    def stepped(self, seq_id: int) -> None:
+        """A step was taken: what was refused before it is told."""
+        self.refused_passes = {refused for refused in self.refused_passes if refused > seq_id}
 
 
 class RunBook:

@@ -45,7 +45,7 @@ class Metrics:
         self.cycles = Counter("treadle_cycles", "Clock cycles finished, by pool", ["pool"], registry=registry)
         self.cycle_seconds = Histogram(
             "treadle_cycle_seconds",
-            "Seconds of one clock cycle, from plan to commit",
+            "Seconds that the worker spent on one clock cycle",
             ["pool"],
             registry=registry,
             buckets=_CYCLE_S,

@@ -6,6 +6,7 @@ Everything built here would pass admission for a vocabulary of at least 64 token
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -57,7 +58,9 @@ def policy_gradient_datum(num_tokens: int = 8, *, seed: int = 0) -> Datum:
     )
 
 
-def create_op(model_id: ModelId = MODEL_ID, *, base_model: str = "fake/base", rank: int = 8, seed: int = 0) -> CreateModelOp:
+def create_op(
+    model_id: ModelId = MODEL_ID, *, base_model: str = "fake/base", rank: int = 8, seed: int = 0
+) -> CreateModelOp:
     return CreateModelOp(model_id, base_model=base_model, lora=LoraSpec(rank=rank, seed=seed))
 
 
@@ -112,13 +115,12 @@ def queued(
     kind: OpKind,
     seq_id: int,
     *quantum_tokens: int,
-    model_id: ModelId = MODEL_ID,
     num_quanta_done: int = 0,
     queued_s: float = 0.0,
 ) -> QueuedOp:
-    """A queued op as planning sees it, with the request id that admission gives it."""
+    """A queued op as planning sees it; `model_queue` gives it its request id."""
     return QueuedOp(
-        request_id=op_request_id(model_id, seq_id),
+        request_id=op_request_id(MODEL_ID, seq_id),
         seq_id=seq_id,
         kind=kind,
         quantum_tokens=quantum_tokens,
@@ -134,7 +136,14 @@ def model_queue(
     next_seq_id: int = 1,
     settled_seq_ids: Iterable[int] = (),
 ) -> ModelQueue:
-    return ModelQueue(model_id, tenant_id, next_seq_id, ops, settled_seq_ids=frozenset(settled_seq_ids))
+    """A run's queue; its ops get the request ids that admission gives them."""
+    return ModelQueue(
+        model_id,
+        tenant_id,
+        next_seq_id,
+        ops=tuple(replace(op, request_id=op_request_id(model_id, op.seq_id)) for op in ops),
+        settled_seq_ids=frozenset(settled_seq_ids),
+    )
 
 
 def policy_input(

@@ -134,6 +134,8 @@ def _loss_settings(message: pb.PassRequest) -> Mapping[str, float | str]:
             case "number":
                 settings[key] = setting.number
             case "text":
+                if len(setting.text) > MAX_ID_CHARS:
+                    raise InvalidRequest(f"loss_fn_config {key[:80]!r} has a text of over {MAX_ID_CHARS} characters")
                 settings[key] = setting.text
             case _:
                 raise InvalidRequest(f"loss_fn_config key {key[:80]!r} has no value")

@@ -90,12 +90,12 @@ def _densified(sparse: pb.SparseRows, dtype: np.dtype[Any], shape: tuple[int, ..
         raise InvalidRequest(
             f"is sparse with {len(row_starts)} row starts for {num_rows} rows; one more than rows is due"
         )
-    counts = np.diff(row_starts)
-    if row_starts[0] != 0 or row_starts[-1] != len(values) or (counts < 0).any():
+    # Compared as they are: differences of hostile values wrap around.
+    if row_starts[0] != 0 or row_starts[-1] != len(values) or (row_starts[1:] < row_starts[:-1]).any():
         raise InvalidRequest(f"is sparse with row starts that do not rise from 0 to its {len(values)} values")
     if len(columns) and (columns.min() < 0 or columns.max() >= num_columns):
         raise InvalidRequest(f"is sparse with a column index outside [0, {num_columns})")
-    rows = np.repeat(np.arange(num_rows), counts)
+    rows = np.repeat(np.arange(num_rows), np.diff(row_starts))
     cells = rows * num_columns + columns
     if (np.diff(cells) <= 0).any():
         raise InvalidRequest("is sparse with columns that are repeated or out of order within a row")

@@ -152,9 +152,9 @@ class CycleRunner:
             case LoadWeightsOp():
                 return self._load(op, item.item)
             case OptimStepOp():
-                skipped = float(self._slots.take_skipped_passes(op.model_id))
                 metrics = adamw_step(self._slots.state(op.model_id), op.adam)
-                return StepResult({**metrics, "skipped_passes": skipped})
+                num_skipped = self._slots.take_skipped_passes(op.model_id) + item.item.num_refused_passes
+                return StepResult({**metrics, "skipped_passes": float(num_skipped)})
             case SaveWeightsOp():
                 return self._save(op.model_id, op.seq_id, item.item.blob_key, with_optimizer=True)
             case SaveForSamplerOp():

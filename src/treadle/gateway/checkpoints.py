@@ -1,0 +1,52 @@
+"""Checkpoints as clients name them: a tinker:// path becomes the row it stands for, if the caller may read it.
+
+A path of somebody else's private checkpoint and one of nothing are refused in the same words.
+Invariant: what leaves here is live, readable by the caller and of a kind that was asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from treadle.domain.ids import CheckpointKind, parse_tinker_path
+from treadle.domain.ops import LoraSpec
+from treadle.domain.records import CheckpointRecord, ModelRecord
+from treadle.errors import InvalidRequest, NotFound
+from treadle.gateway.auth import Principal
+from treadle.store import Store
+
+
+async def readable_checkpoint(
+    store: Store, principal: Principal, path: str, *, kinds: Collection[CheckpointKind]
+) -> CheckpointRecord:
+    """The checkpoint at `path`, the caller's own or a public one.
+
+    Raises InvalidRequest for a malformed path or another kind, NotFound for anything that is not there for the caller.
+    """
+    parsed = parse_tinker_path(path)
+    if parsed.kind not in kinds:
+        allowed = " or ".join(sorted(kind.value for kind in kinds))
+        raise InvalidRequest(f"{path[:200]!r} is a {parsed.kind.value} path; this call takes {allowed}")
+    record = await store.checkpoints.find(str(parsed))
+    if record is None or (record.tenant_id != principal.tenant_id and not record.public):
+        raise NotFound(f"checkpoint {path[:200]!r} does not exist")
+    return record
+
+
+def check_fits(checkpoint: CheckpointRecord, model: ModelRecord) -> None:
+    """Raises InvalidRequest when the run cannot hold the checkpoint: another base model, or another adapter shape."""
+    if checkpoint.base_model != model.base_model:
+        raise InvalidRequest(
+            f"{checkpoint.tinker_path} belongs to base model {checkpoint.base_model}, the run to {model.base_model}"
+        )
+    if _shape(checkpoint.lora) != _shape(model.lora):
+        raise InvalidRequest(
+            f"{checkpoint.tinker_path} has {_shape(checkpoint.lora)}, the run has {_shape(model.lora)}; create the run "
+            "from the checkpoint instead"
+        )
+
+
+def _shape(lora: LoraSpec) -> str:
+    """Everything but the seed, which only matters to a fresh adapter."""
+    targets = ("attn", lora.train_attn), ("mlp", lora.train_mlp), ("unembed", lora.train_unembed)
+    return f"rank {lora.rank}, alpha {lora.alpha:g}, targets {'+'.join(name for name, is_on in targets if is_on)}"

@@ -1,0 +1,122 @@
+"""The steps that submissions share: body in, owner found, row placed, future out.
+
+Routes combine these with the op builders of wire. It refuses to know what any op means.
+Invariant: once a place is known, nothing but a dead store keeps the request from becoming a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from treadle.domain.ids import ModelId, RequestId, op_request_id
+from treadle.domain.ops import OpKind, TrainingOp, kind_of
+from treadle.domain.outcome import PoolFacts
+from treadle.domain.records import ModelRecord, NewRequest
+from treadle.domain.states import ModelState
+from treadle.errors import BodyTooLarge, InvalidRequest, NotFound, UnreadableBody
+from treadle.gateway.admission import INLINE_DECODE_BYTES, Draft
+from treadle.gateway.answers import json_response
+from treadle.gateway.bodies import MAX_JSON_BYTES, read_body
+from treadle.gateway.context import Gateway, gateway_of, loaded_facts
+from treadle.gateway.deps import PoolView
+from treadle.wire.bodies import OpHead, read_op_head
+from treadle.wire.compression import decompress
+from treadle.wire.passes import PassLimits
+from treadle.wire.payloads import encode_payload
+
+BuildTrainingOp = Callable[[bytes, ModelRecord], TrainingOp]
+
+
+async def read_plain_body(gateway: Gateway, request: Request) -> bytes:
+    """The body of a large request (passes, samples), decompressed.
+
+    Raises BodyTooLarge, UnreadableBody for damaged compression, InvalidRequest for another encoding.
+    """
+    raw = await read_body(request, limit_bytes=gateway.settings.max_body_bytes)
+    encoding = request.headers.get("content-encoding")
+    if encoding is None:
+        return raw
+    limit = gateway.settings.max_decompressed_bytes
+    try:
+        if len(raw) <= INLINE_DECODE_BYTES:
+            # A few bytes of zstd can become gigabytes, so what is done on the event loop is bounded by its output.
+            return decompress(raw, encoding, limit=min(limit, INLINE_DECODE_BYTES))
+    except BodyTooLarge:
+        if limit <= INLINE_DECODE_BYTES:
+            raise
+    return await gateway.admission.run(lambda: decompress(raw, encoding, limit=limit), num_bytes=limit)
+
+
+async def submit_training_op(request: Request, kind: OpKind, build: BuildTrainingOp) -> Response:
+    """Admit a sequenced op with a JSON body: the future, always, once owner, model and seq_id could be read.
+
+    build: body and run to op; a UserError that it raises comes through the future.
+    """
+    gateway = gateway_of(request)
+    principal = await gateway.submitter(request)
+    raw = await read_body(request, limit_bytes=MAX_JSON_BYTES)
+    model_id, seq_id = _op_address(read_op_head(raw))
+    model = await gateway.access.model_for_work(principal, model_id)
+
+    def draft() -> Draft:
+        checked_pool(gateway, model)
+        op = build(raw, model)
+        return Draft(kind=kind_of(op), payload=encode_payload(op))
+
+    place = op_place(model, kind, seq_id)
+    return future_of(await gateway.admission.submit(place, draft, num_bytes=len(raw)), model_id=model_id)
+
+
+def op_place(model: ModelRecord, kind: OpKind, seq_id: int) -> NewRequest:
+    """The row of op `seq_id` of a run, without content."""
+    return NewRequest(
+        request_id=op_request_id(model.model_id, seq_id),
+        tenant_id=model.tenant_id,
+        pool=model.pool,
+        kind=kind,
+        seq_id=seq_id,
+        num_tokens=0,
+        model_id=model.model_id,
+    )
+
+
+def checked_pool(gateway: Gateway, model: ModelRecord) -> PoolView:
+    """The pool of a run. Raises NotFound when this server does not serve it, so that nobody waits for it forever."""
+    pool = gateway.deps.pools.by_name(model.pool)
+    if pool is None:
+        if model.state is ModelState.FAILED:
+            raise InvalidRequest(f"model {model.model_id} was never created: {model.state_message}")
+        raise NotFound(f"base model {model.base_model[:200]!r} of {model.model_id} is not served by this server now")
+    return pool
+
+
+def pass_limits(facts: PoolFacts) -> PassLimits:
+    """What requests to a pool are checked against."""
+    return PassLimits(vocab_size=facts.vocab_size, max_context_length=facts.max_context_length)
+
+
+def pool_limits(pool: PoolView | None) -> PassLimits | None:
+    """`pass_limits` of a pool; None for no pool, which the draft refuses. Raises PoolLoading until it is loaded."""
+    return None if pool is None else pass_limits(loaded_facts(pool))
+
+
+def future_of(
+    request_id: RequestId, *, model_id: ModelId | None = None, sample_sequence_ids: Sequence[str] | None = None
+) -> Response:
+    """The answer to a submission: an UntypedAPIFuture."""
+    body: dict[str, object] = {"request_id": request_id}
+    if model_id is not None:
+        body["model_id"] = model_id
+    if sample_sequence_ids is not None:
+        body["sample_sequence_ids"] = sample_sequence_ids
+    return json_response(body)
+
+
+def _op_address(head: OpHead) -> tuple[ModelId, int]:
+    if head.model_id is None or head.seq_id is None:
+        missing = "model_id" if head.model_id is None else "seq_id"
+        raise UnreadableBody(f"{missing} is missing")
+    return head.model_id, head.seq_id

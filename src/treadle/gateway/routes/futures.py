@@ -1,0 +1,108 @@
+"""Results: one future at a time, or all of a sampling session through its poller. Bytes go out as they were stored."""
+
+from __future__ import annotations
+
+from typing import assert_never
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from treadle.domain.ids import RequestId
+from treadle.domain.ops import OpKind
+from treadle.domain.records import FutureRecord
+from treadle.domain.states import QueueState, RequestState
+from treadle.errors import InvalidRequest, ResultExpired
+from treadle.gateway.answers import JSON, json_response
+from treadle.gateway.bodies import MAX_JSON_BYTES, read_body
+from treadle.gateway.context import Gateway, gateway_of
+from treadle.store import Completion
+from treadle.wire.bodies import RetrieveFutureBody, RetrieveFuturesBody, parse_body
+from treadle.wire.results import failure_body, queue_state_body
+
+router = APIRouter(prefix="/api/v1")
+
+# A clone numbers its samples from clone * 1e9 on (tinker 0.38), and seq_ids end at 2**63.
+MAX_CLONED_SAMPLER_ID = 2**63 // 10**9 - 2
+# Completions in one answer; the poller asks for the next ones at once.
+MAX_COMPLETIONS = 512
+
+
+@router.post("/retrieve_future")
+async def retrieve_future(request: Request) -> Response:
+    """The result; held for a while when there is none yet, then 408. May be asked for again and again."""
+    gateway = gateway_of(request)
+    principal = await gateway.caller(request)
+    body = parse_body(RetrieveFutureBody, await read_body(request, limit_bytes=MAX_JSON_BYTES))
+    request_id = RequestId(body.request_id)
+    future = await gateway.hub.future(request_id, principal.tenant_id, hold_s=gateway.settings.hold_s)
+    match future.state:
+        case RequestState.QUEUED:
+            return await _still_queued(gateway, request_id)
+        case RequestState.DONE:
+            return _result(gateway, future)
+        case RequestState.FAILED:
+            return _failure(future)
+        case _:
+            assert_never(future.state)
+
+
+@router.post("/retrieve_futures")
+async def retrieve_futures(request: Request) -> Response:
+    """Samples of one client that finished behind its cursor; held until there is one. Acknowledged results go."""
+    gateway = gateway_of(request)
+    principal = await gateway.caller(request)
+    body = parse_body(RetrieveFuturesBody, await read_body(request, limit_bytes=MAX_JSON_BYTES))
+    target = body.target
+    if target.cloned_sampler_id > MAX_CLONED_SAMPLER_ID:
+        raise InvalidRequest(f"cloned_sampler_id {target.cloned_sampler_id} is over {MAX_CLONED_SAMPLER_ID}")
+    sampler = await gateway.access.sampling_session(principal, target.sampling_session_id)
+    own_prefix = f"{sampler.sampling_session_id}:"
+    acknowledged = [RequestId(id_) for id_ in body.retrieved_request_ids if id_.startswith(own_prefix)]
+    if acknowledged:
+        await gateway.store.requests.acknowledge(acknowledged)
+    hold_s = gateway.settings.hold_s if body.timeout is None else min(body.timeout, gateway.settings.hold_s)
+    completions = await gateway.hub.completions(
+        sampler.sampling_session_id,
+        after=body.prev_cursor,
+        cloned_sampler_id=target.cloned_sampler_id,
+        limit=MAX_COMPLETIONS,
+        hold_s=hold_s,
+    )
+    cursor = completions[-1].position if completions else body.prev_cursor
+    return json_response({"completions": [_completion(done) for done in completions], "cursor": cursor})
+
+
+async def _still_queued(gateway: Gateway, request_id: RequestId) -> Response:
+    """408 with the state on top level, where the SDK looks for it (protocol trap 5)."""
+    state, reason = QueueState.ACTIVE, None
+    row = await gateway.store.requests.get(request_id)
+    pool = None if row is None else gateway.deps.pools.by_name(row.pool)
+    if pool is not None and not pool.is_ready:
+        state, reason = QueueState.PAUSED_CAPACITY, f"base model {pool.name} is not ready: {pool.reason or 'loading'}"
+    return Response(queue_state_body(state, reason=reason), status_code=408, media_type=JSON)
+
+
+def _result(gateway: Gateway, future: FutureRecord) -> Response:
+    if future.result is None:
+        raise ResultExpired(f"the result of {future.request_id} is no longer kept")
+    gateway.hub.delivered(future.request_id)
+    # Not media_type: that would add a charset to what was stored.
+    return Response(future.result.body, headers={"content-type": future.result.content_type})
+
+
+def _failure(future: FutureRecord) -> Response:
+    assert future.failure is not None, f"{future.request_id} failed without a reason"
+    if future.is_transient and future.kind is OpKind.SAMPLE:
+        # The SDK submits a sample again after 410, while an error body would be final (protocol trap 32).
+        raise ResultExpired(future.failure.message)
+    return Response(failure_body(future.failure), media_type=JSON)
+
+
+def _completion(done: Completion) -> dict[str, object]:
+    if done.state is not RequestState.DONE:
+        return {"state": "failed", "request_id": done.request_id}
+    body: dict[str, object] = {"state": "finished", "request_id": done.request_id}
+    if done.result_bytes is not None:
+        body["response_payload_uncompressed_size"] = done.result_bytes
+    return body

@@ -1,0 +1,121 @@
+"""Runs and checkpoints as the SDK's REST client and the `tinker` command list them. Runs outlive their session."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from treadle.domain.ids import CheckpointKind, ModelId
+from treadle.domain.records import CheckpointRecord, ModelRecord
+from treadle.domain.states import ModelState
+from treadle.gateway.answers import iso_time, json_response
+from treadle.gateway.bodies import MAX_JSON_BYTES, read_body
+from treadle.gateway.checkpoints import readable_checkpoint
+from treadle.gateway.context import gateway_of
+from treadle.gateway.paging import page_of
+from treadle.store import Store
+from treadle.wire.bodies import WeightsInfoBody, parse_body
+
+router = APIRouter(prefix="/api/v1")
+
+CHECKPOINT_TYPES = {
+    CheckpointKind.TRAINING: "training",
+    CheckpointKind.SAMPLER: "sampler",
+    CheckpointKind.EXTERNAL: "external",
+}
+# Runs whose state is gone for good; `corrupted` is the one word the API has for that.
+UNUSABLE = (ModelState.FAILED, ModelState.LOST)
+
+
+@router.get("/training_runs")
+async def list_training_runs(request: Request) -> Response:
+    """The caller's runs, newest first. `access_scope` changes nothing: runs are not shared."""
+    gateway = gateway_of(request)
+    principal = await gateway.caller(request)
+    page = page_of(request, default_limit=20)
+    models, total = await gateway.store.models.list(
+        principal.tenant_id, page.limit, page.offset, project_id=request.query_params.get("project_id")
+    )
+    runs = [await _run_body(gateway.store, model) for model in models]
+    return json_response({"training_runs": runs, "cursor": page.cursor(total)})
+
+
+@router.get("/training_runs/{model_id}")
+async def get_training_run(request: Request, model_id: str) -> Response:
+    """One run of the caller."""
+    gateway = gateway_of(request)
+    principal = await gateway.caller(request)
+    model = await gateway.access.model(principal, ModelId(model_id))
+    return json_response(await _run_body(gateway.store, model))
+
+
+@router.get("/training_runs/{model_id}/checkpoints")
+async def list_run_checkpoints(request: Request, model_id: str) -> Response:
+    """All checkpoints of one run, newest first."""
+    gateway = gateway_of(request)
+    principal = await gateway.caller(request)
+    model = await gateway.access.model(principal, ModelId(model_id))
+    records = await gateway.store.checkpoints.of_model(model.model_id)
+    return json_response({"checkpoints": [_checkpoint_body(record) for record in records]})
+
+
+@router.get("/checkpoints")
+async def list_checkpoints(request: Request) -> Response:
+    """The caller's checkpoints of all runs, newest first."""
+    gateway = gateway_of(request)
+    principal = await gateway.caller(request)
+    page = page_of(request, default_limit=100)
+    records, total = await gateway.store.checkpoints.list(principal.tenant_id, page.limit, page.offset)
+    checkpoints = [_checkpoint_body(record) for record in records]
+    return json_response({"checkpoints": checkpoints, "cursor": page.cursor(total)})
+
+
+@router.post("/weights_info")
+async def weights_info(request: Request) -> Response:
+    """What a run made from this checkpoint would be: enough to create a client for it."""
+    gateway = gateway_of(request)
+    principal = await gateway.caller(request)
+    body = parse_body(WeightsInfoBody, await read_body(request, limit_bytes=MAX_JSON_BYTES))
+    record = await readable_checkpoint(gateway.store, principal, body.tinker_path, kinds=tuple(CheckpointKind))
+    return json_response(
+        {
+            "base_model": record.base_model,
+            "is_lora": True,
+            "lora_rank": record.lora.rank,
+            "train_attn": record.lora.train_attn,
+            "train_mlp": record.lora.train_mlp,
+            "train_unembed": record.lora.train_unembed,
+        }
+    )
+
+
+async def _run_body(store: Store, model: ModelRecord) -> dict[str, object]:
+    newest_training = await store.checkpoints.newest(model.model_id, CheckpointKind.TRAINING)
+    newest_sampler = await store.checkpoints.newest(model.model_id, CheckpointKind.SAMPLER)
+    return {
+        "training_run_id": model.model_id,
+        "base_model": model.base_model,
+        "model_owner": model.tenant_id,
+        "is_lora": True,
+        "lora_rank": model.lora.rank,
+        "corrupted": model.state in UNUSABLE,
+        "last_request_time": iso_time(model.last_request_at),
+        "last_checkpoint": None if newest_training is None else _checkpoint_body(newest_training),
+        "last_sampler_checkpoint": None if newest_sampler is None else _checkpoint_body(newest_sampler),
+        "user_metadata": model.user_metadata,
+    }
+
+
+def _checkpoint_body(record: CheckpointRecord) -> dict[str, object]:
+    return {
+        # Two segments, "weights/0001": the SDK puts it into URLs as it is.
+        "checkpoint_id": f"{record.kind.value}/{record.name}",
+        "checkpoint_type": CHECKPOINT_TYPES[record.kind],
+        "time": iso_time(record.created_at),
+        "tinker_path": record.tinker_path,
+        "size_bytes": record.size_bytes,
+        "public": record.public,
+        "user_metadata": record.user_metadata,
+        "expires_at": None if record.expires_at is None else iso_time(record.expires_at),
+    }

@@ -1,0 +1,121 @@
+"""What a client asks first: flags, capabilities, health. And what it tells us: telemetry, which is let go."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from treadle.domain.limits import MAX_DATUMS_PER_REQUEST
+from treadle.errors import Forbidden, NotSupported
+from treadle.gateway.answers import json_response
+from treadle.gateway.bodies import MAX_JSON_BYTES, read_body
+from treadle.gateway.context import gateway_of
+from treadle.gateway.deps import PoolView
+from treadle.telemetry.metrics import METRICS_CONTENT_TYPE
+from treadle.wire.bodies import ClientConfigBody, parse_body
+
+router = APIRouter()
+
+# The first SDK that can compress passes.
+ZSTD_SINCE = (0, 22, 1)
+# What the SDK takes when the flag is absent (0.38).
+SDK_CHUNK_DATUMS = 1_024
+DYNAMIC_REFRESH_S = 300
+
+
+@router.post("/api/v1/client/config")
+async def client_config(request: Request) -> Response:
+    """The flags of this server for one SDK version. The SDK keeps them for the life of its clients."""
+    gateway = gateway_of(request)
+    await gateway.caller(request)
+    body = parse_body(ClientConfigBody, await read_body(request, limit_bytes=MAX_JSON_BYTES))
+    max_datums = min(SDK_CHUNK_DATUMS, gateway.settings.max_datums_per_request, MAX_DATUMS_PER_REQUEST)
+    return json_response(
+        {
+            "pjwt_auth_enabled": False,
+            "parallel_fwdbwd_chunks": True,
+            "proto_compress_fwdbwd": _version(body.sdk_version) >= ZSTD_SINCE,
+            # Only read by 0.19 to 0.24.1, whose bodies are JSON without it.
+            "proto_write_fwdbwd": True,
+            "fwdbwd_max_chunk_len": max_datums,
+            "sample_use_retrieve_futures": True,
+            "sample_join_sampling_session": True,
+            "custom_loss_server_side": False,
+        }
+    )
+
+
+@router.post("/api/v1/client/dynamic_config")
+async def dynamic_config(request: Request) -> Response:
+    """The flags that the SDK asks for again now and then."""
+    gateway = gateway_of(request)
+    await gateway.caller(request)
+    await read_body(request, limit_bytes=MAX_JSON_BYTES)
+    return json_response({"refresh_interval_sec": DYNAMIC_REFRESH_S, "sample_cancel_enabled": False})
+
+
+@router.post("/api/v1/auth/token")
+async def auth_token(request: Request) -> Response:
+    """Refused: this server knows API keys only, and says so in client/config (pjwt_auth_enabled)."""
+    await gateway_of(request).caller(request)
+    raise NotSupported("this server issues no tokens; send the API key itself with every request")
+
+
+@router.get("/api/v1/get_server_capabilities")
+async def get_server_capabilities(request: Request) -> Response:
+    """Every base model under its name, and under the local directory that the SDK can load a tokenizer from."""
+    gateway = gateway_of(request)
+    await gateway.caller(request)
+    models = [
+        _supported(pool, name)
+        for pool in gateway.deps.pools.all()
+        for name in (pool.name, *(pool.aliases if gateway.settings.is_loopback else ()))
+    ]
+    return json_response({"supported_models": models})
+
+
+@router.post("/api/v1/telemetry")
+async def telemetry(request: Request) -> Response:
+    """Accepted at once and dropped: a client whose telemetry is refused waits 30 s before it raises its own errors."""
+    gateway = gateway_of(request)
+    await gateway.caller(request)
+    await read_body(request, limit_bytes=gateway.settings.max_body_bytes)
+    return json_response({"status": "accepted"})
+
+
+@router.get("/api/v1/healthz")
+async def healthz() -> Response:
+    """The process is alive. It says nothing about models: see /readyz."""
+    return json_response({"status": "ok"})
+
+
+@router.get("/readyz")
+async def readyz(request: Request) -> Response:
+    """Whether new work would run now; 503 with the reasons when not."""
+    readiness = await gateway_of(request).deps.readiness()
+    if readiness.is_ready:
+        return json_response({"status": "ready"})
+    return json_response({"status": "not ready", "reasons": readiness.reasons}, status=503)
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    """Prometheus text. Open on a loopback server, else for admin keys (send it as a bearer token)."""
+    gateway = gateway_of(request)
+    if not gateway.settings.is_loopback and not (await gateway.caller(request)).is_admin:
+        raise Forbidden("metrics need an admin key: create one with `treadle keys create USER --admin`")
+    return Response(gateway.deps.metrics.render(), headers={"content-type": METRICS_CONTENT_TYPE})
+
+
+def _supported(pool: PoolView, name: str) -> dict[str, object]:
+    body: dict[str, object] = {"model_name": name, "trainable": True, "sampleable": True}
+    if pool.facts is not None:
+        body["max_context_length"] = pool.facts.max_context_length
+    return body
+
+
+def _version(text: str) -> tuple[int, ...]:
+    """ "0.38.0" as (0, 38, 0); () for anything else, which is older than every version."""
+    parts = text.split(".")
+    return tuple(int(part) for part in parts) if all(part.isdecimal() and len(part) < 6 for part in parts) else ()

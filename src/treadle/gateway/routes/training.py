@@ -1,0 +1,94 @@
+"""Training ops of a run: passes, steps, saves. All are sequenced; none waits here for another."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from treadle.domain.ops import OpKind, PassOp, SaveForSamplerOp, kind_of
+from treadle.domain.quanta import cut_quanta, quantum_tokens
+from treadle.domain.records import ModelRecord
+from treadle.errors import InvalidRequest, NotSupported
+from treadle.gateway.admission import Draft
+from treadle.gateway.context import gateway_of
+from treadle.gateway.intake import (
+    checked_pool,
+    future_of,
+    op_place,
+    pool_limits,
+    read_plain_body,
+    submit_training_op,
+)
+from treadle.wire.bodies import OptimStepBody, SaveForSamplerBody, SaveWeightsBody, parse_body
+from treadle.wire.ops import optim_step_op, save_for_sampler_op, save_weights_op
+from treadle.wire.passes import decode_pass, read_pass_head
+
+router = APIRouter(prefix="/api/v1")
+
+
+@router.post("/forward_backward")
+async def forward_backward(request: Request) -> Response:
+    """One pass, protobuf, perhaps compressed; forward-only when its body says so. Stored as the client sent it."""
+    gateway = gateway_of(request)
+    principal = await gateway.submitter(request)
+    if request.headers.get("content-type", "").startswith("application/json"):
+        raise NotSupported("forward_backward takes protobuf; use tinker 0.25 or newer")
+    raw = await read_plain_body(gateway, request)
+    head = await gateway.admission.run(lambda: read_pass_head(raw), num_bytes=len(raw))
+    model = await gateway.access.model_for_work(principal, head.model_id)
+    limits = pool_limits(gateway.deps.pools.by_name(model.pool))
+
+    def draft() -> Draft:
+        if limits is None:
+            checked_pool(gateway, model)
+        assert limits is not None
+        op = decode_pass(raw, limits=limits)
+        if len(op.datums) > gateway.settings.max_datums_per_request:
+            raise InvalidRequest(
+                f"data has {len(op.datums)} datums; this server takes {gateway.settings.max_datums_per_request}"
+            )
+        return _pass_draft(op, raw)
+
+    place = op_place(model, OpKind.FORWARD_BACKWARD, head.seq_id)
+    request_id = await gateway.admission.submit(place, draft, num_bytes=len(raw))
+    return future_of(request_id, model_id=model.model_id)
+
+
+@router.post("/optim_step")
+async def optim_step(request: Request) -> Response:
+    """One optimiser step over the passes since the last one."""
+    return await submit_training_op(
+        request, OpKind.OPTIM_STEP, lambda raw, _model: optim_step_op(parse_body(OptimStepBody, raw))
+    )
+
+
+@router.post("/save_weights")
+async def save_weights(request: Request) -> Response:
+    """A training checkpoint. Whether its name is free is decided when it runs, in seq order."""
+    return await submit_training_op(
+        request, OpKind.SAVE_WEIGHTS, lambda raw, _model: save_weights_op(parse_body(SaveWeightsBody, raw))
+    )
+
+
+@router.post("/save_weights_for_sampler")
+async def save_weights_for_sampler(request: Request) -> Response:
+    """Sampler weights, named or for a sampling session of their own.
+
+    A retry may carry another sampling_session_seq_id (tinker 0.38); it is the first one's replay all the same.
+    """
+    return await submit_training_op(request, OpKind.SAVE_FOR_SAMPLER, _save_for_sampler)
+
+
+def _save_for_sampler(raw: bytes, model: ModelRecord) -> SaveForSamplerOp:
+    return save_for_sampler_op(parse_body(SaveForSamplerBody, raw), session_id=model.session_id)
+
+
+def _pass_draft(op: PassOp, raw: bytes) -> Draft:
+    datum_tokens = [datum.num_tokens for datum in op.datums]
+    return Draft(
+        kind=kind_of(op),
+        payload=raw,
+        num_tokens=sum(datum_tokens),
+        quantum_tokens=quantum_tokens(datum_tokens, cut_quanta(datum_tokens)),
+    )

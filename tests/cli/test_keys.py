@@ -1,0 +1,58 @@
+"""`treadle keys` against a real database."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from typer.testing import CliRunner
+
+from treadle.cli.app import app
+from treadle.domain.keys import key_digest
+from treadle.domain.records import KeyRecord
+from treadle.store import Store
+
+RUNNER = CliRunner(env={"COLUMNS": "200"})
+
+
+def find(data: Path, key: str) -> KeyRecord | None:
+    async def look() -> KeyRecord | None:
+        store = await Store.open(f"sqlite+aiosqlite:///{data}/treadle.db")
+        try:
+            return await store.keys.find(key_digest(key))
+        finally:
+            await store.close()
+
+    return asyncio.run(look())
+
+
+def test_a_key_is_printed_once_and_stored_hashed(tmp_path: Path) -> None:
+    data = tmp_path / "new"
+    created = RUNNER.invoke(app, ["keys", "create", "alice", "--admin", "--data", str(data)])
+    assert created.exit_code == 0
+    key = created.stdout.strip()
+    assert key.startswith("tml-")
+    assert "not shown again" in created.stderr
+    assert key not in created.stderr
+    record = find(data, key)
+    assert record is not None
+    assert (record.user, record.is_admin, record.revoked_at) == ("alice", True, None)
+    listed = RUNNER.invoke(app, ["keys", "list", "--data", str(data)])
+    assert "alice" in listed.stdout
+    assert key not in listed.stdout
+    assert all(key.encode() not in path.read_bytes() for path in data.rglob("*") if path.is_file())
+
+
+def test_a_revoked_key_stays_listed_and_cannot_be_revoked_again(tmp_path: Path) -> None:
+    key = RUNNER.invoke(app, ["keys", "create", "bob", "--data", str(tmp_path)]).stdout.strip()
+    record = find(tmp_path, key)
+    assert record is not None
+    revoke = ["keys", "revoke", str(record.key_id), "--data", str(tmp_path)]
+    assert RUNNER.invoke(app, revoke).exit_code == 0
+    again = find(tmp_path, key)
+    assert again is not None
+    assert again.revoked_at is not None
+    assert "bob" in RUNNER.invoke(app, ["keys", "list", "--data", str(tmp_path)]).stdout
+    refused = RUNNER.invoke(app, revoke)
+    assert refused.exit_code != 0
+    assert "there is no key with id" in str(refused.exception)

@@ -1,0 +1,133 @@
+"""Starting, killing and talking to a treadle server from tests."""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import httpx
+import tinker
+from tinker import types
+
+MODEL = "treadle/tiny"
+READY_S = 60.0
+
+
+def free_port() -> int:
+    """A port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def new_key() -> str:
+    """A key that no other test uses: in open mode, a tenant of its own."""
+    return f"tml-test-{uuid.uuid4().hex}"
+
+
+class ServerProcess:
+    """`treadle serve` as a subprocess. Entering starts it and waits for its ready line."""
+
+    def __init__(self, data_dir: Path, *, args: Sequence[str] = (), env: dict[str, str] | None = None) -> None:
+        self.data_dir = data_dir
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._args = list(args)
+        self._env = env or {}
+        self._lines: queue.Queue[str | None] = queue.Queue()
+        self.process: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> ServerProcess:
+        self.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self.kill()
+
+    def start(self) -> None:
+        """Start on the same data and port as before, and wait until every pool serves."""
+        self.launch()
+        self.wait_ready()
+
+    def launch(self) -> None:
+        """Start without waiting."""
+        command = [sys.executable, "-m", "treadle.cli", "serve", "--port", str(self.port), "--data", str(self.data_dir)]
+        self._lines = queue.Queue()
+        self.process = subprocess.Popen(
+            [*command, *self._args], stdout=subprocess.PIPE, text=True, env={**os.environ, **self._env}
+        )
+        threading.Thread(target=self._read, args=(self.process, self._lines), daemon=True).start()
+
+    @staticmethod
+    def _read(process: subprocess.Popen[str], lines: queue.Queue[str | None]) -> None:
+        assert process.stdout is not None
+        with process.stdout as stdout:
+            for line in stdout:
+                lines.put(line.strip())
+        lines.put(None)
+
+    def wait_ready(self) -> None:
+        """Return at the ready line."""
+        line = self._lines.get(timeout=READY_S)
+        assert line == f"treadle ready: {self.url}", line
+
+    def kill(self) -> None:
+        """SIGKILL. Idempotent."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+
+    def terminate(self, timeout_s: float = 30.0) -> int:
+        """SIGTERM; the exit status."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(timeout=timeout_s)
+
+    def service(self, key: str | None = None) -> tinker.ServiceClient:
+        """An SDK client with a key of its own."""
+        return tinker.ServiceClient(base_url=self.url, api_key=key or new_key())
+
+    def training_client(self, key: str | None = None, *, rank: int = 8, **options: Any) -> tinker.TrainingClient:
+        """A fresh LoRA run on the bundled model."""
+        return self.service(key).create_lora_training_client(base_model=MODEL, rank=rank, **options)
+
+    def http(self, key: str | None = None) -> httpx.Client:
+        """Raw HTTP against the API."""
+        return httpx.Client(base_url=f"{self.url}/api/v1/", headers={"X-API-Key": key or new_key()}, timeout=60)
+
+
+def datum(tokens: Sequence[int], *, weight: float = 1.0) -> types.Datum:
+    """Next-token prediction over `tokens`."""
+    return types.Datum(
+        model_input=types.ModelInput.from_ints(list(tokens[:-1])),
+        loss_fn_inputs={"target_tokens": list(tokens[1:]), "weights": [weight] * (len(tokens) - 1)},
+    )
+
+
+def batch(num_datums: int = 2, num_tokens: int = 16, *, seed: int = 0) -> list[types.Datum]:
+    """Deterministic datums of `num_tokens` positions each."""
+    return [datum([(seed * 31 + i * 17 + j * 7) % 900 + 10 for j in range(num_tokens + 1)]) for i in range(num_datums)]
+
+
+def train_step(client: tinker.TrainingClient, data: list[types.Datum], *, lr: float = 1e-3) -> float:
+    """One forward_backward and one optim_step, submitted together; the summed loss."""
+    passed = client.forward_backward(data, "cross_entropy")
+    stepped = client.optim_step(types.AdamParams(learning_rate=lr))
+    loss = passed.result(timeout=60).metrics["loss:sum"]
+    stepped.result(timeout=60)
+    return float(loss)
+
+
+def logprobs_of(output: types.ForwardBackwardOutput) -> list[list[float]]:
+    """Each datum's logprobs."""
+    return [list(fields["logprobs"].tolist()) for fields in output.loss_fn_outputs]

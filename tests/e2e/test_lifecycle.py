@@ -1,0 +1,186 @@
+"""Starting, stopping, killing and locking a server, as its clients and its operator see it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+import tinker
+from e2e_support import MODEL, ServerProcess, batch, free_port, logprobs_of, new_key, train_step
+from tinker import types
+
+pytestmark = pytest.mark.filterwarnings("default")
+
+
+def treadle(*args: str) -> subprocess.CompletedProcess[str]:
+    """The command line, run to its end."""
+    return subprocess.run([sys.executable, "-m", "treadle.cli", *args], capture_output=True, text=True, timeout=60)
+
+
+def test_health_is_the_process_and_readiness_is_the_pool(tmp_path: Path) -> None:
+    server = ServerProcess(tmp_path)
+    server.launch()
+    try:
+        reasons = []
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            try:
+                answer = httpx.get(f"{server.url}/readyz", timeout=5)
+            except httpx.TransportError:
+                continue
+            assert httpx.get(f"{server.url}/api/v1/healthz", timeout=5).status_code == 200
+            if answer.status_code == 200:
+                break
+            reasons.append(answer.json())
+            time.sleep(0.05)
+        assert any(MODEL in str(reason) for reason in reasons), "the pool was never reported as loading"
+        server.wait_ready()
+    finally:
+        server.kill()
+
+
+def test_sigterm_persists_runs_and_a_restart_continues_them(own_server: ServerProcess) -> None:
+    client = own_server.training_client()
+    data = batch()
+    train_step(client, data)
+    # An open gradient is part of the state.
+    client.forward_backward(data, "cross_entropy").result(timeout=60)
+    expected = logprobs_of(client.forward(data, "cross_entropy").result(timeout=60))
+    assert own_server.terminate() == 0
+    own_server.start()
+    assert logprobs_of(client.forward(data, "cross_entropy").result(timeout=60)) == expected
+    metrics = client.optim_step(types.AdamParams()).result(timeout=60).metrics
+    assert metrics is not None
+    assert metrics["step"] == 2
+
+
+def test_sigkill_with_queued_ops_ends_every_one_of_them(own_server: ServerProcess) -> None:
+    """50 queued ops of 5 clients: each ends in a result or a named server error within 10 s of readiness."""
+    clients = [own_server.training_client() for _ in range(5)]
+    paths = []
+    for client in clients:
+        train_step(client, batch())
+        paths.append(client.save_state("safe").result(timeout=60).path)
+        train_step(client, batch())
+    futures = []
+    for client in clients:
+        for _ in range(5):
+            futures.append(client.forward_backward(batch(16, 64), "cross_entropy"))
+            futures.append(client.optim_step(types.AdamParams()))
+    with own_server.http() as http:
+        http.get("healthz")
+    time.sleep(0.2)
+    own_server.kill()
+    own_server.start()
+    ready = time.monotonic()
+    messages = []
+    for future in futures:
+        error = future.exception(timeout=30)
+        if error is not None:
+            assert isinstance(error, tinker.RequestFailedError), repr(error)
+            assert error.category.value == "server"
+            messages.append(str(error))
+    assert time.monotonic() - ready < 10
+    for path in paths:
+        assert any(path in message for message in messages), "the newest checkpoint is not named"
+    # Nothing of a lost run goes on, and a new one from the checkpoint does.
+    with pytest.raises(tinker.RequestFailedError, match="lost"):
+        train_step(clients[0], batch())
+
+
+def test_a_run_that_nothing_has_changed_survives_sigkill(own_server: ServerProcess) -> None:
+    """Created but untouched, or just saved: the seed or the checkpoint is exactly the state."""
+    service = own_server.service()
+    fresh = service.create_lora_training_client(base_model=MODEL, rank=8, seed=5)
+    saved = service.create_lora_training_client(base_model=MODEL, rank=8, seed=5)
+    data = batch()
+    train_step(saved, data)
+    saved.save_state("safe").result(timeout=60)
+    expected = [logprobs_of(client.forward(data, "cross_entropy").result(timeout=60)) for client in (fresh, saved)]
+    own_server.kill()
+    own_server.start()
+    for client, before in zip((fresh, saved), expected, strict=True):
+        assert logprobs_of(client.forward(data, "cross_entropy").result(timeout=60)) == before
+        train_step(client, data)
+
+
+def test_a_killed_worker_is_replaced(own_server: ServerProcess) -> None:
+    import psutil
+
+    client = own_server.training_client()
+    assert own_server.process is not None
+    (worker,) = psutil.Process(own_server.process.pid).children()
+    worker.kill()
+    sampler = own_server.service().create_sampling_client(base_model=MODEL)
+    params = types.SamplingParams(max_tokens=4)
+    prompt = types.ModelInput.from_ints([10, 11])
+    assert sampler.sample(prompt=prompt, num_samples=1, sampling_params=params).result(timeout=60).sequences
+    train_step(client, batch())
+
+
+def test_no_worker_outlives_a_killed_server(own_server: ServerProcess) -> None:
+    import psutil
+
+    assert own_server.process is not None
+    (worker,) = psutil.Process(own_server.process.pid).children()
+    own_server.kill()
+    worker.wait(timeout=10)
+
+
+def test_second_server_on_one_data_directory_refuses(own_server: ServerProcess) -> None:
+    second = treadle("serve", "--port", str(free_port()), "--data", str(own_server.data_dir))
+    assert second.returncode != 0
+    assert "another treadle server" in second.stderr
+    train_step(own_server.training_client(), batch())
+
+
+def test_open_bind_without_keys_refuses_and_says_how_to_fix_it(tmp_path: Path) -> None:
+    refused = treadle("serve", "--host", "0.0.0.0", "--port", "0", "--data", str(tmp_path))
+    assert refused.returncode != 0
+    assert "treadle keys create" in refused.stderr
+
+
+def test_first_key_ends_open_mode_within_a_second(own_server: ServerProcess) -> None:
+    open_key = new_key()
+    train_step(own_server.training_client(open_key), batch())
+    created = treadle("keys", "create", "alice", "--data", str(own_server.data_dir))
+    assert created.returncode == 0, created.stderr
+    match = re.search(r"tml-\S+", created.stdout)
+    assert match is not None
+    key = match[0]
+    time.sleep(1.0)
+    with own_server.http(open_key) as http:
+        assert http.post("create_session", json={}).status_code == 401
+    client = own_server.training_client(key)
+    train_step(client, batch())
+    runs = own_server.service(key).create_rest_client().list_training_runs().result(timeout=60).training_runs
+    assert [run.training_run_id for run in runs] == [client.model_id]
+    listed = treadle("keys", "list", "--data", str(own_server.data_dir))
+    assert "alice" in listed.stdout
+    assert key not in listed.stdout
+    number = re.search(r"\b(\d+)\b.*alice", listed.stdout)
+    assert number is not None
+    assert treadle("keys", "revoke", number[1], "--data", str(own_server.data_dir)).returncode == 0
+    time.sleep(1.1)
+    with own_server.http(key) as http:
+        assert http.post("create_session", json={}).status_code == 401
+    with own_server.http(open_key) as http:
+        assert http.post("create_session", json={}).status_code == 401, "revoking the last key must not open the door"
+
+
+def test_two_models_are_two_pools(tmp_path: Path) -> None:
+    from treadle.config import bundled_model_dir
+
+    args = ["--model", MODEL, "--model", f"second={bundled_model_dir()}"]
+    with ServerProcess(tmp_path, args=args) as server:
+        names = {model.model_name for model in server.service().get_server_capabilities().supported_models}
+        assert {MODEL, "second"} <= names
+        client = server.service().create_lora_training_client(base_model="second", rank=8)
+        assert client.get_info().model_data.model_name == "second"
+        train_step(client, batch())
+        train_step(server.training_client(), batch())

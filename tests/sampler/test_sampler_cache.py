@@ -1,0 +1,137 @@
+"""Buckets, their attention and the layout of rows: same values, same bits, nothing left behind."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional
+
+from treadle.domain.limits import PACK_MULTIPLE
+from treadle.engine.adapter import AdapterLayout, AdapterWeights
+from treadle.sampler.cache import (
+    Bucket,
+    CachedAttention,
+    CacheShape,
+    PrefillPart,
+    PromptCache,
+    capacity_for,
+    decode_part,
+)
+from treadle.sampler.layout import GROUP_MULTIPLE, Block, lay_out
+
+CPU = torch.device("cpu")
+
+
+def filled_bucket(shape: CacheShape, capacity: int, lengths: list[int], *, seed: int) -> Bucket[int]:
+    bucket: Bucket[int] = Bucket(shape, capacity)
+    generator = torch.Generator().manual_seed(seed)
+    for index, length in enumerate(lengths):
+        row = bucket.add(index)
+        values = torch.randn(
+            shape.num_layers, 2, shape.num_kv_heads, length, shape.head_dim, generator=generator, dtype=torch.float32
+        )
+        bucket.data_N2SKCd[:, :, row, :, :length] = values.to(shape.dtype)
+    return bucket
+
+
+@pytest.mark.parametrize("num_groups", [1, 2, 4, 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decoding_gives_the_same_bits_alone_and_beside_longer_rows(num_groups: int, dtype: torch.dtype) -> None:
+    shape = CacheShape(num_layers=1, num_kv_heads=2, head_dim=32, dtype=dtype, device=CPU)
+    lengths = [1, 5, 16, 17, 200, 511, 512, 700, 1_000]
+    num_rows = len(lengths)
+    together = filled_bucket(shape, 1_024, lengths, seed=4)
+    query = torch.randn(1, 2 * num_groups, num_rows, 32).to(dtype)
+    key, value = torch.randn(2, 1, 2, num_rows, 32).to(dtype)
+    attention = CachedAttention([decode_part(together, range(num_rows), lengths)], [])
+    mixed = attention.attend(0, query, key, value, 0.2)
+    for row, length in enumerate(lengths):
+        alone: Bucket[int] = Bucket(shape, capacity_for(length + 1))
+        alone.add(0)
+        alone.data_N2SKCd[:, :, 0, :, :length] = together.data_N2SKCd[:, :, row, :, :length]
+        part = decode_part(alone, [0], [length])
+        one = slice(row, row + 1)
+        got = CachedAttention([part], []).attend(0, query[:, :, one], key[:, :, one], value[:, :, one], 0.2)
+        assert torch.equal(got[0, 0], mixed[0, row]), f"length {length}"
+
+
+def test_decoding_equals_plain_attention_over_all_places() -> None:
+    shape = CacheShape(num_layers=1, num_kv_heads=2, head_dim=16, dtype=torch.float32, device=CPU)
+    bucket = filled_bucket(shape, 64, [9, 30], seed=1)
+    before = bucket.data_N2SKCd.clone()
+    query, key, value = torch.randn(1, 6, 4, 16), torch.randn(1, 2, 4, 16), torch.randn(1, 2, 4, 16)
+    mixed = CachedAttention([decode_part(bucket, [2, 0], [9, 30])], []).attend(0, query, key, value, 0.3)
+    for bucket_row, (row, length) in enumerate([(2, 9), (0, 30)]):
+        keys = torch.cat([before[0, 0, bucket_row, :, :length], key[0, :, row, None]], dim=1)
+        values = torch.cat([before[0, 1, bucket_row, :, :length], value[0, :, row, None]], dim=1)
+        expected = functional.scaled_dot_product_attention(
+            query[0, :, row, None], keys.repeat_interleave(3, 0), values.repeat_interleave(3, 0), scale=0.3
+        )
+        torch.testing.assert_close(mixed[0, row], expected[:, 0], rtol=1e-5, atol=1e-6)
+    assert not mixed[0, [1, 3]].any(), "rows that belong to nobody are zeros"
+
+
+def test_prefill_in_chunks_equals_prefill_at_once() -> None:
+    shape = CacheShape(num_layers=1, num_kv_heads=1, head_dim=16, dtype=torch.float32, device=CPU)
+    query, key, value = torch.randn(1, 3, 40, 16), torch.randn(1, 1, 40, 16), torch.randn(1, 1, 40, 16)
+    whole = CachedAttention([], [PrefillPart(PromptCache(shape, 40), 0, 40)]).attend(0, query, key, value, 0.25)
+    cache = PromptCache(shape, 40)
+    for start, stop in [(0, 16), (16, 17), (17, 40)]:
+        rows = slice(start, stop)
+        attention = CachedAttention([], [PrefillPart(cache, 0, stop - start)])
+        part = attention.attend(0, query[:, :, rows], key[:, :, rows], value[:, :, rows], 0.25)
+        torch.testing.assert_close(part, whole[:, rows], rtol=1e-5, atol=1e-6)
+        cache.num_filled = stop
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.one_of(st.none(), st.integers(0, 30)), max_size=60))
+def test_a_bucket_keeps_each_owners_row_and_hands_out_clean_ones(actions: list[int | None]) -> None:
+    """None adds an owner, a number removes one; every row holds its owner's number and nothing else."""
+    shape = CacheShape(num_layers=2, num_kv_heads=1, head_dim=4, dtype=torch.float32, device=CPU)
+    bucket: Bucket[int] = Bucket(shape, 8)
+    for number, action in enumerate(actions, start=1):
+        if action is None:
+            row = bucket.add(number)
+            assert not bucket.data_N2SKCd[:, :, row].any()
+            bucket.data_N2SKCd[:, :, row] = number
+        elif bucket.owners:
+            row = action % len(bucket.owners)
+            last = bucket.owners[-1]
+            is_last = row == len(bucket.owners) - 1
+            assert bucket.remove(row) == (None if is_last else last)
+        for row, owner in enumerate(bucket.owners):
+            assert bool((bucket.data_N2SKCd[:, :, row] == owner).all())
+
+
+@pytest.mark.parametrize(
+    ("num_places", "capacity"), [(1, 64), (64, 64), (65, 128), (128, 128), (129, 256), (2_048, 2_048)]
+)
+def test_capacities_are_powers_of_two(num_places: int, capacity: int) -> None:
+    assert capacity_for(num_places) == capacity
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 20)), min_size=1, max_size=30))
+def test_blocks_lie_apart_in_padded_groups_of_their_adapter(drawn: list[tuple[int, int]]) -> None:
+    layout = AdapterLayout(1, (), 0)
+    adapters = [None, *(AdapterWeights(layout, torch.zeros(0), 1.0) for _ in range(3))]
+    blocks = [Block(adapters[index], num_rows) for index, num_rows in drawn]
+    placed = lay_out(blocks)
+    rows = [
+        row for block, start in zip(blocks, placed.starts, strict=True) for row in range(start, start + block.num_rows)
+    ]
+    assert len(set(rows)) == len(rows)
+    assert max(rows) < placed.num_rows
+    assert placed.num_rows % PACK_MULTIPLE == 0
+    for block, start in zip(blocks, placed.starts, strict=True):
+        over = [s for s in placed.segments if s.start < start + block.num_rows and s.stop > start]
+        if block.adapter is None:
+            assert not over
+        else:
+            (segment,) = over
+            assert segment.adapter is block.adapter
+            assert (segment.stop - segment.start) % GROUP_MULTIPLE == 0
+            assert segment.start <= start
+            assert start + block.num_rows <= segment.stop
