@@ -99,11 +99,20 @@ class ServerProcess:
 
     def training_client(self, key: str | None = None, *, rank: int = 8, **options: Any) -> tinker.TrainingClient:
         """A fresh LoRA run on the bundled model."""
-        return self.service(key).create_lora_training_client(base_model=MODEL, rank=rank, **options)
+        return new_run(self.service(key), rank=rank, **options)
+
+    def rest_client(self, key: str) -> tinker.RestClient:
+        """The SDK's client for runs, checkpoints and sessions."""
+        return tinker.RestClient(base_url=self.url, api_key=key)
 
     def http(self, key: str | None = None) -> httpx.Client:
         """Raw HTTP against the API."""
         return httpx.Client(base_url=f"{self.url}/api/v1/", headers={"X-API-Key": key or new_key()}, timeout=60)
+
+
+def new_run(service: tinker.ServiceClient, *, rank: int = 8, **options: Any) -> tinker.TrainingClient:
+    """A fresh LoRA run of this client, on the bundled model unless `base_model` says otherwise."""
+    return service.create_lora_training_client(**{"base_model": MODEL, "rank": rank, **options}).result(timeout=60)
 
 
 def datum(tokens: Sequence[int], *, weight: float = 1.0) -> types.Datum:
@@ -131,3 +140,12 @@ def train_step(client: tinker.TrainingClient, data: list[types.Datum], *, lr: fl
 def logprobs_of(output: types.ForwardBackwardOutput) -> list[list[float]]:
     """Each datum's logprobs."""
     return [list(fields["logprobs"].tolist()) for fields in output.loss_fn_outputs]
+
+
+def failure_of(future: Any, *, timeout_s: float = 60) -> tinker.RequestFailedError | None:
+    """The failure that a future ends in, or None when it has a result. Other errors are raised."""
+    try:
+        future.result(timeout=timeout_s)
+    except tinker.RequestFailedError as error:
+        return error
+    return None

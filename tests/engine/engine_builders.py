@@ -47,7 +47,9 @@ def make_model_dir(directory: Path, architecture: str, *, tied: bool, seed: int 
     config_class = {"qwen3": transformers.Qwen3Config, "llama": transformers.LlamaConfig}[architecture]
     model_class = {"qwen3": transformers.Qwen3ForCausalLM, "llama": transformers.LlamaForCausalLM}[architecture]
     # Llama's options that Qwen3 does not have: biases everywhere, and rescaled rotary frequencies.
-    extra = {"attention_bias": True, "mlp_bias": True, "rope_parameters": _LLAMA_ROPE} if architecture == "llama" else {}
+    extra = (
+        {"attention_bias": True, "mlp_bias": True, "rope_parameters": _LLAMA_ROPE} if architecture == "llama" else {}
+    )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = model_class(config_class(**_SIZES, **extra, tie_word_embeddings=tied))

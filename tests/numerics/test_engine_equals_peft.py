@@ -56,9 +56,12 @@ def test_mixed_pass_equals_each_adapter_alone_in_peft(directory: Path, tmp_path:
     results = run_micro_batch(base, quanta)
     for index, (quantum, result) in enumerate(zip(quanta, results, strict=True)):
         assert result.failure is None
-        model = load_in_peft(directory, tmp_path / str(index), quantum.state, encode_state(
-            quantum.state, base, with_optimizer=False, applied_seq=0
-        ))
+        model = load_in_peft(
+            directory,
+            tmp_path / str(index),
+            quantum.state,
+            encode_state(quantum.state, base, with_optimizer=False, applied_seq=0),
+        )
         logprobs, loss_sum = run_reference(model, quantum.datums, quantum.loss.name, quantum.loss.config)
         for ours, theirs in zip(result.logprobs, logprobs, strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=RTOL, atol=1e-5)

@@ -11,10 +11,15 @@ from treadle.store import Store
 from treadle.testing.clock import ManualClock
 
 
-@pytest.fixture(params=["sqlite"])
-def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    assert request.param == "sqlite"
+@pytest.fixture
+def sqlite_url(tmp_path: Path) -> str:
     return f"sqlite+aiosqlite:///{tmp_path}/treadle.db"
+
+
+@pytest.fixture(params=["sqlite"])
+def database_url(request: pytest.FixtureRequest) -> str:
+    url: str = request.getfixturevalue(f"{request.param}_url")
+    return url
 
 
 @pytest.fixture
@@ -25,5 +30,12 @@ def clock() -> ManualClock:
 @pytest.fixture
 async def store(database_url: str, clock: ManualClock) -> AsyncIterator[Store]:
     store = await Store.open(database_url, clock=clock.now)
+    yield store
+    await store.close()
+
+
+@pytest.fixture
+async def sqlite_store(sqlite_url: str, clock: ManualClock) -> AsyncIterator[Store]:
+    store = await Store.open(sqlite_url, clock=clock.now)
     yield store
     await store.close()

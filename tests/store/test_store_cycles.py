@@ -153,8 +153,9 @@ async def test_cycle_makes_everything_public_at_once(store: Store, clock: Manual
     assert future is not None
     assert future.result is not None
     assert (future.result.content_type, future.result.body) == ("application/json", b"bytes")
-    states = await store.requests.futures_state([op(n).request_id for n in range(1, 5)])
-    assert [state.value for state in states.values()] == ["done", "failed", "failed", "queued"]
+    ids = [op(n).request_id for n in range(1, 5)]
+    states = await store.requests.futures_state(ids)
+    assert [states[request_id].value for request_id in ids] == ["done", "failed", "failed", "queued"]
     assert await store.models.get(MODEL) == replace(
         model(),
         next_seq_id=4,

@@ -333,3 +333,10 @@ def test_random_json_in_known_fields_raises_only_our_errors(model, data):
 def test_random_bytes_raise_only_our_errors(raw):
     with pytest.raises(UnreadableBody):
         parse_body(bodies.HeartbeatBody, raw)
+
+
+@pytest.mark.parametrize("field", ["learning_rate", "beta2", "grad_clip_norm"])
+def test_null_number_is_refused_because_the_sdk_writes_nan_so(field: str) -> None:
+    raw = b'{"model_id":"s:train:0","seq_id":1,"adam_params":{"%s":null}}' % field.encode()
+    with pytest.raises(InvalidRequest, match=field):
+        parse_body(bodies.OptimStepBody, raw)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -51,9 +52,7 @@ class LocalBlobs:
             try:
                 num_bytes = _write_durably(unfinished, data)
                 target.parent.mkdir(parents=True, exist_ok=True)
-                os.link(unfinished, target)
-            except FileExistsError as error:
-                raise ServerError(f"blob {key} exists already; blobs are never overwritten") from error
+                _link_as_new(unfinished, target, key)
             finally:
                 with suppress(FileNotFoundError):
                     unfinished.unlink()
@@ -76,7 +75,7 @@ class LocalBlobs:
     def size(self, key: str) -> int:
         """See `BlobStore.size`."""
         with _translated("look up", key):
-            return self._path(key).stat().st_size
+            return _stat_of_file(self._path(key)).st_size
 
     def delete(self, key: str) -> None:
         """See `BlobStore.delete`. Emptied directories stay, since another writer may be about to use them."""
@@ -91,7 +90,7 @@ class LocalBlobs:
         """See `BlobStore.path_of`."""
         path = self._path(key)
         with _translated("look up", key):
-            path.stat()
+            _stat_of_file(path)
         return path
 
     def _path(self, key: str) -> Path:
@@ -132,6 +131,13 @@ class LocalBlobs:
                     os.unlink(entry.path)
 
 
+def _stat_of_file(path: Path) -> os.stat_result:
+    found = path.stat()
+    if stat.S_ISDIR(found.st_mode):
+        raise IsADirectoryError
+    return found
+
+
 def _write_durably(path: Path, data: bytes | bytearray | memoryview) -> int:
     with path.open("xb") as file:
         num_bytes = file.write(data)
@@ -139,6 +145,13 @@ def _write_durably(path: Path, data: bytes | bytearray | memoryview) -> int:
         os.fsync(file.fileno())
     assert num_bytes == memoryview(data).nbytes
     return num_bytes
+
+
+def _link_as_new(source: Path, target: Path, key: str) -> None:
+    try:
+        os.link(source, target)
+    except FileExistsError as error:
+        raise ServerError(f"blob {key} exists already; blobs are never overwritten") from error
 
 
 def _flush_directory(directory: Path) -> None:

@@ -23,9 +23,14 @@ ConfigOption = Annotated[
 DataOption = Annotated[Path | None, typer.Option("--data", help=help_text("data_dir"), show_default="./treadle-data")]
 
 
+# Wide enough for every table, so that a pipe or a file gets one line per row.
+PIPE_COLUMNS = 250
+
+
 def stdout() -> Console:
     """Where results go."""
-    return Console()
+    console = Console()
+    return console if console.is_terminal else Console(width=PIPE_COLUMNS)
 
 
 def stderr() -> Console:

@@ -27,6 +27,7 @@ def demo(
     the restored run has the same loss.
     """
     # Imported here: the SDK takes seconds to load, and `--help` needs none of it.
-    from treadle.demo import Plan, run_demo
+    from treadle.demo.report import Plan
+    from treadle.demo.run import run_demo
 
     raise typer.Exit(run_demo(url=url, plan=Plan(model=model, steps=steps, learning_rate=learning_rate)))

@@ -87,8 +87,9 @@ def _torch(settings: Settings) -> Check:
         return Check("torch", Verdict.FAIL, f"cannot be imported: {error}")
     has_gpu = torch.cuda.is_available()
     found = f"GPU {torch.cuda.get_device_name(0)}" if has_gpu else "no GPU, the CPU is used"
-    if settings.engine.device == "cuda" and not has_gpu:
-        return Check("torch", Verdict.FAIL, f"{torch.__version__}: engine.device is 'cuda', but there is no GPU")
+    if settings.engine.device.startswith("cuda") and not has_gpu:
+        asked = settings.engine.device
+        return Check("torch", Verdict.FAIL, f"{torch.__version__}: engine.device is {asked!r}, but there is no GPU")
     return Check("torch", Verdict.OK, f"{torch.__version__}, {found}")
 
 

@@ -31,7 +31,9 @@ app = typer.Typer(
     "export TINKER_API_KEY=$(treadle keys create alice --data /srv/treadle)"
 )
 def create(
-    user: Annotated[str, typer.Argument(help="Whose key it is. Keys of one user share runs and checkpoints.")],
+    user: Annotated[
+        str, typer.Argument(metavar="USER", help="Whose key it is. Keys of one user share runs and checkpoints.")
+    ],
     admin: Annotated[bool, typer.Option("--admin", help="The key may also use the admin API.")] = False,
     data: DataOption = None,
     config: ConfigOption = None,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from treadle.cli.chart import line_chart
@@ -43,24 +43,25 @@ def list_runs(data: DataOption = None, config: ConfigOption = None) -> None:
     if not models:
         stderr().print("no training runs yet")
         return
-    table = Table("run", "tenant", "base model", "rank", "state", "ops", "created", "last request")
+    table = Table(Column("run", no_wrap=True), "tenant", "base model", "rank", "state", "ops", "created")
     for model in models:
         table.add_row(
-            Text(model.model_id, overflow="fold"),
+            model.model_id,
             model.tenant_id,
             model.base_model,
             str(model.lora.rank),
             model.state.value,
             str(model.next_seq_id),
             shown_time(model.created_at),
-            shown_time(model.last_request_at),
         )
     stdout().print(table)
 
 
 @app.command(epilog="[bold]Example[/]\n\ntreadle runs show 4f3c...:train:0 --data ./treadle-data")
 def show(
-    run_id: Annotated[str, typer.Argument(help="The id that `treadle runs list` shows; its beginning is enough.")],
+    run_id: Annotated[
+        str, typer.Argument(metavar="RUN_ID", help="The id that `treadle runs list` shows; its beginning is enough.")
+    ],
     data: DataOption = None,
     config: ConfigOption = None,
 ) -> None:

@@ -37,8 +37,10 @@ def group() -> None:
     "AutoTokenizer.from_pretrained('treadle/tiny') and the SDK's get_tokenizer() then find ./treadle/tiny"
 )
 def pull(
-    url: Annotated[str, typer.Argument(help="The server, for example http://10.0.0.5:8000. TINKER_API_KEY is sent.")],
-    name: Annotated[str, typer.Argument(help="The base model's name, as the server lists it.")],
+    url: Annotated[
+        str, typer.Argument(metavar="URL", help="The server, for example http://10.0.0.5:8000. TINKER_API_KEY is sent.")
+    ],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The base model's name, as the server lists it.")],
     out: Annotated[Path, typer.Option(help="Directory under which NAME is written.")] = Path(),
 ) -> None:
     """Download a model's tokenizer and write it to ./NAME, where a remote client's transformers looks for it."""

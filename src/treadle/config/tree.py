@@ -83,8 +83,8 @@ class ModelSettings(Section):
 class EngineSettings(Section):
     """How the base model is run."""
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the base model lives. `auto` takes the GPU when there is one."""
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    """Where the base model lives: auto, cpu, cuda or cuda:N. `auto` takes the GPU when there is one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Number format of the base weights. `auto`: float32 on a CPU, bfloat16 on a GPU."""
     threads: int = Field(default=0, ge=0)

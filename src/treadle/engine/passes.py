@@ -25,7 +25,7 @@ from treadle.domain.ops import Datum
 from treadle.engine.adapter import AdapterArena, TrainingState
 from treadle.engine.attention import PackedCausalAttention
 from treadle.engine.base_model import BaseModel
-from treadle.engine.head import HeadResult, HeadTask, run_head
+from treadle.engine.head import HeadResult, HeadTask, new_workspace, run_head
 from treadle.engine.kernels import LoraSegment
 from treadle.engine.losses import rows_with_gradient
 from treadle.errors import NonFiniteResult
@@ -74,8 +74,9 @@ def run_micro_batch(base: BaseModel, quanta: Sequence[QuantumInput]) -> list[Qua
             pack.tokens_T, pack.positions_T, attention=pack.attention, segments=pack.segments
         )
     d_hidden_TD = torch.zeros_like(hidden_TD, requires_grad=False) if wants_grad else None
+    workspace_CV = new_workspace(base)
     outputs = [
-        _run_quantum_head(base, quantum, segment, hidden_TD.detach(), d_hidden_TD)
+        _run_quantum_head(base, quantum, segment, hidden_TD.detach(), d_hidden_TD, workspace_CV)
         for quantum, segment in zip(quanta, pack.segments, strict=True)
     ]
     results = [
@@ -148,6 +149,7 @@ def _run_quantum_head(
     segment: LoraSegment,
     hidden_TD: Tensor,
     d_hidden_TD: Tensor | None,
+    workspace_CV: Tensor,
 ) -> HeadResult:
     rows = slice(segment.start, segment.stop)
     targets, inputs = _aligned_inputs(quantum)
@@ -159,8 +161,8 @@ def _run_quantum_head(
         adapter=quantum.state.weights,
         grads=segment.grads,
     )
-    wants_grad = segment.grads is not None and d_hidden_TD is not None
-    return run_head(base, hidden_TD[rows], task, d_hidden_TD[rows] if wants_grad and d_hidden_TD is not None else None)
+    d_hidden = d_hidden_TD[rows] if d_hidden_TD is not None and segment.grads is not None else None
+    return run_head(base, hidden_TD[rows], task, d_hidden, workspace_CV=workspace_CV)
 
 
 def _aligned_inputs(quantum: QuantumInput) -> tuple[NDArray[np.int64], dict[str, FloatArray]]:

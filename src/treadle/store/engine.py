@@ -43,15 +43,14 @@ class Database:
         """Engines for `url`; nothing is connected yet. Raises ConfigError for a URL that is not supported."""
         parsed, dialect = parse_url(url)
         options = dialect.engine_options() | {"json_serializer": _json, "max_overflow": 0}
-        # A connection is not rolled back when it returns: the writer always ended its transaction by then, and
-        # reads run in autocommit. Each roll-back would be one more hop to the connection's thread.
-        options["pool_reset_on_return"] = None
         writing = create_async_engine(parsed, pool_size=1, **options)
         reading = create_async_engine(
             parsed,
             pool_size=_MAX_READERS,
             pool_timeout=_READER_TIMEOUT_S,
+            # Nothing to roll back when a connection returns, which would be one more hop to its thread.
             isolation_level="AUTOCOMMIT",
+            pool_reset_on_return=None,
             skip_autocommit_rollback=True,
             **options,
         )

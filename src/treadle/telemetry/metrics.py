@@ -7,7 +7,7 @@ and a test compares the two.
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 METRICS_CONTENT_TYPE = CONTENT_TYPE_LATEST
@@ -21,6 +21,8 @@ class Metrics:
     """The metrics of one server process, registered with `registry`, which its owner passes on."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
+        # The time of each first count would be a second series for every one, of use to nobody.
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # untyped in prometheus_client 0.2x
         self.registry = registry
         self.http_requests = Counter(
             "treadle_http_requests",
@@ -35,13 +37,6 @@ class Metrics:
             registry=registry,
             buckets=_FAST_S,
         )
-        self.requests_finished = Counter(
-            "treadle_requests_finished",
-            "Requests with a final outcome: done, user_error or server_error",
-            ["kind", "outcome"],
-            registry=registry,
-        )
-        self.queue_depth = Gauge("treadle_queue_depth", "Requests waiting, by pool", ["pool"], registry=registry)
         self.cycles = Counter("treadle_cycles", "Clock cycles finished, by pool", ["pool"], registry=registry)
         self.cycle_seconds = Histogram(
             "treadle_cycle_seconds",

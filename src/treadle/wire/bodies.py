@@ -109,9 +109,23 @@ class Body(BaseModel):
 
 
 class _Section(Body):
-    """An object inside a body whose unknown keys are refused: ignoring one could change results."""
+    """An object inside a body whose unknown keys are refused: ignoring one could change results.
+
+    `number_fields` may be absent but not null: SDK 0.38 writes NaN and infinity as null, and taking the default
+    instead would train with a number that nobody chose.
+    """
 
     model_config = ConfigDict(extra="forbid")
+    number_fields: ClassVar[frozenset[str]] = frozenset()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _numbers_are_not_null(cls, fields: object) -> object:
+        if isinstance(fields, dict):
+            for key in sorted(cls.number_fields):
+                if key in fields and fields[key] is None:
+                    raise InvalidRequest(f"{key} is null, which is how the SDK sends NaN and infinity; send a number")
+        return fields
 
 
 class OpHead(Body):
@@ -289,6 +303,8 @@ class UnloadModelBody(Body):
 class AdamParamsBody(_Section):
     """adam_params; defaults are the SDK's, which older SDKs leave to the server."""
 
+    number_fields = frozenset({"learning_rate", "beta1", "beta2", "eps", "weight_decay", "grad_clip_norm"})
+
     learning_rate: Annotated[float, Field(ge=0)] = 1e-4
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
@@ -358,6 +374,8 @@ class JoinSamplingSessionBody(Body):
 
 class SamplingParamsBody(_Section):
     """sampling_params; `stop` is checked where ops are built, because its three forms mean different things."""
+
+    number_fields = frozenset({"temperature", "top_k", "top_p"})
 
     max_tokens: Annotated[int, Field(ge=1, le=_MAX_COUNTER)] | None = None
     seed: Seed | None = None

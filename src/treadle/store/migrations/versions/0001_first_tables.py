@@ -168,7 +168,10 @@ def _create_requests() -> None:
         **_where(sa.column("finished_order").is_not(None)),
     )
     op.create_index(
-        "ix_requests_line", "requests", ["pool", "model_id", "seq_id"], **_where(sa.column("in_line").is_(sa.true()))
+        "ix_requests_line",
+        "requests",
+        ["pool", "model_id", "seq_id", "in_line"],
+        **_where(sa.column("in_line").is_(sa.true())),
     )
     op.create_index(
         "ix_requests_model_seq",

@@ -1,38 +1,24 @@
-"""The quickstart, end to end, through the official SDK: teach a model seven phrases of pig latin and check everything.
+"""The quickstart of the Tinker documentation through the official SDK, with every claim checked.
 
-It is a client: it knows the server by its URL only, and starts one as a process of its own when none is given. The task
-is the quickstart of the Tinker documentation ("Getting started with training and sampling"): seven pairs, prompt tokens
-with weight 0. Invariant: the exit status is 0 only when every check of `Report` passed, and nothing is left running.
+The task is theirs ("Getting started with training and sampling"): seven pairs, prompt tokens with weight 0. It knows
+the server by its URL only, and refuses to know who started it. Invariant: what is not checked is not claimed.
 """
 
 from __future__ import annotations
 
 import math
-import signal
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
+from collections.abc import Sequence
 
-import httpx
 import tinker
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from tinker import types
+from transformers import PreTrainedTokenizerBase
 
-from treadle.config import BUNDLED_MODEL, bypass_proxy_for, environment_for_child, tinker_api_key
-from treadle.errors import ServerError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from treadle.config import tinker_api_key
+from treadle.demo.report import Plan, Report
 
 # English and pig latin, as in the Tinker documentation's quickstart.
 PHRASES = {
@@ -55,48 +41,8 @@ RESTORED_TOLERANCE = 1e-6
 LOGPROB_TOLERANCE = 1e-2
 TOPK = 3
 RESULT_TIMEOUT_S = 300.0
-START_TIMEOUT_S = 120.0
-STOP_TIMEOUT_S = 40.0
-READY_PREFIX = "treadle ready: "
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What to train. The defaults fit the bundled model."""
-
-    model: str = BUNDLED_MODEL
-    steps: int = 40
-    learning_rate: float = 6e-3
-    rank: int = 32
-    seed: int = 0
-
-
-@dataclass(slots=True)
-class Report:
-    """What was checked, in words, and what failed."""
-
-    passed: list[str] = field(default_factory=list)
-    failed: list[str] = field(default_factory=list)
-
-    def check(self, is_right: bool, claim: str) -> None:
-        (self.passed if is_right else self.failed).append(claim)
-
-
-def run_demo(*, url: str | None, plan: Plan) -> int:
-    """The exit status of the demo: 0 when every check passed. url None starts a server and stops it at the end."""
-    console, report, started = Console(), Report(), time.monotonic()
-    with own_server(plan.model, console, report) if url is None else nullcontext(url) as base_url:
-        bypass_proxy_for(urlsplit(base_url).hostname or "127.0.0.1")
-        try:
-            quickstart(base_url, plan, console, report)
-        except (tinker.TinkerError, TimeoutError) as error:
-            report.check(False, f"the SDK failed: {error or type(error).__name__}")
-    for claim in report.passed:
-        console.print(f"[green]ok[/]   {escape(claim)}", highlight=False)
-    for claim in report.failed:
-        console.print(f"[bold red]FAIL[/] {escape(claim)}", highlight=False)
-    console.print(f"{time.monotonic() - started:.1f} s", style="dim")
-    return 1 if report.failed else 0
+# What the SDK raises when a server refuses, fails or does not answer.
+SDK_ERRORS = (tinker.TinkerError, TimeoutError)
 
 
 def quickstart(base_url: str, plan: Plan, console: Console, report: Report) -> None:
@@ -250,66 +196,3 @@ def show_phrases(before: dict[str, str], after: dict[str, str], console: Console
         table.add_row(english, escape(before[english]), f"[{style}]{escape(after[english])}[/]", PHRASES[english])
     table.add_row(UNSEEN_PHRASE, "", escape(after[UNSEEN_PHRASE]), "(never seen)")
     console.print(table)
-
-
-@contextmanager
-def own_server(model: str, console: Console, report: Report) -> Iterator[str]:
-    """The URL of a server started for this block, on a free port and an empty data directory.
-
-    Stopped with SIGTERM at the end; that it drains and exits with 0 is one of the checks. Raises ServerError, with the
-    end of its log, when it does not become ready.
-    """
-    with tempfile.TemporaryDirectory(prefix="treadle-demo-") as scratch:
-        log_path = Path(scratch) / "server.log"
-        arguments = ["serve", "--port", "0", "--data", str(Path(scratch) / "data"), "--model", model]
-        with log_path.open("w", encoding="utf-8") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "treadle.cli", *arguments],
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                env=environment_for_child(),
-            )
-        try:
-            base_url = _wait_until_ready(process, log_path)
-            console.print(f"server at {base_url}", style="dim", highlight=False)
-            yield base_url
-        finally:
-            status = _stop(process)
-        report.check(status == 0, f"the server stopped on SIGTERM with exit status {status}")
-        if report.failed:
-            console.print("[bold]the end of the server's log:[/]\n" + escape(_tail(log_path)), highlight=False)
-
-
-def _wait_until_ready(process: subprocess.Popen[str], log_path: Path) -> str:
-    """The URL that the server prints, once /readyz answers 200."""
-    assert process.stdout is not None
-    # The line comes, or the pipe closes because the process ended: either way this does not hang.
-    line = next((text for text in process.stdout if text.startswith(READY_PREFIX)), None)
-    if line is None:
-        raise ServerError(f"the server did not start:\n{_tail(log_path)}")
-    base_url = line.removeprefix(READY_PREFIX).strip()
-    bypass_proxy_for(urlsplit(base_url).hostname or "127.0.0.1")
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while httpx.get(f"{base_url}/readyz", timeout=10.0).status_code != 200:
-        if process.poll() is not None or time.monotonic() > deadline:
-            raise ServerError(f"the server did not become ready:\n{_tail(log_path)}")
-        time.sleep(0.1)
-    return base_url
-
-
-def _stop(process: subprocess.Popen[str]) -> int:
-    """The exit status after SIGTERM; after a bounded wait SIGKILL, so that nothing is left behind."""
-    process.send_signal(signal.SIGTERM)
-    try:
-        process.wait(timeout=STOP_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-    assert process.stdout is not None
-    process.stdout.close()
-    return process.returncode
-
-
-def _tail(path: Path, num_lines: int = 30) -> str:
-    return "\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-num_lines:])

@@ -1,0 +1,337 @@
+"""What every executor does, whatever runs behind it: checks to run against a started one.
+
+Each check is an async function of a `Driver` and raises AssertionError when the executor breaks the rule. Checks use
+runs of their own, so they may share one executor and come in any order:
+
+    async with started(make_executor()) as driver:
+        for check in CHECKS:
+            await check(driver)
+
+They need a vocabulary of 64 ids, a context of 64 tokens, rank 8, and determinism: the same run twice gives the same
+numbers to the bit. Nothing here knows what the model computes, only that training on a datum makes it likelier.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+
+import numpy as np
+
+from treadle.domain.ids import BlobKey, ModelId
+from treadle.domain.limits import QUANTUM_TOKENS
+from treadle.domain.ops import (
+    CreateModelOp,
+    LoadWeightsOp,
+    LoraSpec,
+    OptimStepOp,
+    PassOp,
+    SaveForSamplerOp,
+    SaveWeightsOp,
+    UnloadModelOp,
+)
+from treadle.domain.outcome import BlobResult, ModelResult, OpOutcome, PassResult, StepResult
+from treadle.domain.plan import FIRST_INCARNATION, StateTag
+from treadle.domain.states import Category
+from treadle.errors import Fenced
+from treadle.testing.builders import datum, pass_op, sample_op, step_op
+from treadle.testing.driver import Driver, Floats, pass_logprobs, pass_loss, read_sample
+
+Check = Callable[[Driver], Awaitable[None]]
+
+LORA = LoraSpec(rank=8, seed=7)
+
+
+async def check_start_gives_facts(driver: Driver) -> None:
+    facts = driver.facts
+    assert facts.base_model
+    assert facts.revision
+    assert facts.vocab_size >= 64
+    assert facts.max_context_length >= 64
+
+
+async def check_a_run_learns_and_its_tag_follows(driver: Driver) -> None:
+    run = Run(driver)
+    (created,) = await driver.run(run.create())
+    assert created.result == ModelResult(run.model_id)
+    assert created.tag_after == run.tag(0)
+    losses = []
+    for _ in range(3):
+        passed, stepped = await driver.run(run.backward(), run.step())
+        assert isinstance(passed.result, PassResult)
+        assert isinstance(stepped.result, StepResult)
+        assert stepped.encoded is not None
+        assert np.isfinite(list(stepped.result.metrics.values())).all()
+        assert passed.num_tokens == 8
+        assert (passed.tag_after, stepped.tag_after) == (run.tag(run.last_seq_id - 1), run.tag(run.last_seq_id)) or (
+            # Phases run over all models, so a pass may report the tag its run has at the end of the cycle.
+            passed.tag_after == stepped.tag_after == run.tag(run.last_seq_id)
+        )
+        assert np.isclose(pass_loss(passed), -sum(float(array.sum()) for array in pass_logprobs(passed)), rtol=1e-4)
+        losses.append(pass_loss(passed))
+    assert losses[0] > losses[1] > losses[2], losses
+
+
+async def check_one_cycle_equals_many(driver: Driver) -> None:
+    together, apart = Run(driver), Run(driver)
+    await driver.run(together.create(), together.backward(), together.backward(seed=1), together.step())
+    for op in (apart.create(), apart.backward(), apart.backward(seed=1), apart.step()):
+        await driver.run(op)
+    assert_same(await together.logprobs(), await apart.logprobs())
+
+
+async def check_neighbours_change_nothing(driver: Driver) -> None:
+    alone, accompanied, neighbour = Run(driver), Run(driver), Run(driver)
+    await driver.run(alone.create(), alone.backward(), alone.step())
+    await driver.run(neighbour.create(rank=4), accompanied.create())
+    bad = neighbour.backward(weights=[float("nan")] * 8)
+    outcomes = await driver.run(neighbour.backward(seed=3), bad, accompanied.backward(), accompanied.step())
+    assert [outcome.failure is None for outcome in outcomes] == [True, False, True, True]
+    assert_same(await accompanied.logprobs(), await alone.logprobs())
+
+
+async def check_forward_leaves_no_trace(driver: Driver) -> None:
+    run = await Run(driver).trained()
+    before = await run.logprobs()
+    (stepped,) = await driver.run(run.step())
+    assert_user_failure(stepped)
+    assert stepped.tag_after == run.tag(run.last_seq_id)
+    assert_same(await run.logprobs(), before)
+
+
+async def check_a_failed_op_leaves_the_state_as_it_was(driver: Driver) -> None:
+    run = await Run(driver).trained()
+    before = await run.logprobs()
+    (failed,) = await driver.run(run.backward(weights=[float("nan")] * 8))
+    assert_user_failure(failed)
+    assert failed.tag_after == run.tag(run.last_seq_id), "its sequence number is consumed"
+    (lost,) = await driver.run(run.load(driver.new_key()))
+    assert lost.failure is not None
+    assert_same(await run.logprobs(), before)
+    (stepped,) = await driver.run(run.step())
+    assert_user_failure(stepped)
+
+
+async def check_a_step_applies_what_succeeded_and_counts_the_rest(driver: Driver) -> None:
+    run, reference = Run(driver), Run(driver)
+    await driver.run(reference.create(), reference.backward(), reference.step())
+    bad = run.create(), run.backward(weights=[float("nan")] * 8)
+    *_, stepped = await driver.run(*bad, run.backward(), run.step())
+    assert isinstance(stepped.result, StepResult)
+    assert stepped.result.metrics["skipped_passes"] == 1
+    assert_same(await run.logprobs(), await reference.logprobs())
+
+
+async def check_a_save_loads(driver: Driver) -> None:
+    run = await Run(driver).trained()
+    saved_at = await run.logprobs()
+    (saved,) = await driver.run(SaveWeightsOp(run.model_id, run.next_seq_id(), name="one"))
+    assert isinstance(saved.result, BlobResult)
+    assert saved.result.num_bytes > 0
+    assert saved.result.lora == LORA
+    await driver.run(run.backward(), run.step())
+    continued = await run.logprobs()
+    assert not np.array_equal(continued, saved_at)
+    (loaded,) = await driver.run(run.load(saved.result.blob_key))
+    assert loaded.result == ModelResult(run.model_id)
+    assert loaded.tag_after == run.tag(run.last_seq_id)
+    assert_same(await run.logprobs(), saved_at)
+    await driver.run(run.backward(), run.step())
+    assert_same(await run.logprobs(), continued)
+    other = Run(driver, last_seq_id=-1)
+    (created,) = await driver.run(other.load(saved.result.blob_key, creates_model=True))
+    assert created.tag_after == other.tag(0)
+    assert_same(await other.logprobs(), saved_at)
+
+
+async def check_a_wrong_tag_is_refused(driver: Driver) -> None:
+    wrong = (
+        lambda run: StateTag(run.model_id, FIRST_INCARNATION + 1, run.last_seq_id - 1),
+        lambda run: StateTag(run.model_id, FIRST_INCARNATION, run.last_seq_id - 2),
+        lambda run: StateTag(run.model_id, FIRST_INCARNATION, run.last_seq_id),
+    )
+    for make_tag in wrong:
+        run = await Run(driver).trained()
+        before = await run.logprobs()
+        held = driver.tags[run.model_id]
+        op = run.backward()
+        (refused,) = (await driver.run_items([driver.item(op, tag=make_tag(run))])).outcomes
+        assert refused.result is None
+        assert refused.failure is not None
+        assert refused.failure.category is Category.SERVER
+        # The worker may keep the state as it was, or drop it for a restore; it may not have run the op on it.
+        if refused.tag_after is None:
+            driver.tags[run.model_id] = held
+            (second,) = await driver.run(run.forward())
+            assert second.failure is not None, "a dropped state came back"
+        else:
+            assert_same(await run.logprobs(), before)
+            (stepped,) = await driver.run(run.step())
+            assert_user_failure(stepped)
+
+
+async def check_skipped_seq_ids_are_no_obstacle(driver: Driver) -> None:
+    run = await Run(driver).trained()
+    run.last_seq_id += 5
+    (passed,) = await driver.run(run.forward())
+    assert passed.failure is None
+    assert passed.tag_after == run.tag(run.last_seq_id)
+
+
+async def check_a_pass_in_parts_is_one_pass(driver: Driver) -> None:
+    num_tokens = min(QUANTUM_TOKENS // 2 + 1, driver.facts.max_context_length)
+    per_quantum = max(1, QUANTUM_TOKENS // num_tokens)
+    data = [datum(num_tokens, seed=seed) for seed in range(2 * per_quantum + 1)]
+    whole, parted = Run(driver), Run(driver)
+    (_, expected, _) = await driver.run(whole.create(), whole.backward_on(data), whole.step())
+    await driver.run(parted.create())
+    op = parted.backward_on(data)
+    for quanta in ((0, 1), (1, 2)):
+        (part,) = (await driver.run_items([driver.item(op, quanta=quanta)])).outcomes
+        assert part.is_partial
+        assert part.result is None
+        assert part.failure is None
+        assert part.encoded is None
+        assert part.tag_after == parted.tag(0), "the state changes with the last part only"
+    (done,) = (await driver.run_items([driver.item(op, quanta=(2, 3))])).outcomes
+    assert not done.is_partial
+    assert done.tag_after == parted.tag(1)
+    assert len(pass_logprobs(done)) == len(data)
+    assert_same(np.concatenate(pass_logprobs(done)), np.concatenate(pass_logprobs(expected)))
+    await driver.run(parted.step())
+    assert_same(await parted.logprobs(), await whole.logprobs())
+
+
+async def check_an_older_token_is_fenced(driver: Driver) -> None:
+    run = await Run(driver).trained()
+    before = await run.logprobs()
+    driver.token += 1
+    await driver.run(run.forward())
+    driver.token -= 1
+    item = driver.item(run.backward())
+    try:
+        await driver.run_items([item])
+    except Fenced:
+        pass
+    else:
+        raise AssertionError("a plan with an older token was run")
+    finally:
+        driver.token += 1
+    assert_same(await run.logprobs(), before)
+
+
+async def check_snapshot_evict_restore_continues_the_run(driver: Driver) -> None:
+    run, undisturbed = await Run(driver).trained(), await Run(driver).trained()
+    await driver.run(run.backward(seed=5), undisturbed.backward(seed=5))
+    key = driver.new_key()
+    held = run.tag(run.last_seq_id)
+    stale = replace(held, applied_seq=held.applied_seq - 1)
+    assert await driver.executor.snapshot([(stale, driver.new_key())]) == {}
+    written = await driver.executor.snapshot([(held, key)])
+    assert written.keys() == {run.model_id}
+    assert written[run.model_id] > 0
+    await driver.executor.evict([run.model_id])
+    restore = driver.restore_item(held, LORA, key)
+    (stepped,) = await driver.run(run.step(), restores=[restore])
+    assert stepped.failure is None
+    assert stepped.tag_after == replace(restore.tag, applied_seq=run.last_seq_id)
+    await driver.run(undisturbed.step())
+    assert_same(await run.logprobs(), await undisturbed.logprobs())
+
+
+async def check_a_new_run_restores_from_its_seed(driver: Driver) -> None:
+    run, undisturbed = Run(driver), Run(driver)
+    await driver.run(run.create(), undisturbed.create())
+    await driver.executor.evict([run.model_id])
+    restore = driver.restore_item(run.tag(0), LORA, None)
+    await driver.run(run.backward(), run.step(), restores=[restore])
+    await driver.run(undisturbed.backward(), undisturbed.step())
+    assert_same(await run.logprobs(), await undisturbed.logprobs())
+
+
+async def check_a_failed_restore_fails_the_ops_behind_it(driver: Driver) -> None:
+    run = await Run(driver).trained()
+    restore = driver.restore_item(run.tag(run.last_seq_id), LORA, driver.new_key())
+    outcomes = await driver.run(run.backward(), run.step(), restores=[restore])
+    assert all(outcome.failure is not None and outcome.tag_after is None for outcome in outcomes)
+
+
+async def check_evict_is_idempotent(driver: Driver) -> None:
+    run = await Run(driver).trained()
+    for _ in range(2):
+        await driver.executor.evict([run.model_id, driver.new_model_id()])
+    assert await driver.executor.snapshot([(run.tag(run.last_seq_id), driver.new_key())]) == {}
+    (refused,) = await driver.run(run.forward())
+    assert refused.failure is not None
+    assert refused.tag_after is None
+
+
+async def check_unload_ends_a_run(driver: Driver) -> None:
+    run = await Run(driver).trained()
+    (unloaded,) = await driver.run(UnloadModelOp(run.model_id, run.next_seq_id()))
+    assert unloaded.result == ModelResult(run.model_id)
+    assert unloaded.tag_after is None
+
+
+async def check_published_weights_are_sampled_and_never_change(driver: Driver) -> None:
+    run = await Run(driver).trained()
+    (published,) = await driver.run(SaveForSamplerOp(run.model_id, run.next_seq_id(), name="one"))
+    assert isinstance(published.result, BlobResult)
+    tokens = datum().tokens
+    targets = datum().inputs["target_tokens"]
+    prompt = [*tokens.tolist(), int(targets[-1])]
+    sample = replace(sample_op(prompt=prompt, wants_prompt_logprobs=True), blob_key=published.result.blob_key)
+    (first,) = await driver.sample(sample)
+    scored = read_sample(first).prompt_logprobs
+    assert scored is not None
+    assert np.isnan(scored[0])
+    trainer_logprobs = await run.logprobs()
+    assert np.allclose(scored[1:], trainer_logprobs, atol=1e-3), "trainer and sampler disagree"
+    await driver.run(run.backward(), run.step())
+    (second,) = await driver.sample(sample)
+    assert read_sample(second).sequences[0][0] == read_sample(first).sequences[0][0]
+    assert_same(read_sample(second).prompt_logprobs, scored)
+
+
+async def check_each_sample_ends_in_one_outcome(driver: Driver) -> None:
+    ops = [
+        sample_op(seed=1, num_samples=2, max_tokens=5),
+        sample_op(seed=2, prompt=[driver.facts.vocab_size]),
+        sample_op(seed=3, temperature=0.0),
+        sample_op(seed=1, num_samples=3, max_tokens=5, wants_prompt_logprobs=True, topk_prompt_logprobs=2),
+        replace(sample_op(seed=4), blob_key=driver.new_key()),
+    ]
+    start = len(driver.sample_outcomes)
+    two, bad, greedy, three, lost = await driver.sample(*ops)
+    (again,) = await driver.sample(ops[2])
+    assert len(driver.sample_outcomes) - start == len(ops) + 1
+    assert bad.failure is not None
+    assert bad.failure.category is Category.USER
+    assert lost.failure is not None
+    assert (two.num_prompt_tokens, two.num_sampled_tokens) == (3, 10)
+    sequences = read_sample(three).sequences
+    assert [len(tokens) for tokens, _ in sequences] == [5, 5, 5]
+    assert [tokens for tokens, _ in sequences[:2]] == [tokens for tokens, _ in read_sample(two).sequences]
+    assert all((logprobs <= 0).all() for _, logprobs in sequences)
+    topk = read_sample(three).topk_token_ids
+    assert topk is not None
+    assert topk.shape == (3, 2)
+    assert read_sample(again).sequences[0][0] == read_sample(greedy).sequences[0][0]
+
+
+async def check_cancelled_samples_hurt_nobody(driver: Driver) -> None:
+    start = len(driver.sample_outcomes)
+    cancelled, kept = driver.submit(
+        sample_op(seed=1, max_tokens=40), sample_op(seed=2), prefix=driver.new_key().replace("/", "-")
+    )
+    for _ in range(2):
+        driver.executor.cancel_samples([cancelled, op_id_of_nobody()])
+    await driver.wait_for_samples([kept])
+    await driver.sample(sample_op(seed=3))
+    seen = [outcome.request_id for outcome in driver.sample_outcomes[start:]]
+    # It may have ended before the cancel came, but never twice.
+    assert seen.count(cancelled) <= 1
+    assert seen.count(kept) == 1
+
+
+CHECKS: tuple[Check, ...] = tuple(value for name, value in list(globals().items()) if name.startswith("check_"))

@@ -1,0 +1,174 @@
+"""The one file format: exact round trips, and refusals that name both sides."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+from engine_builders import load_tiny, make_datums, make_model_dir, make_state, quantum_of
+
+from treadle.domain.ops import AdamParams, LoraSpec
+from treadle.engine.adapter import TrainingState
+from treadle.engine.base_model import BaseModel
+from treadle.engine.files import decode_state, decode_weights, encode_state, export_peft, read_header
+from treadle.engine.optim import adamw_step
+from treadle.engine.passes import commit_scratch, run_micro_batch
+from treadle.errors import InvalidRequest
+
+
+def trained_state(base: BaseModel, spec: LoraSpec, *, open_gradient: bool) -> TrainingState:
+    """A run two steps in, optionally with a gradient that no step has taken yet."""
+    state = make_state(base, spec)
+    datums = make_datums(np.random.default_rng(spec.seed), [10, 33])
+    for index in range(3 if open_gradient else 2):
+        quantum = quantum_of(state, datums)
+        run_micro_batch(base, [quantum])
+        assert quantum.scratch is not None
+        commit_scratch(state, quantum.scratch)
+        if index < 2:
+            adamw_step(state, AdamParams(learning_rate=1e-2))
+    return state
+
+
+@pytest.mark.parametrize("open_gradient", [False, True])
+@pytest.mark.parametrize("flags", [{}, {"train_unembed": False}, {"train_attn": False}])
+def test_round_trip_is_bit_exact(base: BaseModel, open_gradient: bool, flags: dict[str, bool]) -> None:
+    state = trained_state(base, LoraSpec(rank=5, seed=1, **flags), open_gradient=open_gradient)
+    back = decode_state(encode_state(state, base, with_optimizer=True, applied_seq=9), base)
+    assert back.spec == state.spec
+    assert (back.step, back.num_open_passes) == (state.step, state.num_open_passes) == (2, int(open_gradient))
+    assert torch.equal(back.weights.flat, state.weights.flat)
+    assert back.weights.scale == state.weights.scale
+    assert torch.equal(back.exp_avg, state.exp_avg)
+    assert torch.equal(back.exp_avg_sq, state.exp_avg_sq)
+    assert (back.grads is None) == (state.grads is None)
+    if back.grads is not None and state.grads is not None:
+        assert torch.equal(back.grads.flat, state.grads.flat)
+
+
+def test_resumed_run_takes_the_same_steps(base: BaseModel) -> None:
+    state = trained_state(base, LoraSpec(rank=4, seed=2), open_gradient=True)
+    back = decode_state(encode_state(state, base, with_optimizer=True, applied_seq=1), base)
+    for run in (state, back):
+        adamw_step(run, AdamParams(learning_rate=1e-2))
+        quantum = quantum_of(run, make_datums(np.random.default_rng(3), [20]))
+        run_micro_batch(base, [quantum])
+        assert quantum.scratch is not None
+        commit_scratch(run, quantum.scratch)
+        adamw_step(run, AdamParams(learning_rate=1e-2))
+    assert torch.equal(state.weights.flat, back.weights.flat)
+
+
+def test_file_does_not_change_when_training_goes_on(base: BaseModel) -> None:
+    state = make_state(base, LoraSpec(rank=2, seed=0))
+    data = encode_state(state, base, with_optimizer=True, applied_seq=0)
+    before = decode_weights(data, base).flat.clone()
+    state.weights.flat.add_(1)
+    assert torch.equal(decode_weights(data, base).flat, before)
+    loaded = decode_weights(data, base)
+    loaded.flat.add_(1)
+    assert torch.equal(decode_weights(data, base).flat, before)
+
+
+def test_loading_without_optimizer_starts_moments_afresh(base: BaseModel) -> None:
+    state = trained_state(base, LoraSpec(rank=2, seed=0), open_gradient=True)
+    back = decode_state(encode_state(state, base, with_optimizer=True, applied_seq=0), base, with_optimizer=False)
+    assert torch.equal(back.weights.flat, state.weights.flat)
+    assert (back.step, back.num_open_passes, back.grads) == (0, 0, None)
+    assert not back.exp_avg.any()
+    assert not back.exp_avg_sq.any()
+
+
+def test_header_says_what_the_file_is(base: BaseModel) -> None:
+    state = trained_state(base, LoraSpec(rank=2, seed=6, train_mlp=False), open_gradient=False)
+    header = read_header(encode_state(state, base, with_optimizer=False, applied_seq=17))
+    assert header.base_model == "local/tiny"
+    assert header.revision == base.facts.revision
+    assert header.lora == state.spec
+    assert (header.step, header.num_open_passes, header.applied_seq) == (2, 0, 17)
+    assert header.has_optimizer is False
+    assert header.numerics_profile == base.facts.numerics_profile
+    assert header.adapter_config["target_modules"] == ["q_proj", "k_proj", "v_proj", "o_proj", "lm_head"]
+
+
+def test_sampler_weights_hold_no_optimizer(base: BaseModel) -> None:
+    state = trained_state(base, LoraSpec(rank=2, seed=0), open_gradient=True)
+    data = encode_state(state, base, with_optimizer=False, applied_seq=0)
+    assert all(name.startswith("base_model.model.") for name in safetensors.numpy.load(data))
+    assert torch.equal(decode_weights(data, base).flat, state.weights.flat)
+    with pytest.raises(InvalidRequest, match="no optimizer state"):
+        decode_state(data, base)
+
+
+def test_export_is_an_ordinary_peft_adapter(base: BaseModel) -> None:
+    state = make_state(base, LoraSpec(rank=4, seed=0))
+    files = export_peft(encode_state(state, base, with_optimizer=True, applied_seq=0))
+    config = json.loads(files["adapter_config.json"])
+    assert config["base_model_name_or_path"] == "local/tiny"
+    assert (config["r"], config["lora_alpha"], config["peft_type"]) == (4, 32.0, "LORA")
+    tensors = safetensors.numpy.load(files["adapter_model.safetensors"])
+    assert len(tensors) == len(state.layout.places)
+    module = "model.layers.1.mlp.down_proj"
+    np.testing.assert_array_equal(tensors[f"base_model.model.{module}.lora_B.weight"], state.weights.b(module).numpy())
+    np.testing.assert_array_equal(tensors[f"base_model.model.{module}.lora_A.weight"], state.weights.a(module).numpy())
+
+
+def renamed(base: BaseModel, **facts: str) -> bytes:
+    """A file as a base model with other facts would write it."""
+    state = make_state(base, LoraSpec(rank=2, seed=0))
+    ours = base.facts
+    base.facts = replace(ours, **facts)
+    try:
+        return encode_state(state, base, with_optimizer=True, applied_seq=0)
+    finally:
+        base.facts = ours
+
+
+def with_header(base: BaseModel, **changes: object) -> bytes:
+    """A file whose header disagrees with its tensors."""
+    data = encode_state(make_state(base, LoraSpec(rank=2, seed=0)), base, with_optimizer=True, applied_seq=0)
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["treadle"])
+    header.update(changes)
+    return safetensors.numpy.save(safetensors.numpy.load(data), {"treadle": json.dumps(header)})
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (lambda base: renamed(base, base_model="other/name"), ("other/name", "local/tiny")),
+        (lambda base: renamed(base, revision="feed"), ("feed", "revision")),
+        (lambda base: with_header(base, lora={"rank": 3, "seed": 0}), (r"\[2, ", r"\[3, ")),
+        (
+            lambda base: with_header(base, lora={"rank": 2, "seed": 0, "train_mlp": False}),
+            ("gate_proj|up_proj|down_proj",),
+        ),
+        (lambda base: with_header(base, format_version=99), ("99",)),
+        (lambda base: with_header(base, surprise=1), ("header",)),
+        (lambda base: b"", ("header",)),
+        (lambda base: b"\xff" * 64, ("header",)),
+        (lambda base: with_header(base)[:-10], ("damaged",)),
+    ],
+)
+def test_file_that_does_not_fit_is_refused_with_both_sides(
+    base: BaseModel, make: Callable[[BaseModel], bytes], named: tuple[str, ...]
+) -> None:
+    data = make(base)
+    for pattern in named:
+        with pytest.raises(InvalidRequest, match=pattern):
+            decode_state(data, base)
+        with pytest.raises(InvalidRequest, match=pattern):
+            decode_weights(data, base)
+
+
+def test_revision_follows_the_weights_not_the_place(tmp_path: Path, base: BaseModel, model_dir: Path) -> None:
+    same = load_tiny(make_model_dir(tmp_path / "same", "qwen3", tied=True))
+    other = load_tiny(make_model_dir(tmp_path / "other", "qwen3", tied=True, seed=1))
+    assert same.facts.revision == base.facts.revision
+    assert other.facts.revision != base.facts.revision

@@ -1,0 +1,48 @@
+"""One gateway per test, over SQLite and a local blob directory."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import httpx
+import pytest
+from gateway_support import OTHER_POOL, POOL, Harness, facts
+
+from treadle.blobs import LocalBlobs
+from treadle.gateway import GatewaySettings, PoolView, create_app
+from treadle.store import Store
+from treadle.testing.clock import ManualClock
+
+MODEL_DIR = Path("/models/base")
+
+
+@pytest.fixture
+def settings() -> GatewaySettings:
+    """Tests that need other settings override this fixture. A short hold: nothing here may wait for long."""
+    return GatewaySettings(is_loopback=True, hold_s=0.1)
+
+
+@pytest.fixture
+async def gateway(settings: GatewaySettings, tmp_path: Path) -> AsyncIterator[Harness]:
+    clock = ManualClock()
+    store = await Store.open(f"sqlite+aiosqlite:///{tmp_path}/treadle.db", clock=clock.now)
+    harness = Harness(
+        store=store,
+        blobs=LocalBlobs(tmp_path / "blobs"),
+        clock=clock,
+        settings=settings,
+        pools=[
+            PoolView(POOL, aliases=(str(MODEL_DIR),), facts=facts(), is_ready=True),
+            PoolView(OTHER_POOL, facts=facts(OTHER_POOL), is_ready=True),
+        ],
+    )
+    harness.app = create_app(harness.deps())
+    transport = httpx.ASGITransport(app=harness.app)
+    async with (
+        harness.app.router.lifespan_context(harness.app),
+        httpx.AsyncClient(transport=transport, base_url="http://gateway") as client,
+    ):
+        harness.client = client
+        yield harness
+    await store.close()

@@ -1,0 +1,104 @@
+"""What only holds for SQLite: the DDL, the pragmas, query plans, and its one write lock."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.dialects import sqlite
+from store_builders import op, session, with_run
+
+from treadle.errors import StoreUnavailable
+from treadle.store import Store
+from treadle.store.engine import Database
+from treadle.store.requests import _COUNT_QUEUED_OF_TENANT, _DROP_STALE_RESULTS, _KNOWN_SEQ_IDS, HEADS, QUEUED_SAMPLES
+from treadle.store.sampling import COMPLETIONS
+from treadle.store.tables import metadata
+
+
+async def test_migrated_ddl_is_the_declared_one(sqlite_store: Store, tmp_path: Path) -> None:
+    """Comparing by reflection overlooks conditions of partial indexes and names of constraints; the DDL has them."""
+    declared = sa.create_engine(f"sqlite:///{tmp_path}/declared.db")
+    metadata.create_all(declared)
+    with declared.connect() as conn:
+        expected = ddl(conn)
+    declared.dispose()
+    found = await sqlite_store._database.read(ddl)
+    found.pop("alembic_version", None)
+    assert found == expected
+    assert "ix_requests_line" in found
+
+
+async def test_directory_that_is_missing_is_reported(tmp_path: Path) -> None:
+    with pytest.raises(StoreUnavailable):
+        await Store.open(f"sqlite+aiosqlite:///{tmp_path}/missing/treadle.db")
+
+
+async def test_sqlite_is_set_up_to_survive_a_power_cut(sqlite_store: Store) -> None:
+    def pragmas(conn: sa.Connection) -> list[object]:
+        names = ("journal_mode", "synchronous", "foreign_keys", "busy_timeout")
+        return [conn.exec_driver_sql(f"PRAGMA {name}").scalar_one() for name in names]
+
+    assert await sqlite_store._database.read(pragmas) == ["wal", 2, 1, 5000]
+    async with sqlite_store._database.writing.connect() as conn:
+        assert await conn.run_sync(pragmas) == ["wal", 2, 1, 5000]
+
+
+@pytest.mark.parametrize(
+    ("name", "statement", "index"),
+    [
+        ("heads", HEADS, "ix_requests_line"),
+        ("queued samples", QUEUED_SAMPLES, "ix_requests_queued_samples"),
+        ("completions", COMPLETIONS, "ix_requests_finished_samples"),
+        ("known seq ids", _KNOWN_SEQ_IDS, "ix_requests_model_seq"),
+        ("count queued", _COUNT_QUEUED_OF_TENANT, "ix_requests_queued_of_tenant"),
+    ],
+)
+async def test_hot_query_uses_its_partial_index(
+    sqlite_store: Store, name: str, statement: sa.Select[object], index: str
+) -> None:
+    await with_run(sqlite_store)
+    await sqlite_store.requests.enqueue(op(1))
+    plan = await sqlite_store._database.read(lambda conn: plan_of(conn, statement))
+    assert any(index in line for line in plan), (name, plan)
+    assert not any(re.match(r"SCAN requests\b(?!.*INDEX)", line) for line in plan), (name, plan)
+    assert not any("TEMP B-TREE" in line for line in plan if name != "heads"), (name, plan)
+
+
+async def test_heads_ranks_on_the_index_alone(sqlite_store: Store) -> None:
+    plan = await sqlite_store._database.read(lambda conn: plan_of(conn, HEADS))
+    assert any("COVERING INDEX ix_requests_line" in line for line in plan), plan
+
+
+async def test_sweep_searches_by_age(sqlite_store: Store) -> None:
+    plan = await sqlite_store._database.read(lambda conn: plan_of(conn, _DROP_STALE_RESULTS))
+    assert any("ix_results_finished_at" in line for line in plan), plan
+    assert not any(line.startswith("SCAN") for line in plan), plan
+
+
+async def test_lock_of_another_process_is_reported(sqlite_store: Store, sqlite_url: str) -> None:
+    await sqlite_store.sessions.create(session(), None)
+    blocker = Database.of(sqlite_url)
+    async with sqlite_store._database.writing.connect() as conn:
+        await conn.exec_driver_sql("PRAGMA busy_timeout = 1")
+        await conn.commit()
+    async with blocker.writing.begin():
+        with pytest.raises(StoreUnavailable, match="locked"):
+            await sqlite_store.requests.enqueue(op(1))
+    await blocker.close()
+    assert await sqlite_store.sessions.get(session().session_id) == session()
+
+
+def ddl(conn: sa.Connection) -> dict[str, list[str]]:
+    """Name -> CREATE statement of everything that has one, in parts: the order of constraints means nothing."""
+    rows = conn.exec_driver_sql("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL")
+    return {name: sorted(re.sub(r"\s+|\)$", " ", text).strip().split(", ")) for name, text in rows}
+
+
+def plan_of(conn: sa.Connection, statement: sa.Executable) -> list[str]:
+    """SQLite's plan of a statement as it is really executed: with bound values."""
+    compiled = statement.compile(dialect=sqlite.dialect(paramstyle="named"))  # type: ignore[attr-defined]
+    values = dict.fromkeys(compiled.params, 1)
+    return [row[-1] for row in conn.execute(sa.text(f"EXPLAIN QUERY PLAN {compiled}"), values)]
