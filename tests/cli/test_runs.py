@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
+
+from treadle.cli.common import stdout
 from treadle.cli.runs import loss_lines
 from treadle.domain.ids import ModelId
 from treadle.domain.ops import OpKind
@@ -22,6 +25,12 @@ def test_the_curve_is_of_forward_backward_losses_in_seq_order() -> None:
     heading, *chart = loss_lines(log)
     assert heading == "loss:sum of 2 forward_backward calls: 8 -> 4"
     assert len(chart) > 2
+
+
+def test_a_run_id_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    # rich would draw a tram for ":train:".
+    stdout().print("0123:train:0")
+    assert capsys.readouterr().out == "0123:train:0\n"
 
 
 def test_a_run_without_passes_says_so() -> None:

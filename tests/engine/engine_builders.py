@@ -70,12 +70,17 @@ def load_tiny(directory: Path, *, num_threads: int = 1, dtype: str = "float32") 
 
 
 def make_datum(
-    rng: np.random.Generator, length: int, loss: str = "cross_entropy", *, columns: int | None = None
+    rng: np.random.Generator,
+    length: int,
+    loss: str = "cross_entropy",
+    *,
+    columns: int | None = None,
+    idle: float = 1 / 3,
 ) -> Datum:
-    """A datum with every required input of the loss; a third of its positions carry no gradient."""
+    """A datum with every required input of the loss; the share `idle` of its positions carries no gradient."""
     shape = (length,) if columns is None else (length, columns)
     inputs: dict[str, NDArray[np.generic]] = {"target_tokens": rng.integers(0, VOCAB_SIZE, shape)}
-    signal = rng.normal(size=shape).astype(np.float32) * (rng.random(shape) > 1 / 3)
+    signal = rng.normal(size=shape).astype(np.float32) * (rng.random(shape) >= idle)
     if loss == "cross_entropy":
         inputs["weights"] = signal.astype(np.float32)
     else:
@@ -84,9 +89,11 @@ def make_datum(
     return Datum(tokens=rng.integers(0, VOCAB_SIZE, length).astype(np.int32), inputs=inputs)
 
 
-def make_datums(rng: np.random.Generator, lengths: Sequence[int], loss: str = "cross_entropy") -> tuple[Datum, ...]:
+def make_datums(
+    rng: np.random.Generator, lengths: Sequence[int], loss: str = "cross_entropy", *, idle: float = 1 / 3
+) -> tuple[Datum, ...]:
     """One datum per length."""
-    return tuple(make_datum(rng, length, loss) for length in lengths)
+    return tuple(make_datum(rng, length, loss, idle=idle) for length in lengths)
 
 
 def make_state(base: BaseModel, spec: LoraSpec, *, b_scale: float = 0.05) -> TrainingState:

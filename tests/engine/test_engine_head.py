@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from treadle.domain.ops import LoraSpec
 from treadle.engine.base_model import BaseModel
-from treadle.engine.head import chunk_rows
+from treadle.engine.head import GROUP_ROWS
 from treadle.engine.passes import run_micro_batch, sum_metrics
 
 
@@ -30,7 +30,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("forward_only", [False, True])
-def test_logits_of_more_than_a_chunk_never_exist(base: BaseModel, forward_only: bool) -> None:
+def test_logits_of_more_than_a_group_never_exist(base: BaseModel, forward_only: bool) -> None:
     rng = np.random.default_rng(0)
     quanta = [
         quantum_of(
@@ -40,12 +40,7 @@ def test_logits_of_more_than_a_chunk_never_exist(base: BaseModel, forward_only: 
     ]
     with LargestTensor() as watch:
         run_micro_batch(base, quanta)
-    assert watch.num_rows == chunk_rows(base.vocab_size) == 256
-
-
-@pytest.mark.parametrize("vocab_size", [32, 4_096, 32_000, 151_936])
-def test_chunks_are_bounded_for_every_vocabulary(vocab_size: int) -> None:
-    assert 64 <= chunk_rows(vocab_size) <= 256
+    assert watch.num_rows == GROUP_ROWS == 256
 
 
 def test_logprobs_have_the_shape_of_the_targets(base: BaseModel) -> None:

@@ -155,6 +155,17 @@ async def test_heads_are_the_lowest_seq_ids_of_each_model(store: Store) -> None:
     assert [{r.model_id for r in line} for line in heads] == [{MODEL}, {ModelId("s1:train:1")}]
 
 
+async def test_crowded_pool_shows_the_start_of_every_line(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("treadle.store.requests.MAX_HEAD_ROWS", 5)
+    model_ids = [f"s1:train:{n}" for n in range(3)]
+    await with_run(store, *model_ids)
+    for model_id in reversed(model_ids):
+        await enqueue_all(store, [op(n, model_id=model_id) for n in (1, 2)])
+    heads = await store.requests.heads(POOL)
+    # Of the second places the oldest rows: those of the last two models, which enqueued first.
+    assert [[r.seq_id for r in line] for line in heads] == [[0], [0, 1], [0, 1]]
+
+
 async def test_heads_leave_out_other_pools_and_samples(store: Store) -> None:
     await with_run(store)
     await store.sampling.create(sampling_session())

@@ -139,6 +139,8 @@ async def test_runs_of_a_pool_are_found_by_state(store: Store) -> None:
     creating = await store.models.of_pool(POOL, [ModelState.CREATING, ModelState.READY])
     assert [m.model_id for m in creating] == [MODEL, "s1:train:1"]
     assert await store.models.of_pool(POOL, [ModelState.LOST]) == []
+    assert await store.models.of_pool(POOL, [ModelState.CREATING], limit=1) == creating[:1]
+    assert await store.models.of_pool(POOL, [ModelState.CREATING], after=MODEL, limit=1) == creating[1:]
 
 
 async def test_touch_moves_the_last_request(store: Store, clock: ManualClock) -> None:

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
+import sys
+from asyncio.subprocess import PIPE
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
@@ -137,6 +142,19 @@ async def test_no_event_for_a_write_that_failed(bench: Bench) -> None:
     assert committed == []
 
 
+async def test_listener_that_raises_is_reported_and_harms_nobody(bench: Bench) -> None:
+    reported: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _loop, context: reported.append(context.get("exception")))
+    broken = ValueError("a listener's bug")
+
+    def fail(_value: int) -> None:
+        raise broken
+
+    assert await bench.writer.run(lambda _conn: 1, after_commit=fail) == 1
+    assert await bench.add(2) == 2
+    assert reported == [broken]
+
+
 async def test_close_commits_what_waits_and_refuses_the_rest(bench: Bench) -> None:
     waiting = [asyncio.ensure_future(bench.add(n)) for n in range(3)]
     await asyncio.sleep(0)
@@ -218,6 +236,26 @@ async def test_committed_rows_survive_a_reopen(database_url: str, clock: ManualC
     assert await second.requests.payload(op(2).request_id) == (b"\x02", None)
     assert await second.leases.current(op(1).pool) == lease
     await second.close()
+
+
+async def test_acknowledged_requests_survive_sigkill(sqlite_url: str) -> None:
+    """A process enqueues and says so, until it is killed; whatever it said is there."""
+    here = Path(__file__)
+    environment = {"PYTHONPATH": os.pathsep.join([str(here.parent), *sys.path])}
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, str(here.parent / "enqueue_until_killed.py"), sqlite_url, stdout=PIPE, env=environment
+    )
+    assert process.stdout is not None
+    acknowledged = [int(await process.stdout.readline()) for _ in range(50)]
+    process.kill()
+    *whole_lines, _cut_off = (await process.stdout.read()).split(b"\n")
+    acknowledged += map(int, whole_lines)
+    assert await process.wait() == -signal.SIGKILL
+
+    store = await Store.open(sqlite_url)
+    found = await store.requests.payloads([op(seq_id).request_id for seq_id in acknowledged])
+    await store.close()
+    assert found == {op(seq_id).request_id: (str(seq_id).encode(), None) for seq_id in acknowledged}
 
 
 async def test_closed_store_refuses(database_url: str) -> None:

@@ -14,7 +14,7 @@ _BLANK = 0x2800
 def line_chart(values: Sequence[float], *, width: int = 72, height: int = 12) -> list[str]:
     """`height` lines of at most `width` columns, with the range on the left; [] without a finite value.
 
-    More values than dots are averaged in equal groups, so a long run is drawn whole.
+    More values than dots are averaged in equal groups, fewer are joined by straight lines: a run fills the width.
     """
     assert width >= 16
     assert height >= 2
@@ -24,17 +24,22 @@ def line_chart(values: Sequence[float], *, width: int = 72, height: int = 12) ->
     low, high = min(finite), max(finite)
     labels = [f"{high:.4g}", f"{low:.4g}"]
     margin = max(len(label) for label in labels)
-    points = _averaged(finite, (width - margin - 1) * 2)
+    points = _resampled(finite, (width - margin - 1) * 2)
     cells = _drawn([_row_of(point, low, high, height * 4) for point in points], height)
     edges = {0: labels[0], height - 1: labels[1]}
     return [f"{edges.get(row, ''):>{margin}} {line}" for row, line in enumerate(cells)]
 
 
-def _averaged(values: Sequence[float], limit: int) -> list[float]:
-    if len(values) <= limit:
-        return list(values)
-    bounds = [index * len(values) // limit for index in range(limit + 1)]
-    return [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(bounds)]
+def _resampled(values: Sequence[float], count: int) -> list[float]:
+    if len(values) >= count:
+        bounds = [index * len(values) // count for index in range(count + 1)]
+        return [sum(values[start:stop]) / (stop - start) for start, stop in itertools.pairwise(bounds)]
+    points = []
+    for index in range(count):
+        left, share = divmod(index * (len(values) - 1), count - 1)
+        right = min(left + 1, len(values) - 1)
+        points.append(values[left] + (values[right] - values[left]) * share / (count - 1))
+    return points
 
 
 def _row_of(value: float, low: float, high: float, num_rows: int) -> int:

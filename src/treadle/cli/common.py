@@ -29,13 +29,13 @@ PIPE_COLUMNS = 250
 
 def stdout() -> Console:
     """Where results go."""
-    console = Console()
-    return console if console.is_terminal else Console(width=PIPE_COLUMNS)
+    console = Console(emoji=False)  # else run ids, which contain ":train:", show a tram
+    return console if console.is_terminal else Console(width=PIPE_COLUMNS, emoji=False)
 
 
 def stderr() -> Console:
     """Where everything else goes."""
-    return Console(stderr=True)
+    return Console(stderr=True, emoji=False)
 
 
 @asynccontextmanager

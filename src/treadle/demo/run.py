@@ -18,7 +18,7 @@ def run_demo(*, url: str | None, plan: Plan) -> int:
 
     Raises ServerError when that server does not start.
     """
-    console, report, started = Console(), Report(), time.monotonic()
+    console, report, started = Console(emoji=False), Report(), time.monotonic()
     if url is None:
         _with_own_server(plan, console, report)
     else:

@@ -61,6 +61,10 @@ MAX_WRITES_PER_COMMIT = 256
 MAX_PENDING_WRITES = 10_000
 # Rows of one page of a listing; the SDK's command line asks for up to 1,000.
 MAX_PAGE_ROWS = 1_000
+# Rows of a listing without pages (checkpoints of a run, runs of a session): what one answer may cost.
+MAX_UNPAGED_ROWS = 10_000
+# Queue heads read per cycle over all models: some 50 ms of reading. With more, every model's first op goes first.
+MAX_HEAD_ROWS = 4_096
 # Ids in one query: below the 32,766 bound variables that SQLite takes, and the 32,767 of PostgreSQL.
 MAX_IDS_PER_QUERY = 10_000
 # Finished rows touched by one sweep, which shares the writer with admissions.

@@ -1,6 +1,7 @@
 """A frozen base model, loaded through transformers and prepared for packed passes with adapters.
 
-Loading replaces the adaptable projections by LoraLinear modules and routes attention to the pass. This module
+Loading replaces the adaptable projections by LoraLinear modules, the norms by leaner ones, and routes attention to
+the pass. This module
 refuses what it does not recognise, with the names it saw, rather than train half of it. It knows no tokenizer,
 losses or optimisers.
 Invariant: `forward_hidden` is exactly one call of the transformers model, whatever the number of adapters.
@@ -23,9 +24,12 @@ from treadle.engine.adapter import ATTENTION_PROJECTIONS, HEAD_MODULE, MLP_PROJE
 from treadle.engine.attention import ATTENTION_KWARG, ATTENTION_NAME, Attention, register_attention
 from treadle.engine.kernels import KERNEL_NAME, LoraSegment
 from treadle.engine.lora import LoraLinear, PassRouter
+from treadle.engine.norm import FrozenRMSNorm
 from treadle.errors import ConfigError
 
 SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "Qwen3ForCausalLM")
+# Both compute x * rsqrt(mean(x^2) + variance_epsilon) * weight.
+_NORM_CLASSES = ("LlamaRMSNorm", "Qwen3RMSNorm")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # These rescale frequencies by the longest position in the pack, so a tenant's numbers would depend on its neighbours.
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
@@ -52,6 +56,7 @@ class BaseModel:
         self.projections: tuple[ProjectionShape, ...] = _projection_shapes(model)
         self._router = PassRouter(device)
         _wrap_projections(model, self.projections, self._router)
+        _replace_norms(self.transformer)
 
     def forward_hidden(
         self, tokens_T: Tensor, positions_T: Tensor, *, attention: Attention, segments: Sequence[LoraSegment]
@@ -170,6 +175,14 @@ def _wrap_projections(model: nn.Module, projections: Sequence[ProjectionShape], 
         parent = model.get_submodule(parent_name)
         linear = getattr(parent, leaf)
         setattr(parent, leaf, LoraLinear(linear, name=projection.module, router=router))
+
+
+def _replace_norms(transformer: nn.Module) -> None:
+    for name, module in list(transformer.named_modules()):
+        if type(module).__name__ in _NORM_CLASSES:
+            parent_name, _, leaf = name.rpartition(".")
+            norm = FrozenRMSNorm(module.weight, module.variance_epsilon)
+            setattr(transformer.get_submodule(parent_name), leaf, norm)
 
 
 def _eos_token_ids(model: transformers.PreTrainedModel) -> tuple[int, ...]:

@@ -25,7 +25,7 @@ from treadle.domain.ops import Datum
 from treadle.engine.adapter import AdapterArena, TrainingState
 from treadle.engine.attention import PackedCausalAttention
 from treadle.engine.base_model import BaseModel
-from treadle.engine.head import HeadResult, HeadTask, new_workspace, run_head
+from treadle.engine.head import HeadResult, HeadTask, run_head
 from treadle.engine.kernels import LoraSegment
 from treadle.engine.losses import rows_with_gradient
 from treadle.errors import NonFiniteResult
@@ -74,11 +74,8 @@ def run_micro_batch(base: BaseModel, quanta: Sequence[QuantumInput]) -> list[Qua
             pack.tokens_T, pack.positions_T, attention=pack.attention, segments=pack.segments
         )
     d_hidden_TD = torch.zeros_like(hidden_TD, requires_grad=False) if wants_grad else None
-    workspace_CV = new_workspace(base)
-    outputs = [
-        _run_quantum_head(base, quantum, segment, hidden_TD.detach(), d_hidden_TD, workspace_CV)
-        for quantum, segment in zip(quanta, pack.segments, strict=True)
-    ]
+    tasks = [_head_task(base, quantum, segment) for quantum, segment in zip(quanta, pack.segments, strict=True)]
+    outputs = run_head(base, hidden_TD.detach(), tasks, d_hidden_TD)
     results = [
         _result_of(quantum, segment, output, d_hidden_TD)
         for quantum, segment, output in zip(quanta, pack.segments, outputs, strict=True)
@@ -143,17 +140,11 @@ class _Pack:
         assert start == row
 
 
-def _run_quantum_head(
-    base: BaseModel,
-    quantum: QuantumInput,
-    segment: LoraSegment,
-    hidden_TD: Tensor,
-    d_hidden_TD: Tensor | None,
-    workspace_CV: Tensor,
-) -> HeadResult:
-    rows = slice(segment.start, segment.stop)
+def _head_task(base: BaseModel, quantum: QuantumInput, segment: LoraSegment) -> HeadTask:
     targets, inputs = _aligned_inputs(quantum)
-    task = HeadTask(
+    return HeadTask(
+        start=segment.start,
+        stop=segment.stop,
         targets=torch.from_numpy(targets).to(base.device),
         inputs={name: torch.from_numpy(array).to(base.device) for name, array in inputs.items()},
         has_gradient=rows_with_gradient(quantum.loss.name, inputs),
@@ -161,8 +152,6 @@ def _run_quantum_head(
         adapter=quantum.state.weights,
         grads=segment.grads,
     )
-    d_hidden = d_hidden_TD[rows] if d_hidden_TD is not None and segment.grads is not None else None
-    return run_head(base, hidden_TD[rows], task, d_hidden, workspace_CV=workspace_CV)
 
 
 def _aligned_inputs(quantum: QuantumInput) -> tuple[NDArray[np.int64], dict[str, FloatArray]]:

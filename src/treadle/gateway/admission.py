@@ -78,7 +78,11 @@ class Admission:
         try:
             draft = await self.run(build, num_bytes=num_bytes)
         except UserError as refusal:
-            return await self._store.requests.enqueue(refused(place, refusal))
+            return await self.submit_refused(place, refusal)
+        return await self.submit_checked(place, draft)
+
+    async def submit_checked(self, place: NewRequest, draft: Draft) -> RequestId:
+        """`submit` for content that was checked already."""
         return await self._store.requests.enqueue(await self._filled(place, draft))
 
     async def submit_refused(self, place: NewRequest, refusal: UserError) -> RequestId:

@@ -35,9 +35,12 @@ def create_app(deps: GatewayDeps) -> FastAPI:
             await gateway.stop()
 
     # No interactive docs: their pages load scripts from elsewhere, and the API's client is the SDK.
-    app = FastAPI(title="treadle", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="treadle", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False
+    )
     app.state.gateway = gateway
-    for resource in (service, sessions, models, training, sampling, futures, runs, tokenizers):
+    # Routes are tried in order; the busy ones come first.
+    for resource in (training, futures, sampling, models, sessions, service, runs, tokenizers):
         app.include_router(resource.router)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_middleware(ErrorMiddleware, metrics=deps.metrics)

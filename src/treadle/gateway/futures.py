@@ -31,10 +31,14 @@ DRAIN_HOLD_S = 0.25
 
 
 class Waiter:
-    """One waiting call. Wake-ups between two waits are remembered."""
+    """One waiting call. Wake-ups between two waits are remembered.
 
-    def __init__(self) -> None:
+    is_brief: it came while the server was stopping, and is over in a moment anyway.
+    """
+
+    def __init__(self, *, is_brief: bool) -> None:
         self._event = asyncio.Event()
+        self.is_brief = is_brief
         self.is_released = False
 
     def wake(self) -> None:
@@ -134,7 +138,7 @@ class FuturesHub:
     @contextlib.contextmanager
     def _subscribed(self, key: str) -> Iterator[Waiter]:
         """A waiter that is woken for `key` from now on."""
-        waiter = Waiter()
+        waiter = Waiter(is_brief=self._is_draining())
         self._waiters.setdefault(key, set()).add(waiter)
         try:
             yield waiter
@@ -156,8 +160,9 @@ class FuturesHub:
         """Everybody who waits now is answered now; who comes later is held for a moment only."""
         for waiters in self._waiters.values():
             for waiter in waiters:
-                waiter.is_released = True
-                waiter.wake()
+                if not waiter.is_brief:
+                    waiter.is_released = True
+                    waiter.wake()
 
     async def _run(self) -> None:
         was_draining = False

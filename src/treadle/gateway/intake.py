@@ -6,7 +6,8 @@ Invariant: once a place is known, nothing but a dead store keeps the request fro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -16,9 +17,10 @@ from treadle.domain.ops import OpKind, TrainingOp, kind_of
 from treadle.domain.outcome import PoolFacts
 from treadle.domain.records import ModelRecord, NewRequest
 from treadle.domain.states import ModelState
-from treadle.errors import BodyTooLarge, InvalidRequest, NotFound, UnreadableBody
+from treadle.errors import BodyTooLarge, InvalidRequest, NotFound, UnreadableBody, UserError
 from treadle.gateway.admission import INLINE_DECODE_BYTES, Draft
 from treadle.gateway.answers import json_response
+from treadle.gateway.auth import Principal
 from treadle.gateway.bodies import MAX_JSON_BYTES, read_body
 from treadle.gateway.context import Gateway, gateway_of, loaded_facts
 from treadle.gateway.deps import PoolView
@@ -27,7 +29,18 @@ from treadle.wire.compression import decompress
 from treadle.wire.passes import PassLimits
 from treadle.wire.payloads import encode_payload
 
-BuildTrainingOp = Callable[[bytes, ModelRecord], TrainingOp]
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """A sequenced op on its way in: who sent it, what, and to which run."""
+
+    gateway: Gateway
+    principal: Principal
+    raw: bytes
+    model: ModelRecord
+
+
+BuildTrainingOp = Callable[[Submission], Awaitable[TrainingOp]]
 
 
 async def read_plain_body(gateway: Gateway, request: Request) -> bytes:
@@ -53,21 +66,28 @@ async def read_plain_body(gateway: Gateway, request: Request) -> bytes:
 async def submit_training_op(request: Request, kind: OpKind, build: BuildTrainingOp) -> Response:
     """Admit a sequenced op with a JSON body: the future, always, once owner, model and seq_id could be read.
 
-    build: body and run to op; a UserError that it raises comes through the future.
+    build: makes the op; a UserError that it raises comes through the future.
     """
     gateway = gateway_of(request)
     principal = await gateway.submitter(request)
     raw = await read_body(request, limit_bytes=MAX_JSON_BYTES)
+    return await admit_training_op(gateway, principal, raw, kind, build)
+
+
+async def admit_training_op(
+    gateway: Gateway, principal: Principal, raw: bytes, kind: OpKind, build: BuildTrainingOp
+) -> Response:
+    """`submit_training_op` for a body that was read already."""
     model_id, seq_id = _op_address(read_op_head(raw))
     model = await gateway.access.model_for_work(principal, model_id)
-
-    def draft() -> Draft:
-        checked_pool(gateway, model)
-        op = build(raw, model)
-        return Draft(kind=kind_of(op), payload=encode_payload(op))
-
     place = op_place(model, kind, seq_id)
-    return future_of(await gateway.admission.submit(place, draft, num_bytes=len(raw)), model_id=model_id)
+    try:
+        checked_pool(gateway, model)
+        op = await build(Submission(gateway, principal, raw, model))
+    except UserError as refusal:
+        return future_of(await gateway.admission.submit_refused(place, refusal), model_id=model_id)
+    draft = Draft(kind=kind_of(op), payload=encode_payload(op))
+    return future_of(await gateway.admission.submit_checked(place, draft), model_id=model_id)
 
 
 def op_place(model: ModelRecord, kind: OpKind, seq_id: int) -> NewRequest:
@@ -84,13 +104,18 @@ def op_place(model: ModelRecord, kind: OpKind, seq_id: int) -> NewRequest:
 
 
 def checked_pool(gateway: Gateway, model: ModelRecord) -> PoolView:
-    """The pool of a run. Raises NotFound when this server does not serve it, so that nobody waits for it forever."""
+    """The pool of a run. Raises what `not_served` says when this server does not have it."""
     pool = gateway.deps.pools.by_name(model.pool)
     if pool is None:
-        if model.state is ModelState.FAILED:
-            raise InvalidRequest(f"model {model.model_id} was never created: {model.state_message}")
-        raise NotFound(f"base model {model.base_model[:200]!r} of {model.model_id} is not served by this server now")
+        raise not_served(model)
     return pool
+
+
+def not_served(model: ModelRecord) -> UserError:
+    """Why an op of a run without a pool fails now: no scheduler would ever run it."""
+    if model.state is ModelState.FAILED:
+        return InvalidRequest(f"model {model.model_id} was never created: {model.state_message}")
+    return NotFound(f"base model {model.base_model[:200]!r} of {model.model_id} is not served by this server now")
 
 
 def pass_limits(facts: PoolFacts) -> PassLimits:
@@ -99,7 +124,7 @@ def pass_limits(facts: PoolFacts) -> PassLimits:
 
 
 def pool_limits(pool: PoolView | None) -> PassLimits | None:
-    """`pass_limits` of a pool; None for no pool, which the draft refuses. Raises PoolLoading until it is loaded."""
+    """`pass_limits` of a pool, None for no pool. Raises PoolLoading until it is loaded."""
     return None if pool is None else pass_limits(loaded_facts(pool))
 
 

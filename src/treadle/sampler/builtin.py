@@ -15,6 +15,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 
+import torch
+
 from treadle.domain.ids import RequestId, TenantId
 from treadle.domain.outcome import SampleOutcome
 from treadle.engine.base_model import BaseModel
@@ -46,7 +48,14 @@ class BuiltinSampler:
         self._limits = limits
         self._clock = clock
         self._tenant_share = max(1, int(limits.max_running * limits.max_tenant_share))
-        self._cache_shape = CacheShape(base.num_layers, base.num_kv_heads, base.head_dim, base.dtype, base.device)
+        self._cache_shape = CacheShape(
+            num_layers=base.num_layers,
+            num_kv_heads=base.num_kv_heads,
+            head_dim=base.head_dim,
+            dtype=base.dtype,
+            device=base.device,
+            min_rows=torch.get_num_threads() if base.device.type == "cpu" else 1,
+        )
         # Every live job by id. `_queue` holds those that still want slots, `_prefilling` those whose prompt is being
         # read (one slot is reserved for each), `_buckets` all running sequences.
         self._jobs: dict[RequestId, Job] = {}

@@ -6,9 +6,10 @@ prompt is prefilled into a cache of its own and copied for each of its samples. 
 
 Invariants: places behind a sequence's end hold zeros (a stray NaN of a former owner would spread through the masked
 sum), and a row's result does not depend on the other rows or on how far its bucket is read: that holds bit for bit
-for one query per head over a multiple of LENGTH_MULTIPLE places (measured on CPU; tests/sampler/test_cache.py).
+for one query per head over a multiple of LENGTH_MULTIPLE places and for at least as many rows as torch has threads
+(measured on CPU: below, it shares a row's places out to threads; tests/sampler/test_sampler_cache.py).
 
-Legend: N layers, S rows of a bucket, K key and value heads, H query heads, C places, d size of a head, T rows of
+Legend: N layers, S rows of a bucket, Q rows it is read with, K key and value heads, H query heads, C places, d size of a head, T rows of
 the pass, P tokens of a prompt, L places read.
 """
 
@@ -26,20 +27,21 @@ from treadle.sampler.layout import round_up
 
 LENGTH_MULTIPLE = 16
 MIN_CAPACITY = 64
-_MIN_BUCKET_ROWS = 4
 
 Owner = TypeVar("Owner")
 
 
 @dataclass(frozen=True, slots=True)
 class CacheShape:
-    """What one place of the cache holds."""
+    """What one place of the cache holds. min_rows: rows that a bucket is read with, whoever owns them; on CPU at
+    least torch's number of intra-op threads."""
 
     num_layers: int
     num_kv_heads: int
     head_dim: int
     dtype: torch.dtype
     device: torch.device
+    min_rows: int = 1
 
     def zeros(self, num_rows: int, capacity: int) -> Tensor:
         """Keys and values [N, 2, S, K, C, d]."""
@@ -62,6 +64,7 @@ class Bucket(Generic[Owner]):
     def __init__(self, shape: CacheShape, capacity: int) -> None:
         self.capacity = capacity
         self.owners: list[Owner] = []
+        self.min_rows = shape.min_rows
         self._shape = shape
         self.data_N2SKCd = shape.zeros(0, capacity)
 
@@ -69,7 +72,7 @@ class Bucket(Generic[Owner]):
         """A row of zeros for a new owner."""
         row = len(self.owners)
         if row == self.data_N2SKCd.shape[2]:
-            grown = self._shape.zeros(max(_MIN_BUCKET_ROWS, 2 * row), self.capacity)
+            grown = self._shape.zeros(max(self._shape.min_rows, 2 * row), self.capacity)
             grown[:, :, :row] = self.data_N2SKCd
             self.data_N2SKCd = grown
         else:
@@ -100,12 +103,14 @@ def capacity_for(num_places: int) -> int:
 class DecodePart:
     """One bucket's share of a pass: one new token for each of its rows.
 
-    data: the bucket's [N, 2, S, K, C, d]. rows [S]: the pass row of each bucket row. places [S * K]: where each
-    row's new key lies in the flat [S * K * C] places. mask [S, 1, 1, L]: 0 where a row may look, -inf behind its end.
+    data: the bucket's [N, 2, S, K, C, d]. rows [S]: the pass row of each owned bucket row. places [S * K]: where each
+    owned row's new key lies in the flat places. queries [Q], Q = max(S, min_rows): pass rows to read for; those
+    behind S are stand-ins whose results are dropped. mask [Q, 1, 1, L]: 0 where a row may look, -inf behind its end.
     """
 
     data: Tensor
     rows: Tensor
+    queries: Tensor
     places: Tensor
     mask: Tensor
 
@@ -118,15 +123,18 @@ def decode_part(bucket: Bucket[Owner], rows: Sequence[int], num_cached: Sequence
     assert max(num_cached) < capacity, "a full row moves to the next bucket before its pass"
     num_read = min(capacity, round_up(max(num_cached) + 1, LENGTH_MULTIPLE))
     device = data.device
+    num_stand_ins = max(0, bucket.min_rows - num_rows)
     cached_S = torch.tensor(num_cached, device=device)
+    cached_Q = torch.tensor([*num_cached, *[0] * num_stand_ins], device=device)
     first_SK = torch.arange(num_rows * num_heads, device=device).view(num_rows, num_heads) * capacity
-    is_behind_SL = torch.arange(num_read, device=device) > cached_S[:, None]
-    mask_SL = torch.zeros(num_rows, num_read, dtype=data.dtype, device=device).masked_fill_(is_behind_SL, -torch.inf)
+    is_behind_QL = torch.arange(num_read, device=device) > cached_Q[:, None]
+    mask_QL = torch.zeros(is_behind_QL.shape, dtype=data.dtype, device=device).masked_fill_(is_behind_QL, -torch.inf)
     return DecodePart(
         data=data,
         rows=torch.tensor(rows, device=device),
+        queries=torch.tensor([*rows, *[rows[0]] * num_stand_ins], device=device),
         places=(first_SK + cached_S[:, None]).view(-1),
-        mask=mask_SL[:, None, None, :],
+        mask=mask_QL[:, None, None, :],
     )
 
 
@@ -156,11 +164,11 @@ class CachedAttention:
         _, num_heads, num_rows, head_dim = query_1HTd.shape
         mixed_THd = query_1HTd.new_zeros(num_rows, num_heads, head_dim)
         for decode in self._decodes:
-            keys_SKLd = _append(decode, decode.data[layer_index, 0], key_1KTd)
-            values_SKLd = _append(decode, decode.data[layer_index, 1], value_1KTd)
-            query_SHd = query_1HTd[0].index_select(1, decode.rows).transpose(0, 1)
-            mixed_SHd = _decode(query_SHd, keys_SKLd, values_SKLd, decode.mask, scaling)
-            mixed_THd.index_copy_(0, decode.rows, mixed_SHd)
+            keys_QKLd = _append(decode, decode.data[layer_index, 0], key_1KTd)
+            values_QKLd = _append(decode, decode.data[layer_index, 1], value_1KTd)
+            query_QHd = query_1HTd[0].index_select(1, decode.queries).transpose(0, 1)
+            mixed_QHd = _decode(query_QHd, keys_QKLd, values_QKLd, decode.mask, scaling)
+            mixed_THd.index_copy_(0, decode.rows, mixed_QHd[: len(decode.rows)])
         for prefill, mask_PL in self._prefills:
             start, stop = prefill.start, prefill.start + prefill.num_tokens
             filled, end = prefill.cache.num_filled, prefill.cache.num_filled + prefill.num_tokens
@@ -181,27 +189,27 @@ class CachedAttention:
 
 
 def _append(part: DecodePart, cache_SKCd: Tensor, new_1KTd: Tensor) -> Tensor:
-    """Write each row's new key or value behind its last one; the places to read, [S, K, L, d]."""
-    num_rows, num_read = part.mask.shape[0], part.mask.shape[-1]
+    """Write each row's new key or value behind its last one; the places to read, [Q, K, L, d]."""
+    num_queries, num_read = part.mask.shape[0], part.mask.shape[-1]
     head_dim = cache_SKCd.shape[-1]
     new_SKd = new_1KTd[0].index_select(1, part.rows).transpose(0, 1)
     cache_SKCd.view(-1, head_dim).index_copy_(0, part.places, new_SKd.reshape(-1, head_dim))
-    return cache_SKCd[:num_rows, :, :num_read]
+    return cache_SKCd[:num_queries, :, :num_read]
 
 
-def _decode(query_SHd: Tensor, keys_SKLd: Tensor, values_SKLd: Tensor, mask_S11L: Tensor, scaling: float) -> Tensor:
-    """Mixed values [S, H, d] of one query per head."""
-    if query_SHd.device.type == "cpu":
+def _decode(query_QHd: Tensor, keys_QKLd: Tensor, values_QKLd: Tensor, mask_Q11L: Tensor, scaling: float) -> Tensor:
+    """Mixed values [Q, H, d] of one query per head."""
+    if query_QHd.device.type == "cpu":
         mixed = functional.scaled_dot_product_attention(
-            query_SHd.unsqueeze(2), keys_SKLd, values_SKLd, attn_mask=mask_S11L, scale=scaling, enable_gqa=True
+            query_QHd.unsqueeze(2), keys_QKLd, values_QKLd, attn_mask=mask_Q11L, scale=scaling, enable_gqa=True
         )
         return mixed.squeeze(2)
     # On an accelerator the fused kernels that take a mask know no grouped heads, so the heads of a group become the
     # queries of their key head. On CPU that would be a GEMM of few rows, whose bits depend on the places read.
-    num_rows, num_heads, head_dim = query_SHd.shape
-    grouped = query_SHd.reshape(num_rows, keys_SKLd.shape[1], -1, head_dim)
-    mixed = functional.scaled_dot_product_attention(grouped, keys_SKLd, values_SKLd, attn_mask=mask_S11L, scale=scaling)
-    return mixed.reshape(num_rows, num_heads, head_dim)
+    num_queries, num_heads, head_dim = query_QHd.shape
+    grouped = query_QHd.reshape(num_queries, keys_QKLd.shape[1], -1, head_dim)
+    mixed = functional.scaled_dot_product_attention(grouped, keys_QKLd, values_QKLd, attn_mask=mask_Q11L, scale=scaling)
+    return mixed.reshape(num_queries, num_heads, head_dim)
 
 
 def _chunk_mask(part: PrefillPart) -> Tensor | None:

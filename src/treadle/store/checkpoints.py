@@ -11,6 +11,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from treadle.domain.ids import BlobKey, CheckpointKind, ModelId, TenantId
+from treadle.domain.limits import MAX_UNPAGED_ROWS
 from treadle.domain.records import CheckpointRecord
 from treadle.store.dialect import Dialect
 from treadle.store.engine import Database
@@ -24,7 +25,9 @@ _LIVE = sa.select(*checkpoints.c).where(
 )
 _NEWEST_FIRST = (checkpoints.c.created_at.desc(), checkpoints.c.tinker_path)
 _FIND = _LIVE.where(checkpoints.c.tinker_path == sa.bindparam("path"))
-_OF_MODEL = _LIVE.where(checkpoints.c.model_id == sa.bindparam("of_model")).order_by(*_NEWEST_FIRST)
+_OF_MODEL = (
+    _LIVE.where(checkpoints.c.model_id == sa.bindparam("of_model")).order_by(*_NEWEST_FIRST).limit(MAX_UNPAGED_ROWS)
+)
 _NEWEST = (
     _LIVE.where(checkpoints.c.model_id == sa.bindparam("of_model"), checkpoints.c.kind == sa.bindparam("of_kind"))
     .order_by(checkpoints.c.created_at.desc(), checkpoints.c.seq_id.desc())
@@ -66,7 +69,7 @@ class Checkpoints:
         return await self.find(tinker_path) is not None
 
     async def of_model(self, model_id: ModelId) -> list[CheckpointRecord]:
-        """A run's checkpoints of all kinds, newest first."""
+        """A run's checkpoints of all kinds, newest first, at most MAX_UNPAGED_ROWS."""
         values = {"of_model": model_id, "now": self._clock()}
         rows = await self._database.read(lambda conn: conn.execute(_OF_MODEL, values).all())
         return [_record_of(row) for row in rows]

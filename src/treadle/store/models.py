@@ -12,11 +12,12 @@ from typing import Any
 import sqlalchemy as sa
 
 from treadle.domain.ids import BlobKey, ModelId, PoolName, RequestId, SessionId, TenantId
+from treadle.domain.limits import MAX_PAGE_ROWS, MAX_UNPAGED_ROWS
 from treadle.domain.records import ModelRecord, NewRequest
 from treadle.domain.states import ModelState
 from treadle.store.engine import Database
 from treadle.store.lora_json import lora_from_json, lora_to_json
-from treadle.store.pages import checked_page, read_page
+from treadle.store.pages import checked_limit, checked_page, read_page
 from treadle.store.request_rows import RequestRows, checked_new
 from treadle.store.requests import Requests
 from treadle.store.tables import AnyRow, models, sessions
@@ -46,14 +47,17 @@ _OF_SESSION = (
     sa.select(*_COLUMNS)
     .where(models.c.session_id == sa.bindparam("of_session"))
     .order_by(models.c.created_at, models.c.model_id)
+    .limit(MAX_UNPAGED_ROWS)
 )
 _OF_POOL = (
     sa.select(*_COLUMNS)
     .where(
         models.c.pool == sa.bindparam("of_pool"),
         models.c.state.in_(sa.bindparam("states", expanding=True)),
+        models.c.model_id > sa.bindparam("after"),
     )
-    .order_by(models.c.created_at, models.c.model_id)
+    .order_by(models.c.model_id)
+    .limit(sa.bindparam("max_rows"))
 )
 _CREATE_REQUEST_ID = sa.select(models.c.create_request_id).where(models.c.model_id == sa.bindparam("id"))
 _TOUCH = models.update().where(models.c.model_id == sa.bindparam("id")).values(last_request_at=sa.bindparam("now"))
@@ -119,13 +123,25 @@ class Models:
         return None if row is None else _record_of(row)
 
     async def of_session(self, session_id: SessionId) -> list[ModelRecord]:
-        """A session's runs, oldest first."""
+        """A session's runs, oldest first, at most MAX_UNPAGED_ROWS."""
         rows = await self._database.read(lambda conn: conn.execute(_OF_SESSION, {"of_session": session_id}).all())
         return [_record_of(row) for row in rows]
 
-    async def of_pool(self, pool: PoolName, states: Collection[ModelState]) -> list[ModelRecord]:
-        """A pool's runs in one of `states`, oldest first."""
-        values = {"of_pool": pool, "states": [state.value for state in states]}
+    async def of_pool(
+        self,
+        pool: PoolName,
+        states: Collection[ModelState],
+        *,
+        after: ModelId | None = None,
+        limit: int = MAX_PAGE_ROWS,
+    ) -> list[ModelRecord]:
+        """The next `limit` of a pool's runs in one of `states`, by id, behind the run `after`."""
+        values = {
+            "of_pool": pool,
+            "states": [state.value for state in states],
+            "after": after or "",
+            "max_rows": checked_limit(limit),
+        }
         rows = await self._database.read(lambda conn: conn.execute(_OF_POOL, values).all())
         return [_record_of(row) for row in rows]
 

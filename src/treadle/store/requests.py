@@ -12,7 +12,7 @@ from itertools import groupby
 import sqlalchemy as sa
 
 from treadle.domain.ids import BlobKey, ModelId, PoolName, RequestId, SamplingSessionId, TenantId
-from treadle.domain.limits import MAX_HEADS_PER_MODEL, MAX_PAGE_ROWS, MAX_ROWS_PER_SWEEP
+from treadle.domain.limits import MAX_HEAD_ROWS, MAX_HEADS_PER_MODEL, MAX_PAGE_ROWS, MAX_ROWS_PER_SWEEP
 from treadle.domain.ops import OpKind
 from treadle.domain.outcome import EncodedResult, Failure
 from treadle.domain.records import FutureRecord, NewRequest, RequestRecord
@@ -51,7 +51,13 @@ def _heads_statement() -> sa.Select[tuple[object, ...]]:
         .where(requests.c.pool == sa.bindparam("of_pool"), IS_IN_LINE)
         .subquery()
     )
-    first = sa.select(ranked.c.row_id).where(ranked.c.place <= sa.bindparam("per_model"))
+    # When there are too many, every model keeps the start of its line, and older lines go first.
+    first = (
+        sa.select(ranked.c.row_id)
+        .where(ranked.c.place <= sa.bindparam("per_model"))
+        .order_by(ranked.c.place, ranked.c.row_id)
+        .limit(sa.bindparam("max_rows"))
+    )
     return sa.select(*_NARROW).where(requests.c.row_id.in_(first)).order_by(requests.c.model_id, requests.c.seq_id)
 
 
@@ -184,13 +190,13 @@ class Requests:
         return await self._database.read(bodies)
 
     async def heads(self, pool: PoolName, per_model: int = MAX_HEADS_PER_MODEL) -> list[tuple[RequestRecord, ...]]:
-        """Per model with a line, the first `per_model` ops of it, by seq_id.
+        """Per model with a line, the first `per_model` ops of it, by seq_id; MAX_HEAD_ROWS in all.
 
         A line holds the queued ops, and the FAILED ones that were refused at admission and have not been passed
         yet: their seq_id is consumed by stepping over it, which a commit of `ModelAdvance.next_seq_id` records.
         """
         assert 0 < per_model <= MAX_HEADS_PER_MODEL, per_model
-        values = {"of_pool": pool, "per_model": per_model}
+        values = {"of_pool": pool, "per_model": per_model, "max_rows": MAX_HEAD_ROWS}
         rows = await self._database.read(lambda conn: conn.execute(HEADS, values).all())
         records = (_record_of(row) for row in rows)
         return [tuple(line) for _model_id, line in groupby(records, key=lambda record: record.model_id)]

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import sqlalchemy as sa
 
 from treadle.domain.ids import BlobKey, ModelId, PoolName, RequestId, SamplingSessionId, SessionId, TenantId
-from treadle.domain.limits import MAX_PAGE_ROWS
+from treadle.domain.limits import MAX_PAGE_ROWS, MAX_UNPAGED_ROWS
 from treadle.domain.records import SamplingSessionRecord
 from treadle.domain.states import RequestState
 from treadle.errors import NotFound
@@ -40,6 +40,7 @@ _OF_SESSION = (
     sa.select(*_COLUMNS)
     .where(sampling_sessions.c.session_id == sa.bindparam("of_session"))
     .order_by(sampling_sessions.c.created_at, sampling_sessions.c.sampling_session_id)
+    .limit(MAX_UNPAGED_ROWS)
 )
 _COUNT_CLIENT = (
     sampling_sessions.update()
@@ -106,7 +107,7 @@ class Sampling:
         return None if row is None else _record_of(row)
 
     async def of_session(self, session_id: SessionId) -> list[SamplingSessionRecord]:
-        """A session's sampling sessions, oldest first."""
+        """A session's sampling sessions, oldest first, at most MAX_UNPAGED_ROWS."""
         rows = await self._database.read(lambda conn: conn.execute(_OF_SESSION, {"of_session": session_id}).all())
         return [_record_of(row) for row in rows]
 

@@ -30,7 +30,6 @@ _GET = sa.select(*_COLUMNS).where(sessions.c.session_id == sa.bindparam("id"))
 _FIND_BY_KEY = sa.select(*_COLUMNS).where(
     sessions.c.tenant_id == sa.bindparam("of_tenant"), sessions.c.idempotency_key == sa.bindparam("key")
 )
-_INSERT = sessions.insert()
 _TOUCH = (
     sessions.update().where(sessions.c.session_id == sa.bindparam("id")).values(last_heartbeat_at=sa.bindparam("now"))
 )
@@ -56,18 +55,22 @@ class Sessions:
         self._database = database
         self._writer = writer
         self._clock = clock
+        # A session without a key conflicts with none, since NULLs are distinct.
+        self._insert = (
+            database.dialect.insert(sessions)
+            .on_conflict_do_nothing(index_elements=[sessions.c.tenant_id, sessions.c.idempotency_key])
+            .returning(sessions.c.session_id)
+        )
 
     async def create(self, record: SessionRecord, idempotency_key: str | None = None) -> SessionRecord:
         """The new session, or the first one when its tenant used the idempotency key before."""
 
         def write(conn: sa.Connection) -> SessionRecord:
-            if idempotency_key is not None:
-                values = {"of_tenant": record.tenant_id, "key": idempotency_key}
-                first = conn.execute(_FIND_BY_KEY, values).one_or_none()
-                if first is not None:
-                    return _record_of(first)
-            conn.execute(_INSERT, _row_of(record) | {"idempotency_key": idempotency_key})
-            return record
+            values = _row_of(record) | {"idempotency_key": idempotency_key}
+            if conn.execute(self._insert, values).one_or_none() is not None:
+                return record
+            first = {"of_tenant": record.tenant_id, "key": idempotency_key}
+            return _record_of(conn.execute(_FIND_BY_KEY, first).one())
 
         return await self._writer.run(write)
 

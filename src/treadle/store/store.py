@@ -55,6 +55,7 @@ class Store:
             clock=clock,
         )
         self.run_log = RunLog(database)
+        self._needed_version: str | None = None
 
     @staticmethod
     async def open(url: str, *, clock: Callable[[], float] = time.time, migrate: bool = True) -> Store:
@@ -83,7 +84,10 @@ class Store:
 
     async def schema_is_current(self) -> bool:
         """Whether the schema is the one this treadle needs."""
-        return await self._database.read(migrate.version_of) == migrate.newest_version()
+        if self._needed_version is None:
+            # Reads the migrations' files, so once: readiness is asked for often.
+            self._needed_version = migrate.newest_version()
+        return await self._database.read(migrate.version_of) == self._needed_version
 
 
 async def _upgrade(database: Database) -> None:

@@ -38,7 +38,8 @@ class _Pending:
 
     def resolve(self, value: Any) -> None:
         if self.after_commit is not None:
-            self.after_commit(value)
+            # Through the loop, which reports one that raises: it must not end the writer.
+            self.answer.get_loop().call_soon(self.after_commit, value)
         # The caller may have been cancelled meanwhile; its write stands.
         if not self.answer.done():
             self.answer.set_result(value)
@@ -61,7 +62,7 @@ class Writer:
     async def run(self, write: Callable[[sa.Connection], T], *, after_commit: Callable[[T], None] | None = None) -> T:
         """What `write` returned, once it is durable. It may run twice, so it must only touch the database.
 
-        after_commit is called with that value even when the caller was cancelled while it waited; it must not raise.
+        after_commit is called with that value before the caller goes on, and even when the caller was cancelled.
         Raises what `write` raises, with nothing of it written, and StoreUnavailable when too many writes wait.
         """
         result: T = await self._submit(_run_each, write, after_commit)

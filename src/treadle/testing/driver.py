@@ -71,6 +71,9 @@ class Driver:
 
     async def run_items(self, items: Sequence[WorkItem], *, restores: Sequence[RestoreItem] = ()) -> CycleOutcome:
         """One cycle of items made by `item`."""
+        for model_id in {item.planned.model_id for item in items}:
+            seq_ids = [item.planned.seq_id for item in items if item.planned.model_id == model_id]
+            assert seq_ids == sorted(set(seq_ids)), "a plan keeps each model's order"
         work = CycleWork(token=self.token, cycle=next(self._cycles), items=tuple(items), restores=tuple(restores))
         async with asyncio.timeout(PATIENCE_S):
             outcome = await self.executor.run_cycle(work)
@@ -128,7 +131,6 @@ class Driver:
                 request_id=RequestId(f"{prefix}:{index}"),
                 tenant_id=TenantId("tenant"),
                 payload=encode_payload(op),
-                blob_key=op.blob_key,
             )
             for index, op in enumerate(ops)
         ]

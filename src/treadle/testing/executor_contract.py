@@ -13,15 +13,16 @@ numbers to the bit. Nothing here knows what the model computes, only that traini
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from dataclasses import replace
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from treadle.domain.ids import BlobKey, ModelId
+from treadle.domain.ids import BlobKey, ModelId, RequestId
 from treadle.domain.limits import QUANTUM_TOKENS
 from treadle.domain.ops import (
     CreateModelOp,
+    Datum,
     LoadWeightsOp,
     LoraSpec,
     OptimStepOp,
@@ -32,6 +33,7 @@ from treadle.domain.ops import (
 )
 from treadle.domain.outcome import BlobResult, ModelResult, OpOutcome, PassResult, StepResult
 from treadle.domain.plan import FIRST_INCARNATION, StateTag
+from treadle.domain.quanta import cut_quanta
 from treadle.domain.states import Category
 from treadle.errors import Fenced
 from treadle.testing.builders import datum, pass_op, sample_op, step_op
@@ -40,6 +42,77 @@ from treadle.testing.driver import Driver, Floats, pass_logprobs, pass_loss, rea
 Check = Callable[[Driver], Awaitable[None]]
 
 LORA = LoraSpec(rank=8, seed=7)
+LEARNING_RATE = 3e-3
+NAN_WEIGHTS = (float("nan"),) * 8
+
+
+@dataclass(slots=True)
+class Run:
+    """A training run of its own for one check; every op it makes takes the next sequence number."""
+
+    driver: Driver
+    model_id: ModelId = field(init=False)
+    last_seq_id: int = 0
+
+    def __post_init__(self) -> None:
+        self.model_id = self.driver.new_model_id()
+
+    def next_seq_id(self) -> int:
+        self.last_seq_id += 1
+        return self.last_seq_id
+
+    def tag(self, seq_id: int) -> StateTag:
+        """The tag of its first incarnation after `seq_id`."""
+        return StateTag(self.model_id, FIRST_INCARNATION, seq_id)
+
+    def create(self, *, lora: LoraSpec = LORA) -> CreateModelOp:
+        return CreateModelOp(self.model_id, base_model=self.driver.facts.base_model, lora=lora)
+
+    def backward(self, *, seed: int = 0, weights: Sequence[float] | None = None) -> PassOp:
+        return self.backward_on([datum(seed=seed, weights=weights)])
+
+    def backward_on(self, data: Sequence[Datum]) -> PassOp:
+        return pass_op(self.next_seq_id(), model_id=self.model_id, datums=data)
+
+    def forward(self) -> PassOp:
+        return replace(self.backward(), forward_only=True)
+
+    def step(self) -> OptimStepOp:
+        return step_op(self.next_seq_id(), model_id=self.model_id, learning_rate=LEARNING_RATE)
+
+    def load(self, key: BlobKey, *, creates_model: bool = False) -> LoadWeightsOp:
+        return LoadWeightsOp(
+            model_id=self.model_id,
+            seq_id=self.next_seq_id(),
+            path="tinker://contract/weights/one",
+            blob_key=key,
+            lora=LORA,
+            with_optimizer=True,
+            creates_model=creates_model,
+        )
+
+    async def trained(self) -> Run:
+        """The run itself, created and one step on."""
+        outcomes = await self.driver.run(self.create(), self.backward(), self.step())
+        assert all(outcome.failure is None for outcome in outcomes)
+        return self
+
+    async def logprobs(self) -> Floats:
+        """What the run's present weights give on the datum of seed 0; costs a sequence number, leaves no trace."""
+        (outcome,) = await self.driver.run(self.forward())
+        (array,) = pass_logprobs(outcome)
+        return array
+
+
+def assert_same(actual: Floats | None, expected: Floats) -> None:
+    """Equal to the bit; NaN equals NaN."""
+    np.testing.assert_array_equal(actual, expected)
+
+
+def assert_user_failure(outcome: OpOutcome) -> None:
+    assert outcome.result is None
+    assert outcome.failure is not None
+    assert outcome.failure.category is Category.USER, outcome.failure
 
 
 async def check_start_gives_facts(driver: Driver) -> None:
@@ -63,10 +136,7 @@ async def check_a_run_learns_and_its_tag_follows(driver: Driver) -> None:
         assert stepped.encoded is not None
         assert np.isfinite(list(stepped.result.metrics.values())).all()
         assert passed.num_tokens == 8
-        assert (passed.tag_after, stepped.tag_after) == (run.tag(run.last_seq_id - 1), run.tag(run.last_seq_id)) or (
-            # Phases run over all models, so a pass may report the tag its run has at the end of the cycle.
-            passed.tag_after == stepped.tag_after == run.tag(run.last_seq_id)
-        )
+        assert (passed.tag_after, stepped.tag_after) == (run.tag(run.last_seq_id - 1), run.tag(run.last_seq_id))
         assert np.isclose(pass_loss(passed), -sum(float(array.sum()) for array in pass_logprobs(passed)), rtol=1e-4)
         losses.append(pass_loss(passed))
     assert losses[0] > losses[1] > losses[2], losses
@@ -83,10 +153,11 @@ async def check_one_cycle_equals_many(driver: Driver) -> None:
 async def check_neighbours_change_nothing(driver: Driver) -> None:
     alone, accompanied, neighbour = Run(driver), Run(driver), Run(driver)
     await driver.run(alone.create(), alone.backward(), alone.step())
-    await driver.run(neighbour.create(rank=4), accompanied.create())
-    bad = neighbour.backward(weights=[float("nan")] * 8)
-    outcomes = await driver.run(neighbour.backward(seed=3), bad, accompanied.backward(), accompanied.step())
+    await driver.run(neighbour.create(lora=LoraSpec(rank=4, seed=1)), accompanied.create())
+    good, bad = neighbour.backward(seed=3), neighbour.backward(weights=NAN_WEIGHTS)
+    outcomes = await driver.run(good, bad, accompanied.backward(), accompanied.step())
     assert [outcome.failure is None for outcome in outcomes] == [True, False, True, True]
+    assert outcomes[1].tag_after == neighbour.tag(2)
     assert_same(await accompanied.logprobs(), await alone.logprobs())
 
 
@@ -102,7 +173,7 @@ async def check_forward_leaves_no_trace(driver: Driver) -> None:
 async def check_a_failed_op_leaves_the_state_as_it_was(driver: Driver) -> None:
     run = await Run(driver).trained()
     before = await run.logprobs()
-    (failed,) = await driver.run(run.backward(weights=[float("nan")] * 8))
+    (failed,) = await driver.run(run.backward(weights=NAN_WEIGHTS))
     assert_user_failure(failed)
     assert failed.tag_after == run.tag(run.last_seq_id), "its sequence number is consumed"
     (lost,) = await driver.run(run.load(driver.new_key()))
@@ -112,10 +183,19 @@ async def check_a_failed_op_leaves_the_state_as_it_was(driver: Driver) -> None:
     assert_user_failure(stepped)
 
 
+async def check_an_unreadable_payload_fails_its_own_op_only(driver: Driver) -> None:
+    run = await Run(driver).trained()
+    items = [driver.item(run.backward()), driver.item(run.backward()), driver.item(run.step())]
+    items[1] = replace(items[1], payload=b"\xff not a pass")
+    outcomes = (await driver.run_items(items)).outcomes
+    assert [outcome.failure is None for outcome in outcomes] == [True, False, True]
+    assert [outcome.tag_after for outcome in outcomes] == [run.tag(3), run.tag(4), run.tag(5)]
+
+
 async def check_a_step_applies_what_succeeded_and_counts_the_rest(driver: Driver) -> None:
     run, reference = Run(driver), Run(driver)
     await driver.run(reference.create(), reference.backward(), reference.step())
-    bad = run.create(), run.backward(weights=[float("nan")] * 8)
+    bad = run.create(), run.backward(weights=NAN_WEIGHTS)
     *_, stepped = await driver.run(*bad, run.backward(), run.step())
     assert isinstance(stepped.result, StepResult)
     assert stepped.result.metrics["skipped_passes"] == 1
@@ -145,17 +225,14 @@ async def check_a_save_loads(driver: Driver) -> None:
 
 
 async def check_a_wrong_tag_is_refused(driver: Driver) -> None:
-    wrong = (
-        lambda run: StateTag(run.model_id, FIRST_INCARNATION + 1, run.last_seq_id - 1),
-        lambda run: StateTag(run.model_id, FIRST_INCARNATION, run.last_seq_id - 2),
-        lambda run: StateTag(run.model_id, FIRST_INCARNATION, run.last_seq_id),
-    )
-    for make_tag in wrong:
+    # Another incarnation; a state behind the one held; the op's own future.
+    for incarnation, seqs_behind in ((FIRST_INCARNATION + 1, 1), (FIRST_INCARNATION, 2), (FIRST_INCARNATION, 0)):
         run = await Run(driver).trained()
         before = await run.logprobs()
         held = driver.tags[run.model_id]
         op = run.backward()
-        (refused,) = (await driver.run_items([driver.item(op, tag=make_tag(run))])).outcomes
+        tag = StateTag(run.model_id, incarnation, applied_seq=op.seq_id - seqs_behind)
+        (refused,) = (await driver.run_items([driver.item(op, tag=tag)])).outcomes
         assert refused.result is None
         assert refused.failure is not None
         assert refused.failure.category is Category.SERVER
@@ -182,6 +259,7 @@ async def check_a_pass_in_parts_is_one_pass(driver: Driver) -> None:
     num_tokens = min(QUANTUM_TOKENS // 2 + 1, driver.facts.max_context_length)
     per_quantum = max(1, QUANTUM_TOKENS // num_tokens)
     data = [datum(num_tokens, seed=seed) for seed in range(2 * per_quantum + 1)]
+    assert len(cut_quanta([num_tokens] * len(data))) == 3
     whole, parted = Run(driver), Run(driver)
     (_, expected, _) = await driver.run(whole.create(), whole.backward_on(data), whole.step())
     await driver.run(parted.create())
@@ -325,7 +403,7 @@ async def check_cancelled_samples_hurt_nobody(driver: Driver) -> None:
         sample_op(seed=1, max_tokens=40), sample_op(seed=2), prefix=driver.new_key().replace("/", "-")
     )
     for _ in range(2):
-        driver.executor.cancel_samples([cancelled, op_id_of_nobody()])
+        driver.executor.cancel_samples([cancelled, RequestId("nobody")])
     await driver.wait_for_samples([kept])
     await driver.sample(sample_op(seed=3))
     seen = [outcome.request_id for outcome in driver.sample_outcomes[start:]]
@@ -334,4 +412,26 @@ async def check_cancelled_samples_hurt_nobody(driver: Driver) -> None:
     assert seen.count(kept) == 1
 
 
-CHECKS: tuple[Check, ...] = tuple(value for name, value in list(globals().items()) if name.startswith("check_"))
+CHECKS: tuple[Check, ...] = (
+    check_start_gives_facts,
+    check_a_run_learns_and_its_tag_follows,
+    check_one_cycle_equals_many,
+    check_neighbours_change_nothing,
+    check_forward_leaves_no_trace,
+    check_a_failed_op_leaves_the_state_as_it_was,
+    check_an_unreadable_payload_fails_its_own_op_only,
+    check_a_step_applies_what_succeeded_and_counts_the_rest,
+    check_a_save_loads,
+    check_a_wrong_tag_is_refused,
+    check_skipped_seq_ids_are_no_obstacle,
+    check_a_pass_in_parts_is_one_pass,
+    check_an_older_token_is_fenced,
+    check_snapshot_evict_restore_continues_the_run,
+    check_a_new_run_restores_from_its_seed,
+    check_a_failed_restore_fails_the_ops_behind_it,
+    check_evict_is_idempotent,
+    check_unload_ends_a_run,
+    check_published_weights_are_sampled_and_never_change,
+    check_each_sample_ends_in_one_outcome,
+    check_cancelled_samples_hurt_nobody,
+)

@@ -15,12 +15,11 @@ from treadle.domain.states import ModelState
 from treadle.errors import InvalidRequest, ServerError, UnreadableBody, UserError
 from treadle.gateway.admission import Draft, refused
 from treadle.gateway.answers import json_response
-from treadle.gateway.auth import Principal
 from treadle.gateway.bodies import MAX_JSON_BYTES, read_body
 from treadle.gateway.checkpoints import check_fits, readable_checkpoint
 from treadle.gateway.context import Gateway, gateway_of, loaded_facts
 from treadle.gateway.deps import PoolView
-from treadle.gateway.intake import checked_pool, future_of, op_place
+from treadle.gateway.intake import Submission, admit_training_op, checked_pool, future_of, op_place
 from treadle.wire.bodies import (
     CreateModelBody,
     GetInfoBody,
@@ -74,9 +73,10 @@ async def load_weights(request: Request) -> Response:
     principal = await gateway.submitter(request)
     raw = await read_body(request, limit_bytes=MAX_JSON_BYTES)
     head = read_op_head(raw)
-    if head.model_id is not None and head.seq_id is not None and head.session_id is None:
-        model = await gateway.access.model_for_work(principal, head.model_id)
-        return await _load_into_run(gateway, principal, raw, model, head.seq_id)
+    if head.model_id is not None:
+        if head.seq_id is None or head.session_id is not None:
+            raise UnreadableBody("load_weights takes model_id and seq_id, or session_id and model_seq_id, not both")
+        return await admit_training_op(gateway, principal, raw, OpKind.LOAD_WEIGHTS, _load_into_run)
     session_id, model_seq_id = _run_address(head)
     session = await gateway.access.active_session(principal, session_id)
     record = _new_run(gateway, session, model_seq_id)
@@ -148,20 +148,11 @@ async def unload_model(request: Request) -> Response:
     raise ServerError(f"model {model.model_id} gets new requests too quickly to be unloaded; stop its client first")
 
 
-async def _load_into_run(
-    gateway: Gateway, principal: Principal, raw: bytes, model: ModelRecord, seq_id: int
-) -> Response:
-    place = op_place(model, OpKind.LOAD_WEIGHTS, seq_id)
-    try:
-        body = parse_body(LoadWeightsBody, raw)
-        checked_pool(gateway, model)
-        checkpoint = await readable_checkpoint(gateway.store, principal, body.path, kinds=LOADABLE)
-        check_fits(checkpoint, model)
-        op = load_weights_op(body, blob_key=checkpoint.blob_key, lora=checkpoint.lora)
-    except UserError as refusal:
-        return future_of(await gateway.admission.submit_refused(place, refusal), model_id=model.model_id)
-    draft = Draft(OpKind.LOAD_WEIGHTS, encode_payload(op))
-    return future_of(await gateway.admission.submit(place, lambda: draft, num_bytes=0), model_id=model.model_id)
+async def _load_into_run(submission: Submission) -> LoadWeightsOp:
+    body = parse_body(LoadWeightsBody, submission.raw)
+    checkpoint = await readable_checkpoint(submission.gateway.store, submission.principal, body.path, kinds=LOADABLE)
+    check_fits(checkpoint, submission.model)
+    return load_weights_op(body, blob_key=checkpoint.blob_key, lora=checkpoint.lora)
 
 
 def _run_address(head: OpHead) -> tuple[SessionId, int]:

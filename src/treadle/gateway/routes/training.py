@@ -6,15 +6,15 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from treadle.domain.ops import OpKind, PassOp, SaveForSamplerOp, kind_of
+from treadle.domain.ops import OpKind, OptimStepOp, PassOp, SaveForSamplerOp, SaveWeightsOp, kind_of
 from treadle.domain.quanta import cut_quanta, quantum_tokens
-from treadle.domain.records import ModelRecord
 from treadle.errors import InvalidRequest, NotSupported
 from treadle.gateway.admission import Draft
 from treadle.gateway.context import gateway_of
 from treadle.gateway.intake import (
-    checked_pool,
+    Submission,
     future_of,
+    not_served,
     op_place,
     pool_limits,
     read_plain_body,
@@ -41,8 +41,7 @@ async def forward_backward(request: Request) -> Response:
 
     def draft() -> Draft:
         if limits is None:
-            checked_pool(gateway, model)
-        assert limits is not None
+            raise not_served(model)
         op = decode_pass(raw, limits=limits)
         if len(op.datums) > gateway.settings.max_datums_per_request:
             raise InvalidRequest(
@@ -58,17 +57,13 @@ async def forward_backward(request: Request) -> Response:
 @router.post("/optim_step")
 async def optim_step(request: Request) -> Response:
     """One optimiser step over the passes since the last one."""
-    return await submit_training_op(
-        request, OpKind.OPTIM_STEP, lambda raw, _model: optim_step_op(parse_body(OptimStepBody, raw))
-    )
+    return await submit_training_op(request, OpKind.OPTIM_STEP, _optim_step)
 
 
 @router.post("/save_weights")
 async def save_weights(request: Request) -> Response:
     """A training checkpoint. Whether its name is free is decided when it runs, in seq order."""
-    return await submit_training_op(
-        request, OpKind.SAVE_WEIGHTS, lambda raw, _model: save_weights_op(parse_body(SaveWeightsBody, raw))
-    )
+    return await submit_training_op(request, OpKind.SAVE_WEIGHTS, _save_weights)
 
 
 @router.post("/save_weights_for_sampler")
@@ -80,8 +75,22 @@ async def save_weights_for_sampler(request: Request) -> Response:
     return await submit_training_op(request, OpKind.SAVE_FOR_SAMPLER, _save_for_sampler)
 
 
-def _save_for_sampler(raw: bytes, model: ModelRecord) -> SaveForSamplerOp:
-    return save_for_sampler_op(parse_body(SaveForSamplerBody, raw), session_id=model.session_id)
+async def _optim_step(submission: Submission) -> OptimStepOp:
+    return optim_step_op(parse_body(OptimStepBody, submission.raw))
+
+
+async def _save_weights(submission: Submission) -> SaveWeightsOp:
+    return save_weights_op(parse_body(SaveWeightsBody, submission.raw))
+
+
+async def _save_for_sampler(submission: Submission) -> SaveForSamplerOp:
+    body = parse_body(SaveForSamplerBody, submission.raw)
+    op = save_for_sampler_op(body, session_id=submission.model.session_id)
+    # The first sampling session under an id stays, so this save would be answered with older weights than its own.
+    # Of two saves queued under one id the later commit loses in the same way; only a client that miscounts sends them.
+    if op.sampling_session_id is not None and await submission.gateway.store.sampling.get(op.sampling_session_id):
+        raise InvalidRequest(f"sampling_session_seq_id={body.sampling_session_seq_id} is taken by another sampler")
+    return op
 
 
 def _pass_draft(op: PassOp, raw: bytes) -> Draft:
