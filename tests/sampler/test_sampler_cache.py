@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -36,24 +38,35 @@ def filled_bucket(shape: CacheShape, capacity: int, lengths: list[int], *, seed:
     return bucket
 
 
+@pytest.fixture(params=[1, 2])
+def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("_threads")
 @pytest.mark.parametrize("num_groups", [1, 2, 4, 7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_decoding_gives_the_same_bits_alone_and_beside_longer_rows(num_groups: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("capacity", "lengths"), [(96, [65, 66, 70, 80, 81, 90, 95]), (768, [513, 600, 767])])
+def test_decoding_gives_the_same_bits_alone_and_beside_others(
+    num_groups: int, dtype: torch.dtype, capacity: int, lengths: list[int]
+) -> None:
     shape = CacheShape(num_layers=1, num_kv_heads=2, head_dim=32, dtype=dtype, device=CPU)
-    lengths = [1, 5, 16, 17, 200, 511, 512, 700, 1_000]
     num_rows = len(lengths)
-    together = filled_bucket(shape, 1_024, lengths, seed=4)
+    together = filled_bucket(shape, capacity, lengths, seed=4)
     query = torch.randn(1, 2 * num_groups, num_rows, 32).to(dtype)
     key, value = torch.randn(2, 1, 2, num_rows, 32).to(dtype)
     attention = CachedAttention([decode_part(together, range(num_rows), lengths)], [])
     mixed = attention.attend(0, query, key, value, 0.2)
     for row, length in enumerate(lengths):
-        alone: Bucket[int] = Bucket(shape, capacity_for(length + 1))
-        alone.add(0)
+        assert capacity_for(length + 1) == capacity
+        alone = filled_bucket(shape, capacity, [0], seed=1)
         alone.data_N2SKCd[:, :, 0, :, :length] = together.data_N2SKCd[:, :, row, :, :length]
-        part = decode_part(alone, [0], [length])
         one = slice(row, row + 1)
-        got = CachedAttention([part], []).attend(0, query[:, :, one], key[:, :, one], value[:, :, one], 0.2)
+        attention = CachedAttention([decode_part(alone, [0], [length])], [])
+        got = attention.attend(0, query[:, :, one], key[:, :, one], value[:, :, one], 0.2)
         assert torch.equal(got[0, 0], mixed[0, row]), f"length {length}"
 
 
@@ -107,9 +120,10 @@ def test_a_bucket_keeps_each_owners_row_and_hands_out_clean_ones(actions: list[i
 
 
 @pytest.mark.parametrize(
-    ("num_places", "capacity"), [(1, 64), (64, 64), (65, 128), (128, 128), (129, 256), (2_048, 2_048)]
+    ("num_places", "capacity"),
+    [(1, 64), (64, 64), (65, 96), (96, 96), (97, 128), (129, 192), (193, 256), (2_000, 2_048)],
 )
-def test_capacities_are_powers_of_two(num_places: int, capacity: int) -> None:
+def test_capacities_are_powers_of_two_and_the_middles_between(num_places: int, capacity: int) -> None:
     assert capacity_for(num_places) == capacity
 
 

@@ -241,7 +241,7 @@ def test_a_quantum_over_the_budget_runs_without_other_passes() -> None:
     large = model_queue(queued(PASS, 1, 5_000), queued(STEP, 2), model_id=ModelId("a"), tenant_id=TenantId("a"))
     small = model_queue(queued(PASS, 1, 10), model_id=ModelId("b"), tenant_id=TenantId("b"))
     saving = model_queue(queued(SAVE, 1), model_id=ModelId("c"), tenant_id=TenantId("c"))
-    state = PolicyState(deficits={TenantId("a"): 1.0})
+    state = PolicyState(deficits={TenantId("a"): 5_000.0})
     plan, _ = plan_cycle(policy_input(large, small, saving, state=state, budget_tokens=1_000, tenant_cap_tokens=500))
     assert [(op.model_id, op.kind) for op in plan.ops] == [("a", PASS), ("a", STEP), ("c", SAVE)]
 

@@ -124,6 +124,14 @@ async def test_request_without_a_run_is_refused(store: Store) -> None:
         await store.requests.enqueue(op(1))
 
 
+async def test_logged_errors_show_no_payload(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(ServerError) as caught:
+        await store.requests.enqueue(op(1, payload=b"a secret prompt", model_id="a secret run"))
+    assert "database failed" in caplog.text
+    assert "secret" not in caplog.text
+    assert "INSERT" not in str(caught.value)
+
+
 async def test_unknown_future_and_payload(store: Store) -> None:
     assert await store.requests.future(RequestId("nobody")) is None
     assert await store.requests.get(RequestId("nobody")) is None

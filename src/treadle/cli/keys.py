@@ -34,7 +34,9 @@ def create(
     user: Annotated[
         str, typer.Argument(metavar="USER", help="Whose key it is. Keys of one user share runs and checkpoints.")
     ],
-    admin: Annotated[bool, typer.Option("--admin", help="The key may also use the admin API.")] = False,
+    admin: Annotated[
+        bool, typer.Option("--admin", help="The key may also read /metrics of a server that is not on loopback.")
+    ] = False,
     data: DataOption = None,
     config: ConfigOption = None,
 ) -> None:

@@ -140,9 +140,9 @@ def check_architecture(config: transformers.PreTrainedConfig) -> None:
 
 def numerics_profile(device: torch.device, dtype: str) -> str:
     """What must be equal for two runs to agree bit for bit (with the request's own content and order)."""
-    kind = device.type
-    if kind == "cuda":
-        kind = torch.cuda.get_device_name(device).replace(" ", "-")
+    # Vector width decides the order of sums on a CPU, the chip on a GPU.
+    chip = torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else torch.cuda.get_device_name(device)
+    kind = f"{device.type}-{chip}".replace(" ", "-")
     return "/".join(
         (
             kind,

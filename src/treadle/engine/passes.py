@@ -75,11 +75,8 @@ def run_micro_batch(base: BaseModel, quanta: Sequence[QuantumInput]) -> list[Qua
         )
     d_hidden_TD = torch.zeros_like(hidden_TD, requires_grad=False) if wants_grad else None
     tasks = [_head_task(base, quantum, segment) for quantum, segment in zip(quanta, pack.segments, strict=True)]
-    outputs = run_head(base, hidden_TD.detach(), tasks, d_hidden_TD)
-    results = [
-        _result_of(quantum, segment, output, d_hidden_TD)
-        for quantum, segment, output in zip(quanta, pack.segments, outputs, strict=True)
-    ]
+    outputs = _to_host(run_head(base, hidden_TD.detach(), tasks, d_hidden_TD), pack.segments, d_hidden_TD)
+    results = [_result_of(quantum, output) for quantum, output in zip(quanta, outputs, strict=True)]
     if d_hidden_TD is not None:
         _isolate_failures(pack.segments, results, d_hidden_TD)
         if any(segment.grads is not None for segment in pack.segments):
@@ -96,7 +93,7 @@ def commit_scratch(state: TrainingState, scratch: AdapterArena) -> None:
     assert scratch.layout == state.layout
     # Adding to an explicit zero would turn -0.0 into 0.0; the first op's scratch simply becomes the open gradient.
     total = scratch.flat if state.grads is None else state.grads.flat + scratch.flat
-    if not math.isfinite(torch.linalg.vector_norm(total, ord=torch.inf).item()):
+    if not all(math.isfinite(bound) for bound in torch.stack(torch.aminmax(total)).tolist()):
         raise NonFiniteResult("the gradient of this request is not finite; nothing of it was applied")
     state.grads = AdapterArena(state.layout, total)
     state.num_open_passes += 1
@@ -191,18 +188,51 @@ def _columns(array: NDArray[np.generic]) -> NDArray[np.generic]:
     return array[:, None] if array.ndim == 1 else array
 
 
-def _result_of(
-    quantum: QuantumInput, segment: LoraSegment, output: HeadResult, d_hidden_TD: Tensor | None
-) -> QuantumResult:
-    """The quantum's result on the host, or the failure that names its first datum that is not finite."""
-    logprobs = output.logprobs.cpu().numpy()
-    losses = output.losses.cpu().numpy()
-    is_bad_T = ~(np.isfinite(logprobs).all(axis=1) & np.isfinite(losses).all(axis=1))
-    if segment.grads is not None and d_hidden_TD is not None:
-        is_bad_T |= ~torch.isfinite(d_hidden_TD[segment.start : segment.stop]).all(dim=1).cpu().numpy()
+@dataclass(frozen=True, slots=True)
+class _HostOutput:
+    """A quantum's numbers on the host: logprobs and losses [rows, K], and which rows have a finite gradient."""
+
+    logprobs: FloatArray
+    losses: FloatArray
+    metrics: Mapping[str, float]
+    has_finite_gradient: NDArray[np.bool_]
+
+
+def _to_host(
+    outputs: Sequence[HeadResult], segments: Sequence[LoraSegment], d_hidden_TD: Tensor | None
+) -> list[_HostOutput]:
+    """All quanta's numbers in one copy, the only wait for the device between forward and backward."""
+    parts = [part for output in outputs for part in (output.logprobs, output.losses, *output.metrics.values())]
+    if d_hidden_TD is not None:
+        lowest_T, highest_T = torch.aminmax(d_hidden_TD, dim=1)
+        parts.append(torch.isfinite(lowest_T) & torch.isfinite(highest_T))
+    flat = torch.cat([part.reshape(-1).float() for part in parts]).cpu().numpy()
+    cursor = 0
+
+    def take(shape: Sequence[int]) -> FloatArray:
+        nonlocal cursor
+        size = math.prod(shape)
+        cursor += size
+        return flat[cursor - size : cursor].reshape(shape)
+
+    taken = [
+        (take(output.logprobs.shape), take(output.losses.shape), {name: take((1,)).item() for name in output.metrics})
+        for output in outputs
+    ]
+    is_finite_T = np.ones(segments[-1].stop, dtype=np.bool_) if d_hidden_TD is None else take(lowest_T.shape) == 1
+    return [
+        _HostOutput(logprobs, losses, metrics, is_finite_T[segment.start : segment.stop])
+        for (logprobs, losses, metrics), segment in zip(taken, segments, strict=True)
+    ]
+
+
+def _result_of(quantum: QuantumInput, output: _HostOutput) -> QuantumResult:
+    """The quantum's result, or the failure that names its first datum that is not finite."""
+    is_finite_T = np.isfinite(output.logprobs).all(axis=1) & np.isfinite(output.losses).all(axis=1)
+    is_finite_T &= output.has_finite_gradient
     bounds = np.cumsum([datum.num_tokens for datum in quantum.datums])
-    if is_bad_T.any():
-        index = int(np.searchsorted(bounds, int(np.argmax(is_bad_T)), side="right"))
+    if not is_finite_T.all():
+        index = int(np.searchsorted(bounds, int(np.argmin(is_finite_T)), side="right"))
         return QuantumResult(
             failure=NonFiniteResult(
                 f"datum {quantum.first_datum_index + index}: loss, logprobs or their gradient are not finite "
@@ -212,11 +242,10 @@ def _result_of(
     per_datum = []
     for datum, stop in zip(quantum.datums, bounds, strict=True):
         target = datum.inputs["target_tokens"]
-        rows = logprobs[stop - datum.num_tokens : stop]
-        # Copies: a view would keep the whole quantum alive for as long as one datum's result.
+        rows = output.logprobs[stop - datum.num_tokens : stop]
+        # Copies: a view would keep the whole micro-batch alive for as long as one datum's result.
         per_datum.append(rows[:, 0].copy() if target.ndim == 1 else rows[:, : target.shape[1]].copy())
-    metrics = {"loss:sum": float(losses.sum(dtype=np.float64))}
-    metrics.update({name: float(value) for name, value in output.metrics.items()})
+    metrics = {"loss:sum": float(output.losses.sum(dtype=np.float64)), **output.metrics}
     return QuantumResult(logprobs=tuple(per_datum), metrics=metrics)
 
 

@@ -329,14 +329,15 @@ class _FakeWorker:
                 assert_never(op)
 
     def _load(self, op: LoadWeightsOp, starts_from: StateTag | None) -> ModelResult:
-        state = fake_model.without_open_passes(self._read(op.blob_key), with_optimizer=op.with_optimizer)
+        saved = self._read(op.blob_key)
+        state = saved if op.with_optimizer else fake_model.weights_only(saved)
         incarnation = FIRST_INCARNATION if starts_from is None else starts_from.incarnation
         self._put(state, StateTag(op.model_id, incarnation=incarnation, applied_seq=op.seq_id))
         return ModelResult(op.model_id)
 
     def _save(self, model_id: ModelId, key: BlobKey | None) -> BlobResult:
         assert key is not None, "the scheduler assigns a key to every save"
-        state = fake_model.without_open_passes(self._states[model_id])
+        state = self._states[model_id]
         return BlobResult(key, num_bytes=self._blobs.write(key, fake_model.encode_state(state)), lora=state.lora)
 
     def _outcome(

@@ -101,7 +101,12 @@ def run_step(state: FakeState, adam: AdamParams) -> tuple[Mapping[str, float], F
         raise NoGradient("optim_step without a successful forward_backward since the last optim_step")
     step = min(MAX_STEP, STEP_PER_LEARNING_RATE * adam.learning_rate)
     weights = state.weights - step * state.grad / max(state.grad_mass, 1e-12)
-    metrics = {"grad_norm": float(np.linalg.norm(state.grad)), "learning_rate": adam.learning_rate}
+    metrics = {
+        "grad_norm": float(np.linalg.norm(state.grad)),
+        "update_norm": float(np.linalg.norm(weights - state.weights)),
+        "step": float(state.num_steps + 1),
+        "learning_rate": adam.learning_rate,
+    }
     return metrics, replace(new_state(state.lora, len(weights)), weights=weights, num_steps=state.num_steps + 1)
 
 
@@ -226,7 +231,6 @@ def decode_state(data: bytes, vocab_size: int) -> FakeState:
     return FakeState(weights=weights, grad=grad, **{**scalars, "lora": LoraSpec(**scalars["lora"])})
 
 
-def without_open_passes(state: FakeState, *, with_optimizer: bool = True) -> FakeState:
-    """What a checkpoint holds: no gradient, and without the optimiser no step count either."""
-    fresh = new_state(state.lora, len(state.weights))
-    return replace(fresh, weights=state.weights, num_steps=state.num_steps if with_optimizer else 0)
+def weights_only(state: FakeState) -> FakeState:
+    """What a load without the optimiser takes over: no gradient and no step count."""
+    return replace(new_state(state.lora, len(state.weights)), weights=state.weights)

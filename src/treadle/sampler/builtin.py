@@ -15,8 +15,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-import torch
-
 from treadle.domain.ids import RequestId, TenantId
 from treadle.domain.outcome import SampleOutcome
 from treadle.engine.base_model import BaseModel
@@ -54,7 +52,6 @@ class BuiltinSampler:
             head_dim=base.head_dim,
             dtype=base.dtype,
             device=base.device,
-            min_rows=torch.get_num_threads() if base.device.type == "cpu" else 1,
         )
         # Every live job by id. `_queue` holds those that still want slots, `_prefilling` those whose prompt is being
         # read (one slot is reserved for each), `_buckets` all running sequences.

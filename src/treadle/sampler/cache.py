@@ -1,16 +1,14 @@
 """Keys and values of running sequences and of prompts, and the attention that reads them.
 
-Running sequences live in buckets by capacity (64 places, 128, 256, ...), one row each, without holes, so that a
+Running sequences live in buckets by capacity (64 places, 96, 128, 192, ...), one row each, without holes, so that a
 pass attends over a whole bucket in one call per layer; a sequence that outgrows its bucket moves to the next. A
 prompt is prefilled into a cache of its own and copied for each of its samples. It knows no requests and no tokens.
 
 Invariants: places behind a sequence's end hold zeros (a stray NaN of a former owner would spread through the masked
-sum), and a row's result does not depend on the other rows or on how far its bucket is read: that holds bit for bit
-for one query per head over a multiple of LENGTH_MULTIPLE places and for at least as many rows as torch has threads
-(measured on CPU: below, it shares a row's places out to threads; tests/sampler/test_sampler_cache.py).
+sum), and a row's result depends on that row and its bucket's capacity alone, bit for bit.
 
-Legend: N layers, S rows of a bucket, Q rows it is read with, K key and value heads, H query heads, C places, d size of a head, T rows of
-the pass, P tokens of a prompt, L places read.
+Legend: N layers, S rows of a bucket, K key and value heads, H query heads, G query heads per key head, C places,
+d size of a head, T rows of the pass, P tokens of a prompt's chunk.
 """
 
 from __future__ import annotations
@@ -23,9 +21,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from treadle.sampler.layout import round_up
-
-LENGTH_MULTIPLE = 16
 MIN_CAPACITY = 64
 
 Owner = TypeVar("Owner")
@@ -33,15 +28,13 @@ Owner = TypeVar("Owner")
 
 @dataclass(frozen=True, slots=True)
 class CacheShape:
-    """What one place of the cache holds. min_rows: rows that a bucket is read with, whoever owns them; on CPU at
-    least torch's number of intra-op threads."""
+    """What one place of the cache holds."""
 
     num_layers: int
     num_kv_heads: int
     head_dim: int
     dtype: torch.dtype
     device: torch.device
-    min_rows: int = 1
 
     def zeros(self, num_rows: int, capacity: int) -> Tensor:
         """Keys and values [N, 2, S, K, C, d]."""
@@ -64,7 +57,6 @@ class Bucket(Generic[Owner]):
     def __init__(self, shape: CacheShape, capacity: int) -> None:
         self.capacity = capacity
         self.owners: list[Owner] = []
-        self.min_rows = shape.min_rows
         self._shape = shape
         self.data_N2SKCd = shape.zeros(0, capacity)
 
@@ -72,7 +64,7 @@ class Bucket(Generic[Owner]):
         """A row of zeros for a new owner."""
         row = len(self.owners)
         if row == self.data_N2SKCd.shape[2]:
-            grown = self._shape.zeros(max(self._shape.min_rows, 2 * row), self.capacity)
+            grown = self._shape.zeros(max(1, 2 * row), self.capacity)
             grown[:, :, :row] = self.data_N2SKCd
             self.data_N2SKCd = grown
         else:
@@ -95,46 +87,41 @@ class Bucket(Generic[Owner]):
 
 
 def capacity_for(num_places: int) -> int:
-    """The capacity of the bucket that a sequence of this length lies in: the next of 64, 128, 256, ..."""
-    return max(MIN_CAPACITY, 1 << (num_places - 1).bit_length())
+    """The capacity of the bucket that a sequence of this length lies in: the next of 64, 96, 128, 192, 256, ..."""
+    power = max(MIN_CAPACITY, 1 << (num_places - 1).bit_length())
+    return power * 3 // 4 if power > MIN_CAPACITY and num_places <= power * 3 // 4 else power
 
 
 @dataclass(frozen=True, slots=True)
 class DecodePart:
     """One bucket's share of a pass: one new token for each of its rows.
 
-    data: the bucket's [N, 2, S, K, C, d]. rows [S]: the pass row of each owned bucket row. places [S * K]: where each
-    owned row's new key lies in the flat places. queries [Q], Q = max(S, min_rows): pass rows to read for; those
-    behind S are stand-ins whose results are dropped. mask [Q, 1, 1, L]: 0 where a row may look, -inf behind its end.
+    data: the bucket's [N, 2, S, K, C, d], S counting rows without an owner too. rows: the pass row of each owned row.
+    places: where the new key of each owned row and head lies in the flat [S * K * C] places.
+    mask [rows, 1, 1, C]: 0 where a row may look, -inf behind its end.
     """
 
     data: Tensor
     rows: Tensor
-    queries: Tensor
     places: Tensor
     mask: Tensor
 
 
 def decode_part(bucket: Bucket[Owner], rows: Sequence[int], num_cached: Sequence[int]) -> DecodePart:
-    """The part for a whole bucket; per bucket row its pass row and how many places it has filled so far."""
+    """The part for a whole bucket; per owned row its pass row and how many places it has filled so far."""
     data = bucket.data_N2SKCd
     num_rows, num_heads, capacity = len(bucket.owners), data.shape[3], bucket.capacity
     assert len(rows) == len(num_cached) == num_rows > 0
     assert max(num_cached) < capacity, "a full row moves to the next bucket before its pass"
-    num_read = min(capacity, round_up(max(num_cached) + 1, LENGTH_MULTIPLE))
-    device = data.device
-    num_stand_ins = max(0, bucket.min_rows - num_rows)
-    cached_S = torch.tensor(num_cached, device=device)
-    cached_Q = torch.tensor([*num_cached, *[0] * num_stand_ins], device=device)
-    first_SK = torch.arange(num_rows * num_heads, device=device).view(num_rows, num_heads) * capacity
-    is_behind_QL = torch.arange(num_read, device=device) > cached_Q[:, None]
-    mask_QL = torch.zeros(is_behind_QL.shape, dtype=data.dtype, device=device).masked_fill_(is_behind_QL, -torch.inf)
+    cached_S1 = torch.tensor(num_cached, device=data.device)[:, None]
+    first_SK = torch.arange(num_rows * num_heads, device=data.device).view(num_rows, num_heads) * capacity
+    is_behind_SC = torch.arange(capacity, device=data.device) > cached_S1
+    mask_SC = torch.zeros(is_behind_SC.shape, dtype=data.dtype, device=data.device)
     return DecodePart(
         data=data,
-        rows=torch.tensor(rows, device=device),
-        queries=torch.tensor([*rows, *[rows[0]] * num_stand_ins], device=device),
-        places=(first_SK + cached_S[:, None]).view(-1),
-        mask=mask_QL[:, None, None, :],
+        rows=torch.tensor(rows, device=data.device),
+        places=(first_SK + cached_S1).view(-1),
+        mask=mask_SC.masked_fill_(is_behind_SC, -torch.inf)[:, None, None, :],
     )
 
 
@@ -164,11 +151,11 @@ class CachedAttention:
         _, num_heads, num_rows, head_dim = query_1HTd.shape
         mixed_THd = query_1HTd.new_zeros(num_rows, num_heads, head_dim)
         for decode in self._decodes:
-            keys_QKLd = _append(decode, decode.data[layer_index, 0], key_1KTd)
-            values_QKLd = _append(decode, decode.data[layer_index, 1], value_1KTd)
-            query_QHd = query_1HTd[0].index_select(1, decode.queries).transpose(0, 1)
-            mixed_QHd = _decode(query_QHd, keys_QKLd, values_QKLd, decode.mask, scaling)
-            mixed_THd.index_copy_(0, decode.rows, mixed_QHd[: len(decode.rows)])
+            keys_SKCd = _append(decode, decode.data[layer_index, 0], key_1KTd)
+            values_SKCd = _append(decode, decode.data[layer_index, 1], value_1KTd)
+            query_SHd = query_1HTd[0].index_select(1, decode.rows).transpose(0, 1)
+            mixed_SHd = _decode(query_SHd, keys_SKCd, values_SKCd, decode.mask, scaling)
+            mixed_THd.index_copy_(0, decode.rows, mixed_SHd)
         for prefill, mask_PL in self._prefills:
             start, stop = prefill.start, prefill.start + prefill.num_tokens
             filled, end = prefill.cache.num_filled, prefill.cache.num_filled + prefill.num_tokens
@@ -189,27 +176,31 @@ class CachedAttention:
 
 
 def _append(part: DecodePart, cache_SKCd: Tensor, new_1KTd: Tensor) -> Tensor:
-    """Write each row's new key or value behind its last one; the places to read, [Q, K, L, d]."""
-    num_queries, num_read = part.mask.shape[0], part.mask.shape[-1]
+    """Write each row's new key or value behind its last one; the owned rows of the cache."""
     head_dim = cache_SKCd.shape[-1]
     new_SKd = new_1KTd[0].index_select(1, part.rows).transpose(0, 1)
     cache_SKCd.view(-1, head_dim).index_copy_(0, part.places, new_SKd.reshape(-1, head_dim))
-    return cache_SKCd[:num_queries, :, :num_read]
+    return cache_SKCd[: len(part.rows)]
 
 
-def _decode(query_QHd: Tensor, keys_QKLd: Tensor, values_QKLd: Tensor, mask_Q11L: Tensor, scaling: float) -> Tensor:
-    """Mixed values [Q, H, d] of one query per head."""
-    if query_QHd.device.type == "cpu":
-        mixed = functional.scaled_dot_product_attention(
-            query_QHd.unsqueeze(2), keys_QKLd, values_QKLd, attn_mask=mask_Q11L, scale=scaling, enable_gqa=True
+def _decode(query_SHd: Tensor, keys_SKCd: Tensor, values_SKCd: Tensor, mask_S11C: Tensor, scaling: float) -> Tensor:
+    """Mixed values [S, H, d] of one query per head; a group's query heads are the queries of their key head.
+
+    On CPU by plain products: torch's fused CPU attention (2.13) rounds one query differently on each of its threads,
+    whose scratch memory is aligned differently, so a row's bits would depend on how many others there are. Reading
+    the whole capacity, not just the longest row, keeps the products' shape independent of company too.
+    """
+    num_rows, num_heads, head_dim = query_SHd.shape
+    query_SKGd = query_SHd.reshape(num_rows, keys_SKCd.shape[1], -1, head_dim)
+    if query_SHd.device.type == "cpu":
+        # In float32, as the fused kernel of the trainer has it inside; no copies where the cache is float32.
+        scores_SKGC = torch.matmul(query_SKGd.float() * scaling, keys_SKCd.float().transpose(-1, -2)) + mask_S11C
+        mixed_SKGd = torch.matmul(torch.softmax(scores_SKGC, dim=-1), values_SKCd.float()).to(query_SHd.dtype)
+    else:
+        mixed_SKGd = functional.scaled_dot_product_attention(
+            query_SKGd, keys_SKCd, values_SKCd, attn_mask=mask_S11C, scale=scaling
         )
-        return mixed.squeeze(2)
-    # On an accelerator the fused kernels that take a mask know no grouped heads, so the heads of a group become the
-    # queries of their key head. On CPU that would be a GEMM of few rows, whose bits depend on the places read.
-    num_queries, num_heads, head_dim = query_QHd.shape
-    grouped = query_QHd.reshape(num_queries, keys_QKLd.shape[1], -1, head_dim)
-    mixed = functional.scaled_dot_product_attention(grouped, keys_QKLd, values_QKLd, attn_mask=mask_Q11L, scale=scaling)
-    return mixed.reshape(num_queries, num_heads, head_dim)
+    return mixed_SKGd.reshape(num_rows, num_heads, head_dim)
 
 
 def _chunk_mask(part: PrefillPart) -> Tensor | None:

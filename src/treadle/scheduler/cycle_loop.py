@@ -84,6 +84,7 @@ class CycleLoop:
         self._deaths: dict[RequestId, int] = {}
         self._wake = asyncio.Event()
         self._is_stopping = False
+        self._is_abandoned = False
 
     def wake(self) -> None:
         """Something was queued."""
@@ -94,11 +95,21 @@ class CycleLoop:
         self._is_stopping = True
         self._wake.set()
 
+    def abandon(self) -> None:
+        """The executor has died: end `run` after whatever is being committed."""
+        self._is_abandoned = True
+        self._wake.set()
+
     async def run(self, executor: Executor) -> None:
-        """Run cycles on `executor` until stopped. Raises WorkerDied when it dies, Fenced when the lease is lost."""
-        self._book.forget_worker()
+        """Run cycles on `executor` until stopped or abandoned.
+
+        Raises WorkerDied when a cycle was in flight at its death, Fenced when the lease is lost.
+        """
+        # A fresh worker holds nothing, and what was committed is in the store.
+        self._book = RunBook(self._store)
         self._quanta_done.clear()
-        while not self._is_stopping:
+        self._is_abandoned = False
+        while not (self._is_stopping or self._is_abandoned):
             try:
                 if not await self._run_one(executor):
                     await self._sleep(POLL_S)

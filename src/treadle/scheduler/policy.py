@@ -4,12 +4,12 @@ Pure and deterministic: no clock, no database, no tensors, no randomness; the or
 It knows nothing about workers or payloads. Invariant: the plan is empty only if nothing may run.
 
 Fairness is a weighted deficit scheme in tokens. A tenant's deficit is what a perfectly divisible device would have
-given it minus what it got. Whoever is furthest behind, in units of its own weight, gets the next quantum; after the
-cycle the tokens served are shared out on paper (`_settle`) and the differences carried over. So over time every
-waiting tenant gets tokens in proportion to its weight, to within about a budget and a quantum, whatever the sizes of
-its requests, and nobody starves, since a deficit grows with every cycle that passes its owner by.
-The idea is deficit round-robin (Shreedhar, Varghese 1995) measured against weighted max-min shares (Parekh,
-Gallager 1993); unlike the former it serves first and charges later, so that no cycle has to save up for a quantum.
+given it minus what it got. The next quantum is that of the tenant which, given its share from now on, would be done
+with it first; after the cycle the tokens served are shared out on paper (`_settle`) and the differences carried over.
+So over time every waiting tenant gets tokens in proportion to its weight, whatever the sizes of its requests. In
+simulations the distance from the exact share stays below two times (budget + largest quantum). Nobody starves, since
+a deficit grows with every cycle that passes its owner by.
+It is deficit round-robin (Shreedhar, Varghese 1995) in the order of fair queueing (Demers, Keshav, Shenker 1989).
 """
 
 from __future__ import annotations
@@ -76,6 +76,12 @@ class _Tenant:
         start = bisect_left(waiting, self.turn, key=lambda line: line.model_id) if self.turn is not None else 0
         return deque(waiting[start:] + waiting[:start])
 
+    def due(self, lines: Sequence[Line]) -> float:
+        """When the next quantum would be done if the tenant had its share all the time; the least goes first."""
+        tokens = lines[0].next_quantum_tokens
+        assert tokens is not None
+        return (self.served + tokens - self.deficit) / self.weight
+
     def waiting_tokens(self, *, limit: int) -> int:
         """Tokens that could run in this cycle, those served included; counting stops at `limit`."""
         tokens = self.served
@@ -133,17 +139,14 @@ class _Cycle:
         return last
 
     def serve_passes(self, tenants: Iterable[_Tenant]) -> None:
-        """Plan passes, a quantum at a time, always of the tenant that is furthest behind; its models take turns.
+        """Plan passes, a quantum at a time, of the tenant whose quantum is due first; a tenant's models take turns.
 
         A tenant whose next quantum does not fit is set aside whole; its deficit makes it first soon, when the budget
         is still untouched. Others may fill the room it leaves, but only up to a budget's worth of debt: a tenant of
         small quanta would otherwise live in that room for good, at the expense of those with large ones.
         """
         is_anyone_set_aside = False
-        waiting = [
-            (-tenant.deficit / tenant.weight, tenant.tenant_id, tenant, tenant.pass_lines()) for tenant in tenants
-        ]
-        heap = [entry for entry in waiting if entry[3]]
+        heap = [(t.due(lines), t.tenant_id, t, lines) for t in tenants if (lines := t.pass_lines())]
         heapq.heapify(heap)
         while heap:
             _, tenant_id, tenant, lines = heapq.heappop(heap)
@@ -166,8 +169,7 @@ class _Cycle:
                 lines.append(line)
             if lines:
                 tenant.turn = lines[0].model_id
-                behind = (tenant.deficit - tenant.served) / tenant.weight
-                heapq.heappush(heap, (-behind, tenant_id, tenant, lines))
+                heapq.heappush(heap, (tenant.due(lines), tenant_id, tenant, lines))
 
     def _has_room(self, line: Line, tokens: int) -> bool:
         """The first quantum always has, so that one larger than the budget can run at all."""

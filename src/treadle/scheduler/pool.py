@@ -157,17 +157,23 @@ class PoolRunner:
             await executor.stop()
 
     async def _feed(self, executor: Executor, died: asyncio.Future[None]) -> None:
-        """Run both loops until they were stopped; the first error of either, or the worker's death, ends both."""
+        """Run both loops until they were stopped. A death, or an error of either, ends both before it is raised.
+
+        Loops are told to end rather than cancelled: a commit on its way must not be torn from its consequences.
+        """
         assert self._cycles is not None
         assert self._samples is not None
         loops = [asyncio.create_task(self._cycles.run(executor)), asyncio.create_task(self._samples.run(executor))]
         try:
-            pending: set[asyncio.Future[None]] = {*loops, died}
-            while any(not task.done() for task in loops):
-                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-                for future in done:
-                    future.result()
+            both = asyncio.gather(*loops)
+            await asyncio.wait({both, died}, return_when=asyncio.FIRST_COMPLETED)
+            self._cycles.abandon()
+            self._samples.abandon()
+            ended = await asyncio.gather(*loops, return_exceptions=True)
+            if died.done():
+                died.result()
+            for error in ended:
+                if isinstance(error, BaseException):
+                    raise error
         finally:
-            for task in loops:
-                task.cancel()
-            await asyncio.gather(*loops, return_exceptions=True)
+            both.cancel()

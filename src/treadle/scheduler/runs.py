@@ -88,11 +88,6 @@ class RunBook:
         """Runs that the worker holds."""
         return [run for run in self._runs.values() if run.tag is not None]
 
-    def forget_worker(self) -> None:
-        """The worker is gone, and with it every state it held."""
-        for run in self._runs.values():
-            run.tag = None
-
     async def loss_message(self, run: Run) -> str:
         """What a client is told when its run's state is gone: the newest checkpoint, if there is one."""
         model_id = run.record.model_id

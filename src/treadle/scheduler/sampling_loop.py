@@ -45,6 +45,7 @@ class SamplingLoop:
         self._outcomes: list[SampleOutcome] = []
         self._wake = asyncio.Event()
         self._is_stopping = False
+        self._is_abandoned = False
 
     def wake(self) -> None:
         """Something was queued."""
@@ -60,12 +61,18 @@ class SamplingLoop:
         self._is_stopping = True
         self._wake.set()
 
+    def abandon(self) -> None:
+        """The executor has died: end `run` after whatever is being committed."""
+        self._is_abandoned = True
+        self._wake.set()
+
     async def run(self, executor: Executor) -> None:
-        """Feed `executor` until stopped. Raises WorkerDied when it dies, Fenced when the lease is lost."""
+        """Feed `executor` until stopped or abandoned. Raises WorkerDied when it is dead, Fenced when the lease is lost."""
         self._outcomes.clear()
         self._running.clear()
+        self._is_abandoned = False
         try:
-            while not self._is_stopping:
+            while not (self._is_stopping or self._is_abandoned):
                 self._wake.clear()
                 try:
                     await self._commit()

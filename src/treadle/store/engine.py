@@ -43,6 +43,8 @@ class Database:
         """Engines for `url`; nothing is connected yet. Raises ConfigError for a URL that is not supported."""
         parsed, dialect = parse_url(url)
         options = dialect.engine_options() | {"json_serializer": _json, "max_overflow": 0}
+        # Errors are logged, and bound values are prompts and digests of keys.
+        options["hide_parameters"] = True
         writing = create_async_engine(parsed, pool_size=1, **options)
         reading = create_async_engine(
             parsed,

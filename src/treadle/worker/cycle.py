@@ -73,6 +73,12 @@ class CycleRunner:
         """Drop passes that are only partly done: a new leader starts them again from their first part."""
         self._open_passes.clear()
 
+    def forget_run(self, model_id: ModelId) -> None:
+        """Drop what is partly done of one run."""
+        self._open_passes = {
+            request_id: part for request_id, part in self._open_passes.items() if part.op.model_id != model_id
+        }
+
     def execute(self, cycle: DecodedCycle) -> Generator[None, None, CycleOutcome]:
         """Run the cycle in bounded pieces and return its outcome, in plan order."""
         started = time.perf_counter()
@@ -184,32 +190,32 @@ class CycleRunner:
 
     def _run_passes(self, items: Sequence[DecodedItem]) -> Iterator[None]:
         """All runs' quanta in plan order, packed into as few forwards as memory allows."""
-        parts: dict[RequestId, OpenPass] = {}
-        refs: list[QuantumRef] = []
-        for item in items:
-            open_pass = self._open(item)
-            if open_pass is None:
-                continue
-            parts[item.item.planned.request_id] = open_pass
-            planned = item.item.planned
-            refs.extend((open_pass, index) for index in range(planned.quantum_start, planned.quantum_stop))
+        parts = [(item.item, self._open(item)) for item in items]
+        refs: list[QuantumRef] = [
+            (part, index)
+            for item, part in parts
+            if isinstance(part, OpenPass)
+            for index in range(item.planned.quantum_start, item.planned.quantum_stop)
+        ]
         for batch in self._micro_batches(refs):
             self._run_batch(batch)
             yield
-        for item in items:
-            if (open_pass := parts.get(item.item.planned.request_id)) is not None:
-                self._close_part(item.item, open_pass)
+        # Refusals are settled here too, so that a run's numbers are consumed in order.
+        for item, part in parts:
+            if isinstance(part, Failure):
+                self._settle(item, failure=part)
+            else:
+                self._close_part(item, part)
 
-    def _open(self, item: DecodedItem) -> OpenPass | None:
-        """The pass with what earlier cycles did of it; None when it may not run, which is then settled."""
+    def _open(self, item: DecodedItem) -> OpenPass | Failure:
+        """The pass with what earlier cycles did of it, or why it may not run."""
         planned = item.item.planned
         request_id = planned.request_id
         if (known := self._open_passes.get(request_id)) is not None and planned.quantum_start == known.num_done:
             return known
         failure = self._refusal(item)
         if failure is not None:
-            self._settle(item.item, failure=failure)
-            return None
+            return failure
         assert isinstance(item.op, PassOp)
         assert planned.quantum_start == 0, "a pass that this worker has not seen starts from its first part"
         open_pass = self._open_passes[request_id] = OpenPass(item.op, self._slots.state(planned.model_id))

@@ -74,6 +74,7 @@ class Worker:
         """Forget runs and free their memory. Idempotent."""
         for model_id in model_ids:
             self._slots.drop(model_id)
+            self._runner.forget_run(model_id)
 
     @property
     def has_samples(self) -> bool:

@@ -1,0 +1,83 @@
+"""The local executor: the contract against a real worker process, and what a process adds to it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from treadle.config import bundled_model_dir
+from treadle.errors import ConfigError, WorkerDied
+from treadle.executor.local import LocalExecutor
+from treadle.executor.messages import WorkerConfig
+from treadle.testing.builders import sample_op
+from treadle.testing.driver import started
+from treadle.testing.executor_contract import CHECKS, Run
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> WorkerConfig:
+    return WorkerConfig(
+        base_model="treadle/tiny",
+        source=str(bundled_model_dir()),
+        revision=None,
+        device="cpu",
+        dtype="float32",
+        num_threads=1,
+        blobs_url=str(tmp_path / "blobs"),
+        max_running_samples=16,
+        max_cached_tokens=0,
+    )
+
+
+async def test_contract(config: WorkerConfig) -> None:
+    """All checks on one process: starting it is what takes time."""
+    failed = []
+    async with started(LocalExecutor(config)) as driver:
+        for check in CHECKS:
+            try:
+                await check(driver)
+            except (AssertionError, TimeoutError) as error:
+                failed.append(f"{check.__name__}: {error!r}")
+        assert not driver.deaths
+    assert not failed
+
+
+async def test_a_killed_process_is_reported_once_and_fails_what_waits(config: WorkerConfig) -> None:
+    async with started(LocalExecutor(config)) as driver:
+        executor = driver.executor
+        assert isinstance(executor, LocalExecutor)
+        assert executor.pid is not None
+        run = await Run(driver).trained()
+        # A stopped process cannot answer, so the cycle is certainly in flight when the kill arrives.
+        os.kill(executor.pid, signal.SIGSTOP)
+        cycle = asyncio.create_task(driver.run(run.backward()))
+        await asyncio.sleep(0)
+        os.kill(executor.pid, signal.SIGKILL)
+        with pytest.raises(WorkerDied):
+            await cycle
+        with pytest.raises(WorkerDied):
+            executor.submit_samples([])
+        with pytest.raises(WorkerDied):
+            await executor.snapshot([])
+        assert len(driver.deaths) == 1
+
+
+async def test_stop_is_quiet_and_idempotent(config: WorkerConfig) -> None:
+    async with started(LocalExecutor(config)) as driver:
+        driver.submit(sample_op(max_tokens=500), prefix="unfinished")
+        await driver.executor.stop()
+        await driver.executor.stop()
+        assert driver.deaths == []
+
+
+async def test_a_model_that_cannot_load_is_a_config_error(config: WorkerConfig, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    executor = LocalExecutor(replace(config, source=str(tmp_path)))
+    with pytest.raises(ConfigError, match="GPT2"):
+        await executor.start(on_samples=lambda _: None, on_death=lambda _: None)
+    await executor.stop()
