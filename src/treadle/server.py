@@ -33,6 +33,7 @@ from treadle.gateway.app import create_app
 from treadle.gateway.deps import GatewayDeps, GatewaySettings, PoolDirectory, PoolView, Readiness
 from treadle.scheduler.cycle_loop import CycleSettings
 from treadle.scheduler.pool import PoolRunner
+from treadle.scheduler.sweeps import sweep_forever
 from treadle.store import Store
 from treadle.telemetry.logs import configure_logging, get_logger
 from treadle.telemetry.metrics import Metrics
@@ -91,7 +92,10 @@ class Server:
         launched = {model.name: self._launch(model) for model in settings.models}
         store = await Store.open(settings.database_url)
         try:
-            check_bind(settings.server.host, any_key_exists=await store.keys.any_ever(), mode=settings.auth.mode)
+            any_key_exists = await store.keys.any_ever()
+            check_bind(settings.server.host, any_key_exists=any_key_exists, mode=settings.auth.mode)
+            if settings.auth.mode == "open" or (settings.auth.mode == "auto" and not any_key_exists):
+                log.warning("open mode: every tml- key is accepted as a tenant of its own; treadle keys create ends it")
             blobs = open_blobs(self._blobs_url)
             self._pools = [self._pool(model, store, blobs, launched[model.name]) for model in settings.models]
             store.events.on_enqueued(self._wake)
@@ -122,6 +126,9 @@ class Server:
                 max_running_samples=sampler.max_running,
                 max_cached_tokens=sampler.max_cached_tokens,
                 micro_batch_tokens=engine.micro_batch_tokens,
+                hub=engine.hub,
+                log_level=self._settings.log.level,
+                log_format=self._settings.log.format,
             )
         )
 
@@ -173,6 +180,7 @@ class Server:
         serving = asyncio.create_task(http.serve(sockets=[listener]), name="http")
         leading = [asyncio.create_task(runner.run(), name=f"pool {runner.pool}") for runner in self._pools]
         announcing = asyncio.create_task(self._announce(listener))
+        sweeping = asyncio.create_task(sweep_forever(store, clock=time.time, metrics=self._metrics))
         try:
             stopping = asyncio.create_task(self._stop.wait())
             await asyncio.wait({serving, stopping, *leading}, return_when=asyncio.FIRST_COMPLETED)
@@ -185,8 +193,9 @@ class Server:
         finally:
             announcing.cancel()
             stopping.cancel()
+            sweeping.cancel()
             http.should_exit = True
-            await asyncio.gather(serving, announcing, stopping, return_exceptions=True)
+            await asyncio.gather(serving, announcing, stopping, sweeping, return_exceptions=True)
 
     def _handle_signals(self) -> None:
         loop = asyncio.get_running_loop()
@@ -272,7 +281,7 @@ class Server:
         reasons = []
         try:
             if not await store.schema_is_current():
-                reasons.append("the database schema is not current; run treadle db upgrade")
+                reasons.append("the database schema is not current; restart treadle to migrate it")
         except TreadleError as error:
             reasons.append(error.message)
         if self._is_draining:

@@ -87,6 +87,8 @@ class EngineSettings(Section):
     """Where the base model lives: auto, cpu, cuda or cuda:N. `auto` takes the GPU when there is one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Number format of the base weights. `auto`: float32 on a CPU, bfloat16 on a GPU."""
+    hub: Literal["huggingface", "modelscope"] = "huggingface"
+    """Where hub names are looked up. `modelscope` needs the extra: pip install 'treadle[modelscope]'."""
     threads: int = Field(default=0, ge=0)
     """CPU threads of one worker; 0 chooses from the number of cores."""
     micro_batch_tokens: int = Field(default=0, ge=0)

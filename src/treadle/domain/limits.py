@@ -69,3 +69,8 @@ MAX_HEAD_ROWS = 4_096
 MAX_IDS_PER_QUERY = 10_000
 # Finished rows touched by one sweep, which shares the writer with admissions.
 MAX_ROWS_PER_SWEEP = 1_000
+# A result may be fetched again for this long after its first delivery: answers get lost on the way.
+RESULT_KEPT_AFTER_DELIVERY_S = 600.0
+# A result that nobody fetched: a client that comes back after a night still finds it.
+RESULT_KEPT_UNDELIVERED_S = 24 * 3600.0
+SWEEP_INTERVAL_S = 60.0

@@ -33,7 +33,7 @@ from treadle.executor.messages import (
     ToWorker,
     WorkerConfig,
 )
-from treadle.telemetry.logs import get_logger
+from treadle.telemetry.logs import configure_logging, get_logger
 from treadle.worker.build import build_worker
 from treadle.worker.compute import ComputeLoop
 from treadle.worker.worker import Worker
@@ -51,12 +51,14 @@ class ChildProcess:
     def main(self) -> int:
         """Run until stopped; the exit status."""
         config: WorkerConfig = self._connection.recv()
+        configure_logging(level=config.log_level, style=config.log_format)
         threading.Thread(target=self._read_forever, name="treadle-pipe-reader", daemon=True).start()
         try:
             worker = build_worker(
                 base_model=config.base_model,
                 source=config.source,
                 revision=config.revision,
+                hub=config.hub,
                 device=config.device,
                 dtype=config.dtype,
                 num_threads=config.num_threads,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from treadle.domain.ids import ModelId, RequestId
 from treadle.domain.outcome import CycleOutcome, PoolFacts, SampleOutcome
@@ -31,6 +32,9 @@ class WorkerConfig:
     max_running_samples: int
     max_cached_tokens: int
     micro_batch_tokens: int = 0
+    hub: str = "huggingface"
+    log_level: str = "info"
+    log_format: Literal["console", "json"] = "console"
 
 
 @dataclass(frozen=True, slots=True)

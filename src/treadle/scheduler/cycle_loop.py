@@ -167,6 +167,7 @@ class CycleLoop:
             self._book_outcome(outcome, prepared, runs, ledger)
         await self._commit(executor, ledger, runs, outcome)
         self._policy_state = policy_state
+        await self._drop_payloads(prepared, ledger)
         return True
 
     async def _gather(self) -> dict[ModelId, tuple[RequestRecord, ...]]:
@@ -339,6 +340,13 @@ class CycleLoop:
             runs[advance.model_id].apply(advance)
         if outcome is not None:
             self._observe(outcome, runs)
+
+    async def _drop_payloads(self, prepared: Prepared, ledger: CycleLedger) -> None:
+        """Large payloads of requests that are over. Inline ones went with the commit."""
+        for finished in ledger.finished:
+            key = prepared.payload_keys.get(finished.request_id)
+            if key is not None:
+                await asyncio.to_thread(self._blobs.delete, key)
 
     async def _void(self, executor: Executor, runs: Mapping[ModelId, Run]) -> None:
         """What the worker applied was not committed: forget it there, so that it is restored and run once."""

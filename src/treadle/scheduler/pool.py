@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from treadle.blobs import BlobStore
 from treadle.domain.ids import PoolName
 from treadle.domain.ops import OpKind
 from treadle.domain.outcome import PoolFacts
 from treadle.errors import ConfigError, WorkerDied
-from treadle.executor.base import Executor
+from treadle.executor.base import DeathCallback, Executor
 from treadle.scheduler.cycle_loop import CycleLoop, CycleSettings
 from treadle.scheduler.lease import acquire_lease, keep_lease
 from treadle.scheduler.sampling_loop import SamplingLoop
@@ -66,7 +67,7 @@ class PoolRunner:
         self._status = PoolStatus(facts=None, is_ready=False, reason="waiting for the lease")
         self._cycles: CycleLoop | None = None
         self._samples: SamplingLoop | None = None
-        self._is_draining = False
+        self._draining = asyncio.Event()
         # Set once the first worker has loaded; what happens later shows in `status`.
         self.loaded = asyncio.Event()
 
@@ -82,7 +83,7 @@ class PoolRunner:
 
     def drain(self) -> None:
         """Finish the cycle in flight, persist every run, stop the worker; `run` then returns. Idempotent."""
-        self._is_draining = True
+        self._draining.set()
         for loop in (self._cycles, self._samples):
             if loop is not None:
                 loop.stop()
@@ -118,7 +119,7 @@ class PoolRunner:
     async def _serve_workers(self) -> None:
         """One worker after another, for as long as the pool is led."""
         num_deaths = 0
-        while not self._is_draining:
+        while not self._draining.is_set():
             try:
                 await self._serve_one()
                 return
@@ -143,7 +144,9 @@ class PoolRunner:
                 died.set_exception(WorkerDied(reason))
 
         try:
-            facts = await executor.start(on_samples=self._samples.on_samples, on_death=on_death)
+            facts = await self._started(executor, self._samples, on_death)
+            if facts is None:
+                return
             self._status = PoolStatus(facts, is_ready=True, reason="")
             self.loaded.set()
             log.info("pool ready", pool=self.pool, revision=facts.revision, device=facts.device, dtype=facts.dtype)
@@ -156,6 +159,19 @@ class PoolRunner:
             died.cancel()
             await executor.stop()
 
+    async def _started(self, executor: Executor, samples: SamplingLoop, on_death: DeathCallback) -> PoolFacts | None:
+        """What the executor says once its model is loaded; None when the drain came first."""
+        starting = asyncio.create_task(executor.start(on_samples=samples.on_samples, on_death=on_death))
+        draining = asyncio.create_task(self._draining.wait())
+        either: set[asyncio.Task[Any]] = {starting, draining}
+        try:
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            return starting.result() if starting.done() else None
+        finally:
+            starting.cancel()
+            draining.cancel()
+            await asyncio.gather(starting, draining, return_exceptions=True)
+
     async def _feed(self, executor: Executor, died: asyncio.Future[None]) -> None:
         """Run both loops until they were stopped. A death, or an error of either, ends both before it is raised.
 
@@ -165,8 +181,9 @@ class PoolRunner:
         assert self._samples is not None
         loops = [asyncio.create_task(self._cycles.run(executor)), asyncio.create_task(self._samples.run(executor))]
         try:
-            both = asyncio.gather(*loops)
-            await asyncio.wait({both, died}, return_when=asyncio.FIRST_COMPLETED)
+            both: asyncio.Future[Any] = asyncio.gather(*loops)
+            ends: set[asyncio.Future[Any]] = {both, died}
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             self._cycles.abandon()
             self._samples.abandon()
             ended = await asyncio.gather(*loops, return_exceptions=True)

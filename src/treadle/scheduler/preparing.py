@@ -5,6 +5,7 @@ Refused here, before anything runs: a save whose name exists, and every op of a 
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -25,18 +26,19 @@ SAVE_KINDS = frozenset({OpKind.SAVE_WEIGHTS, OpKind.SAVE_FOR_SAMPLER})
 
 @dataclass(slots=True)
 class Prepared:
-    """What goes to the worker, what was refused on the way, and the ops whose names finishing needs."""
+    """What goes to the worker, what was refused on the way, the ops whose names finishing needs, and large payloads."""
 
     items: list[WorkItem] = field(default_factory=list)
     restores: dict[ModelId, RestoreItem] = field(default_factory=dict)
     refused: list[tuple[PlannedOp, Failure]] = field(default_factory=list)
     named_ops: dict[RequestId, TrainingOp] = field(default_factory=dict)
+    payload_keys: dict[RequestId, BlobKey] = field(default_factory=dict)
 
 
 async def prepare(plan: CyclePlan, runs: Mapping[ModelId, Run], store: Store, blobs: BlobStore) -> Prepared:
     """Everything the plan's ops need. Each run of the plan is in `runs` and can run."""
-    payloads = await _payloads(plan, store, blobs)
     prepared = Prepared()
+    payloads = await _payloads(plan, store, blobs, prepared)
     names_taken: set[str] = set()
     for planned in plan.ops:
         payload = payloads[planned.request_id]
@@ -52,10 +54,17 @@ async def prepare(plan: CyclePlan, runs: Mapping[ModelId, Run], store: Store, bl
     return prepared
 
 
-async def _payloads(plan: CyclePlan, store: Store, blobs: BlobStore) -> dict[RequestId, bytes]:
+async def _payloads(plan: CyclePlan, store: Store, blobs: BlobStore, prepared: Prepared) -> dict[RequestId, bytes]:
     """Each op's payload, from its row or from the blob that its row names."""
     rows = await store.requests.payloads([op.request_id for op in plan.ops])
-    return {request_id: inline if key is None else blobs.read(key) for request_id, (inline, key) in rows.items()}
+    payloads = {}
+    for request_id, (inline, key) in rows.items():
+        if key is None:
+            payloads[request_id] = inline
+        else:
+            payloads[request_id] = await asyncio.to_thread(blobs.read, key)
+            prepared.payload_keys[request_id] = key
+    return payloads
 
 
 async def _refused_name(op: TrainingOp, store: Store, names_taken: set[str]) -> Failure | None:

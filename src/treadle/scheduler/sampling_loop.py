@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Sequence
 
 from treadle.blobs import BlobStore
-from treadle.domain.ids import PoolName, RequestId
+from treadle.domain.ids import BlobKey, PoolName, RequestId
 from treadle.domain.outcome import Failure, SampleOutcome
 from treadle.domain.plan import SampleWork
 from treadle.domain.records import FinishedRequest, LeaseRecord, RequestRecord
@@ -43,6 +43,7 @@ class SamplingLoop:
         self._running: set[RequestId] = set()
         self._deaths: dict[RequestId, int] = {}
         self._outcomes: list[SampleOutcome] = []
+        self._payload_keys: dict[RequestId, BlobKey] = {}
         self._wake = asyncio.Event()
         self._is_stopping = False
         self._is_abandoned = False
@@ -67,7 +68,7 @@ class SamplingLoop:
         self._wake.set()
 
     async def run(self, executor: Executor) -> None:
-        """Feed `executor` until stopped or abandoned. Raises WorkerDied when it is dead, Fenced when the lease is lost."""
+        """Feed `executor` until stopped or abandoned. Raises WorkerDied when it is dead, Fenced without the lease."""
         self._outcomes.clear()
         self._running.clear()
         self._is_abandoned = False
@@ -114,7 +115,9 @@ class SamplingLoop:
             if row.request_id not in payloads:
                 continue  # finished or cancelled between the two reads
             inline, key = payloads[row.request_id]
-            payload = inline if key is None else self._blobs.read(key)
+            payload = inline if key is None else await asyncio.to_thread(self._blobs.read, key)
+            if key is not None:
+                self._payload_keys[row.request_id] = key
             works.append(SampleWork(request_id=row.request_id, tenant_id=row.tenant_id, payload=payload))
         executor.submit_samples(works)
         self._running.update(work.request_id for work in works)
@@ -141,6 +144,8 @@ class SamplingLoop:
         for outcome in outcomes:
             self._running.discard(outcome.request_id)
             self._deaths.pop(outcome.request_id, None)
+            if (key := self._payload_keys.pop(outcome.request_id, None)) is not None:
+                await asyncio.to_thread(self._blobs.delete, key)
             self._metrics.sampled_tokens.labels(self._pool).inc(outcome.num_sampled_tokens)
             self._metrics.prompt_tokens.labels(self._pool).inc(outcome.num_prompt_tokens)
 

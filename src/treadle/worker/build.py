@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -14,6 +15,7 @@ from treadle.sampler.builtin import BuiltinSampler
 from treadle.sampler.stops import tokenizer_eos_id
 from treadle.sampler.tokenizer import load_token_bytes
 from treadle.worker.blob_io import BlobIO
+from treadle.worker.modelscope_hub import fetch_from_modelscope
 from treadle.worker.worker import Worker
 
 # A small model's matrices are too small to share between cores: a second thread mostly waits and burns its core.
@@ -32,6 +34,7 @@ def build_worker(
     base_model: str,
     source: str,
     revision: str | None,
+    hub: str = "huggingface",
     device: str,
     dtype: str,
     num_threads: int,
@@ -45,6 +48,9 @@ def build_worker(
     Raises ConfigError when the model cannot be loaded or its architecture is not supported.
     """
     device = _chosen_device(device)
+    if hub == "modelscope" and not Path(source).is_dir():
+        # What was downloaded is a directory like any other, whose digest is recorded as the revision.
+        source, revision = fetch_from_modelscope(source, revision), None
     base = load_base_model(
         source,
         name=base_model,
