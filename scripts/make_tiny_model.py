@@ -10,12 +10,17 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import random
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import tiny_corpus
+
+# Threads that sleep at barriers rather than spin: on a shared machine spinning makes a step many times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional
@@ -274,6 +279,8 @@ def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
     model.bfloat16()
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
+    # The weights come out readable by their owner alone; everything here is to be packaged.
+    (out / "model.safetensors").chmod(0o644)
     # A class name that older and newer releases of transformers both resolve to the plain tokenizer.json loader.
     path = out / "tokenizer_config.json"
     settings = json.loads(path.read_text())

@@ -247,6 +247,27 @@ def test_forward_only_equals_the_training_pass(base: BaseModel) -> None:
     )
 
 
+def test_adapter_on_the_head_alone_records_nothing_below_it(base: BaseModel) -> None:
+    rng = np.random.default_rng(14)
+    spec = LoraSpec(rank=4, seed=0, train_attn=False, train_mlp=False)
+    quantum = quantum_of(make_state(base, spec), make_datums(rng, [30, 8]))
+    recorded: list[bool] = []
+    handle = base.transformer.register_forward_hook(
+        lambda module, args, output: recorded.append(output.last_hidden_state.requires_grad)
+    )
+    try:
+        run_micro_batch(base, [quantum])
+    finally:
+        handle.remove()
+    assert recorded == [False]
+    again = replace(quantum, scratch=quantum.state.new_scratch())
+    run_micro_batch(base, [quantum_of(make_state(base, LoraSpec(rank=2, seed=1)), make_datums(rng, [17])), again])
+    assert quantum.scratch is not None
+    assert again.scratch is not None
+    assert quantum.scratch.flat.any()
+    assert torch.equal(quantum.scratch.flat, again.scratch.flat)
+
+
 def test_calls_of_one_datum_add_up_to_one_call_of_all(base: BaseModel) -> None:
     datums = make_datums(np.random.default_rng(13), [25, 4, 61, 16])
     state = make_state(base, LoraSpec(rank=8, seed=0))

@@ -131,6 +131,14 @@ def test_backlogged_tenants_get_tokens_by_weight(seed: int, budget: int, tenants
         assert world.worst_deviation() <= 2 * (budget + 2_048)
 
 
+def test_one_cycle_already_shares_by_weight() -> None:
+    world = World(budget=4_000)
+    for tenant, weight in (("a", 1.0), ("b", 4.0), ("c", 3.0)):
+        world.add(tenant, passes(50, max_quanta=40), weight=weight)
+    world.cycle()
+    assert [world.tokens[tenant] for tenant in "abc"] == pytest.approx([500, 2_000, 1_500], abs=100)
+
+
 def test_quanta_over_the_budget_do_not_change_the_shares() -> None:
     world = World(budget=1_000, backlog=24_000)
     world.add("large", passes(12_000, max_quanta=2))

@@ -59,7 +59,7 @@ class LoraLinear(nn.Module):
         """[..., I] to [..., O]; the leading dimensions multiply to the rows that segments count in."""
         segments = self._router.segments
         x_TI = x.reshape(-1, self.in_features)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and (x.requires_grad or self._is_trained(segments)):
             y_TO: Tensor = _LoraProjection.apply(  # type: ignore[no-untyped-call]  # torch types apply as untyped
                 x_TI, self._router.anchor, self.weight, self.bias, segments, self.name
             )
@@ -67,6 +67,10 @@ class LoraLinear(nn.Module):
             y_TO = functional.linear(x_TI, self.weight, self.bias)
             add_lora(x_TI, y_TO, segments, self.name)
         return y_TO.view(*x.shape[:-1], self.out_features)
+
+    def _is_trained(self, segments: Sequence[LoraSegment]) -> bool:
+        """Whether some adapter wants gradients here; below the first such projection there is no backward at all."""
+        return any(s.grads is not None and s.adapter.pair(self.name) is not None for s in segments)
 
 
 class _LoraProjection(torch.autograd.Function):

@@ -79,7 +79,8 @@ def run_micro_batch(base: BaseModel, quanta: Sequence[QuantumInput]) -> list[Qua
     results = [_result_of(quantum, output) for quantum, output in zip(quanta, outputs, strict=True)]
     if d_hidden_TD is not None:
         _isolate_failures(pack.segments, results, d_hidden_TD)
-        if any(segment.grads is not None for segment in pack.segments):
+        # With adapters on the head alone nothing below it was recorded.
+        if hidden_TD.requires_grad and any(segment.grads is not None for segment in pack.segments):
             hidden_TD.backward(d_hidden_TD)  # type: ignore[no-untyped-call]  # torch types backward as untyped
     return results
 

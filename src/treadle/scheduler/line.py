@@ -23,7 +23,7 @@ PHASE_INDEX: Final[Mapping[OpKind, int]] = {
 _PASS: Final = tuple(Phase).index(Phase.PASS)
 _STEP: Final = tuple(Phase).index(Phase.STEP)
 # An op of these kinds, queued for long behind a hole, proves that the missing ids are not merely late.
-_ENDS_THE_WAIT: Final = frozenset(kind for kind, phase in PHASE_INDEX.items() if phase != _PASS) - {OpKind.CREATE_MODEL}
+_ENDS_THE_WAIT: Final = frozenset(kind for kind, phase in PHASE_INDEX.items() if phase != _PASS)
 # create_model has seq 0 and the SDK's first op seq 1; a load behind those replaces a state that ops have shaped.
 _LAST_SEQ_OF_A_NEW_RUN: Final = 1
 
@@ -131,8 +131,8 @@ class Line:
         self._index += 1
         self._expected = op.seq_id + 1
         self._phase = PHASE_INDEX[op.kind]
-        following = self.queue.ops[self._index] if self._index < len(self.queue.ops) else None
-        self._quanta_done = following.num_quanta_done if following else 0
+        # Only a queue's first op can have parts behind it.
+        self._quanta_done = 0
         # Nothing follows an unload in its cycle: there is no state left to run it on.
         self.head = self._find_head() if op.kind is not OpKind.UNLOAD_MODEL else None
 

@@ -168,7 +168,6 @@ class _Cycle:
             if line.next_quantum_tokens is not None:
                 lines.append(line)
             if lines:
-                tenant.turn = lines[0].model_id
                 heapq.heappush(heap, (tenant.due(lines), tenant_id, tenant, lines))
 
     def _has_room(self, line: Line, tokens: int) -> bool:

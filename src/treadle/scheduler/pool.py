@@ -180,9 +180,8 @@ class PoolRunner:
         assert self._cycles is not None
         assert self._samples is not None
         loops = [asyncio.create_task(self._cycles.run(executor)), asyncio.create_task(self._samples.run(executor))]
+        ends: set[asyncio.Future[None]] = {*loops, died}
         try:
-            both: asyncio.Future[Any] = asyncio.gather(*loops)
-            ends: set[asyncio.Future[Any]] = {both, died}
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             self._cycles.abandon()
             self._samples.abandon()
@@ -193,4 +192,5 @@ class PoolRunner:
                 if isinstance(error, BaseException):
                     raise error
         finally:
-            both.cancel()
+            for task in loops:
+                task.cancel()
