@@ -292,6 +292,16 @@ async def test_an_unload_without_a_place_goes_behind_everything_queued(gateway: 
     assert await gateway.op(answer["request_id"]) == UnloadModelOp(ModelId(model_id), 6)
 
 
+async def test_an_unload_does_not_go_behind_an_op_that_was_refused_for_being_far_ahead(gateway: Harness) -> None:
+    model_id = await gateway.new_model(await gateway.new_session())
+    for seq_id in (1, 2**31 - 1):
+        ok(await gateway.post("optim_step", {"model_id": model_id, "seq_id": seq_id, "adam_params": {}}))
+
+    answer = ok(await gateway.post("unload_model", {"model_id": model_id}))
+
+    assert (await gateway.row(answer["request_id"])).seq_id == 2
+
+
 async def test_a_run_whose_base_model_left_the_server_says_so(gateway: Harness) -> None:
     model_id = await gateway.new_model(await gateway.new_session())
     gateway.pools[:] = [PoolView(OTHER_POOL, facts=facts(OTHER_POOL), is_ready=True)]

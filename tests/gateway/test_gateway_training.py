@@ -10,8 +10,9 @@ import zstandard
 from gateway_support import MAX_CONTEXT, OTHER_KEY, VOCAB_SIZE, Harness, failed, ok, refused
 
 from treadle.domain.ids import ModelId, SamplingSessionId
-from treadle.domain.limits import MAX_INLINE_PAYLOAD_BYTES, QUANTUM_TOKENS
+from treadle.domain.limits import MAX_INLINE_PAYLOAD_BYTES, MAX_SEQ_ID_LEAD, QUANTUM_TOKENS
 from treadle.domain.ops import AdamParams, OpKind, OptimStepOp, PassOp, SaveForSamplerOp, SaveWeightsOp
+from treadle.domain.records import FinishedCycle, ModelAdvance
 from treadle.domain.states import RequestState
 from treadle.gateway import GatewaySettings
 from treadle.gateway.admission import INLINE_DECODE_BYTES
@@ -316,3 +317,26 @@ async def test_a_stopping_server_takes_no_ops(gateway: Harness, model_id: ModelI
 
     refused(await send_pass(gateway, pass_op(1, model_id=model_id)), 503)
     refused(await gateway.post("optim_step", {"model_id": model_id, "seq_id": 1, "adam_params": {}}), 503)
+
+
+async def test_an_op_far_ahead_of_its_run_is_refused(gateway: Harness, model_id: ModelId) -> None:
+    """Each id of a hole costs a row when it is given up, so that one request must not make two thousand million."""
+    far = 2**31 - 1
+    step = ok(await gateway.post("optim_step", {"model_id": model_id, "seq_id": far, "adam_params": {}}))
+    assert str(far) in failed(await gateway.future(step["request_id"]))
+
+    passed = ok(await send_pass(gateway, pass_op(far - 1, model_id=model_id)))
+    assert str(far - 1) in failed(await gateway.future(passed["request_id"]))
+
+    unload = ok(await gateway.post("unload_model", {"model_id": model_id, "seq_id": far - 2}))
+    assert str(far - 2) in failed(await gateway.future(unload["request_id"]))
+
+
+async def test_how_far_ahead_an_op_is_counts_from_where_its_run_is_now(gateway: Harness, model_id: ModelId) -> None:
+    ok(await gateway.post("optim_step", {"model_id": model_id, "seq_id": 1, "adam_params": {}}))
+    advance = ModelAdvance(model_id, next_seq_id=50_000)
+    await gateway.store.cycles.finish(await gateway.lease(), FinishedCycle(advances=(advance,)))
+
+    step = {"model_id": model_id, "seq_id": 50_000 + MAX_SEQ_ID_LEAD, "adam_params": {}}
+
+    assert (await gateway.row(ok(await gateway.post("optim_step", step))["request_id"])).state is RequestState.QUEUED

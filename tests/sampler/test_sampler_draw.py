@@ -120,6 +120,16 @@ def test_a_row_draws_the_same_tokens_in_any_company() -> None:
         assert alone[0].tolist() == together[row].tolist()
 
 
+def test_large_batches_are_drawn_in_pieces_with_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = np.random.default_rng(9)
+    logits = torch.from_numpy(generator.normal(size=(11, 64)).astype(np.float32))
+    rows = settings_of(*[(float(row % 3), 64, [1.0, 0.8][row % 2]) for row in range(11)])
+    uniforms = generator.random((11, 7))
+    whole = draw_tokens(logits, rows, uniforms)
+    monkeypatch.setattr("treadle.sampler.draw._MAX_NUMBERS", 64 * 3)
+    assert torch.equal(draw_tokens(logits, rows, uniforms), whole)
+
+
 def test_drawn_frequencies_fit_the_distribution() -> None:
     logits = torch.tensor([[0.0, 1.0, 2.0, -1.0, 0.5, 1.5]])
     stream = UniformStream(seed=11, sample_index=0)

@@ -90,12 +90,14 @@ def test_sampling_logprobs_equal_the_trainers_under_an_adapter(qwen: BaseModel) 
     assert not np.allclose(bare.logprobs[0], sequence.logprobs[0], atol=1e-3), "the adapter changes the model"
 
 
-@pytest.mark.parametrize("name", ["qwen", "llama"])
+@pytest.mark.parametrize(("name", "num_threads"), [("qwen", 1), ("qwen", 2), ("llama", 1)])
 def test_a_sample_has_the_same_bits_alone_and_in_a_crowd(
-    name: str,
-    request: pytest.FixtureRequest,
+    name: str, num_threads: int, request: pytest.FixtureRequest
 ) -> None:
     base: BaseModel = request.getfixturevalue(name)
+    before = torch.get_num_threads()
+    request.addfinalizer(lambda: torch.set_num_threads(before))
+    torch.set_num_threads(num_threads)
     adapters = [None, *(adapter_of(base, seed=seed, rank=rank) for seed, rank in [(1, 4), (2, 8), (3, 1)])]
     crowd = [
         ask(

@@ -196,6 +196,13 @@ def test_a_step_ends_with_its_time_or_with_the_first_result(qwen: BaseModel) -> 
     assert sampler.step(FOREVER_S) == []
 
 
+def test_a_refused_request_does_not_cost_the_others_their_step(qwen: BaseModel) -> None:
+    sampler = sampler_of(qwen)
+    sampler.submit([ask("bad", []), ask("good", prompt_of(5), max_tokens=1)])
+    assert {outcome.request_id for outcome in sampler.step(0.0)} == {"bad", "good"}
+    assert_empty(sampler)
+
+
 def test_waiting_and_running_are_counted(qwen: BaseModel) -> None:
     sampler = sampler_of(qwen, max_running=2, max_tenant_share=1.0)
     sampler.submit([ask(f"r{i}", prompt_of(5), max_tokens=9, use_eos=False) for i in range(5)])

@@ -140,9 +140,9 @@ def test_a_missing_sample_seed_is_drawn():
     [
         (None, (), (), True),
         ([], (), (), False),
-        ("x", ("x",), (), False),
-        (["x", "yz"], ("x", "yz"), (), False),
-        ([0, 49], (), (0, 49), False),
+        ("x", ("x",), (), True),
+        (["x", "yz"], ("x", "yz"), (), True),
+        ([0, 49], (), (0, 49), True),
     ],
 )
 def test_the_forms_of_stop(stop, strings, token_ids, use_eos):

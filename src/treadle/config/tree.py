@@ -115,8 +115,8 @@ class SchedulerSettings(Section):
 class SamplerSettings(Section):
     """The built-in sampler."""
 
-    max_running: int = Field(default=64, gt=0)
-    """Most sequences decoded together."""
+    max_running: int = Field(default=96, gt=0)
+    """Most sequences decoded together; one tenant gets at most three quarters of them."""
     max_cached_tokens: int = Field(default=0, ge=0)
     """Most tokens in the KV cache; 0 chooses from the memory there is."""
     max_queued_samples_per_tenant: int = Field(default=4096, gt=0)

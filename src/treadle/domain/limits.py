@@ -38,6 +38,9 @@ GAP_WAIT_S = 30.0
 MAX_HEADS_PER_MODEL = 64
 # Ops of one cycle, over all models: ops without tokens are outside the token budget, but each costs some milliseconds.
 MAX_OPS_PER_CYCLE = 256
+# How far an op may be ahead of its run's first open seq id: every id between that never comes costs a row. More ops
+# than any client has had in flight.
+MAX_SEQ_ID_LEAD = 65_536
 # Missing seq ids of a model given up per cycle: a client that jumps ahead must not make us write a million rows.
 MAX_GAP_IDS_PER_CYCLE = 1_024
 # Device seconds that training or sampling may be ahead of the other before the rest is forgotten. Above the longest

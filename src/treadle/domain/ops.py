@@ -172,7 +172,7 @@ class UnloadModelOp:
 class SamplingParams:
     """How to draw tokens. temperature 0 is greedy; top_k -1 and top_p 1.0 are off.
 
-    stop None = the model's EOS ids; () = never stop early; strings or token ids = those and no EOS.
+    EOS ids stop unless `use_eos` is False, which only an empty stop list asks for; strings and ids stop as well.
     max_tokens None = to the context limit. `seed` was drawn at admission when the client sent none.
     """
 

@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from treadle.domain.ids import ModelId, RequestId, op_request_id
+from treadle.domain.limits import MAX_SEQ_ID_LEAD
 from treadle.domain.ops import OpKind, TrainingOp, kind_of
 from treadle.domain.outcome import PoolFacts
 from treadle.domain.records import ModelRecord, NewRequest
@@ -79,9 +80,10 @@ async def admit_training_op(
 ) -> Response:
     """`submit_training_op` for a body that was read already."""
     model_id, seq_id = _op_address(read_op_head(raw))
-    model = await gateway.access.model_for_work(principal, model_id)
+    model = await gateway.access.model_for_work(principal, model_id, seq_id=seq_id)
     place = op_place(model, kind, seq_id)
     try:
+        check_lead(model, seq_id)
         checked_pool(gateway, model)
         op = await build(Submission(gateway, principal, raw, model))
     except UserError as refusal:
@@ -101,6 +103,15 @@ def op_place(model: ModelRecord, kind: OpKind, seq_id: int) -> NewRequest:
         num_tokens=0,
         model_id=model.model_id,
     )
+
+
+def check_lead(model: ModelRecord, seq_id: int) -> None:
+    """Raises InvalidRequest for an op whose seq_id leaves a hole that would cost too many rows to be given up."""
+    if seq_id - model.next_seq_id > MAX_SEQ_ID_LEAD:
+        raise InvalidRequest(
+            f"seq_id {seq_id} is more than {MAX_SEQ_ID_LEAD} ahead of {model.next_seq_id}, the next one of "
+            f"{model.model_id}; send ops in order"
+        )
 
 
 def checked_pool(gateway: Gateway, model: ModelRecord) -> PoolView:

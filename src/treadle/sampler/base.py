@@ -35,8 +35,9 @@ class SamplerLimits:
     """What a sampler may hold at once.
 
     max_running: sequences that decode together; every one is a row of each pass.
-    max_cached_tokens: token places of keys and values held in memory, running sequences and prompts together.
-    One request is always let in when nothing else runs, so the bound is exceeded by at most that one.
+    max_cached_tokens: token places of keys and values in use, running sequences and prompts together. One request
+    is always let in when nothing else runs, so the bound is exceeded by at most that one; memory grows by doubling,
+    so up to twice as much is allocated.
     prefill_chunk_tokens: prompt tokens per pass; bounds how long a long prompt delays everybody's next token.
     max_tenant_share: the part of the decode slots one tenant may hold. It holds for a lone tenant too: nothing
     running is ever thrown out for a newcomer, so slots must be free when one comes.

@@ -99,9 +99,9 @@ class BuiltinSampler:
     def step(self, max_seconds: float) -> list[SampleOutcome]:
         """See Sampler.step."""
         deadline = self._clock() + max_seconds
-        while self._jobs and not self._finished:
+        while self._jobs:
             self._run_once()
-            if self._clock() >= deadline:
+            if self._finished or self._clock() >= deadline:
                 break
         finished, self._finished = self._finished, []
         return finished
@@ -148,7 +148,7 @@ class BuiltinSampler:
     def _start_prefill(self, job: Job) -> bool:
         num_tokens = len(job.op.prompt)
         # Room for the first sample is part of the price: a prompt that cannot go on would only hold memory.
-        if not self._fits(num_tokens + capacity_for(num_tokens + 1)):
+        if not self._fits(max(job.places_wanted, num_tokens + capacity_for(num_tokens + 1))):
             return False
         self._queue.remove(job)
         job.prompt_cache = PromptCache(self._cache_shape, num_tokens)
@@ -204,8 +204,11 @@ class BuiltinSampler:
             if not full or len(self._admitted) == 1 or self._num_places() + growth <= self._limits.max_cached_tokens:
                 break
             newest = next(reversed(self._admitted.values()))
+            num_before = self._num_places()
             self._release(newest)
             newest.restart()
+            # It comes back when there is room for more than it had, not to be thrown out at the same place again.
+            newest.places_wanted = 2 * (num_before - self._num_places())
             self._queue.add(newest, first=True)
         for sequence in full:
             self._move(sequence)

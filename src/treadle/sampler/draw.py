@@ -20,6 +20,8 @@ from torch.nn import functional
 
 # Candidates that top-p looks at first; a full sort of a large vocabulary costs milliseconds per row.
 _FIRST_CANDIDATES = 1_024
+# Numbers of a float64 [R, V] worked on at a time (16 MiB); rows of a large vocabulary are drawn a few at a time.
+_MAX_NUMBERS = 2**21
 # Uniforms made at a time, because a call into the generator costs as much as dozens of numbers.
 _STREAM_BLOCK = 32
 
@@ -67,6 +69,10 @@ def draw_tokens(logits_RV: Tensor, settings: DrawSettings, uniforms_RN: NDArray[
     """
     num_rows, num_draws = uniforms_RN.shape
     assert logits_RV.shape[0] == num_rows == len(settings.temperature)
+    num_at_a_time = max(1, _MAX_NUMBERS // logits_RV.shape[1])
+    if num_rows > num_at_a_time:
+        pieces = [slice(first, first + num_at_a_time) for first in range(0, num_rows, num_at_a_time)]
+        return torch.cat([draw_tokens(logits_RV[rows], _select(settings, rows), uniforms_RN[rows]) for rows in pieces])
     greedy = settings.temperature == 0.0
     if greedy.all():
         return logits_RV.argmax(dim=-1, keepdim=True).expand(num_rows, num_draws)
@@ -137,5 +143,5 @@ def _largest_below(values: NDArray[np.int64], limit: int) -> int:
     return int(below.max()) if below.size else 0
 
 
-def _select(settings: DrawSettings, rows: NDArray[np.bool_]) -> DrawSettings:
+def _select(settings: DrawSettings, rows: NDArray[np.bool_] | slice) -> DrawSettings:
     return DrawSettings(settings.temperature[rows], settings.top_k[rows], settings.top_p[rows])

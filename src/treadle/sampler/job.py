@@ -68,6 +68,7 @@ class Job:
     """One request. `prompt_cache` is there from the start of its prefill until its last sequence has started.
 
     unstarted: sequences that wait for a decode slot; before the prefill has ended these are all of them.
+    places_wanted: cache that must be free before it starts over, when it had to yield once.
     """
 
     def __init__(self, request: SampleRequest, stop_rule: StopRule) -> None:
@@ -81,6 +82,7 @@ class Job:
         self.num_unfinished = len(self.sequences)
         self.prompt_cache: PromptCache | None = None
         self.is_prefilled = False
+        self.places_wanted = 0
         self.scores = PromptScores(request.op)
 
     def restart(self) -> None:

@@ -243,7 +243,7 @@ def _sampling_params(params: SamplingParamsBody, vocab_size: int, draw_seed: See
         stop_strings=stop_strings,
         stop_token_ids=stop_token_ids,
         # An empty list is not the same as none: it switches every stop off, EOS too.
-        use_eos=params.stop is None,
+        use_eos=params.stop != [],
     )
 
 

@@ -9,6 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from treadle.domain.ids import CheckpointKind, PoolName, SessionId, training_model_id
+from treadle.domain.limits import MAX_SEQ_ID_LEAD
 from treadle.domain.ops import CreateModelOp, LoadWeightsOp, LoraSpec, OpKind
 from treadle.domain.records import ModelRecord, NewRequest, SessionRecord
 from treadle.domain.states import ModelState
@@ -19,7 +20,7 @@ from treadle.gateway.bodies import MAX_JSON_BYTES, read_body
 from treadle.gateway.checkpoints import check_fits, readable_checkpoint
 from treadle.gateway.context import Gateway, gateway_of, loaded_facts
 from treadle.gateway.deps import PoolView
-from treadle.gateway.intake import Submission, admit_training_op, checked_pool, future_of, op_place
+from treadle.gateway.intake import Submission, admit_training_op, check_lead, checked_pool, future_of, op_place
 from treadle.wire.bodies import (
     CreateModelBody,
     GetInfoBody,
@@ -39,7 +40,6 @@ NO_POOL = PoolName("")
 NO_LORA = LoraSpec(rank=0, seed=0, train_attn=False, train_mlp=False, train_unembed=False)
 LOADABLE = (CheckpointKind.TRAINING,)
 MAX_UNLOAD_ATTEMPTS = 8
-MAX_OP_SEQ_ID = 2**31 - 1
 
 
 @router.post("/create_model")
@@ -136,6 +136,7 @@ async def unload_model(request: Request) -> Response:
         seq_id = body.seq_id or await _next_free_seq_id(gateway, model)
 
         def draft(seq_id: int = seq_id) -> Draft:
+            check_lead(model, seq_id)
             checked_pool(gateway, model)
             return Draft(OpKind.UNLOAD_MODEL, encode_payload(unload_model_op(body, seq_id=seq_id)))
 
@@ -210,7 +211,9 @@ async def _answer_refused_run(gateway: Gateway, record: ModelRecord, place: NewR
 
 
 async def _next_free_seq_id(gateway: Gateway, model: ModelRecord) -> int:
-    known = await gateway.store.requests.known_seq_ids(model.model_id, model.next_seq_id, MAX_OP_SEQ_ID)
+    # Whatever lies further ahead was refused for that, and will never be reached.
+    last_seq_id = model.next_seq_id + MAX_SEQ_ID_LEAD
+    known = await gateway.store.requests.known_seq_ids(model.model_id, model.next_seq_id, last_seq_id)
     return max(known, default=model.next_seq_id - 1) + 1
 
 

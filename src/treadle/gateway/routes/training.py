@@ -13,6 +13,7 @@ from treadle.gateway.admission import Draft
 from treadle.gateway.context import gateway_of
 from treadle.gateway.intake import (
     Submission,
+    check_lead,
     future_of,
     not_served,
     op_place,
@@ -36,10 +37,11 @@ async def forward_backward(request: Request) -> Response:
         raise NotSupported("forward_backward takes protobuf; use tinker 0.25 or newer")
     raw = await read_plain_body(gateway, request)
     head = await gateway.admission.run(lambda: read_pass_head(raw), num_bytes=len(raw))
-    model = await gateway.access.model_for_work(principal, head.model_id)
+    model = await gateway.access.model_for_work(principal, head.model_id, seq_id=head.seq_id)
     limits = pool_limits(gateway.deps.pools.by_name(model.pool))
 
     def draft() -> Draft:
+        check_lead(model, head.seq_id)
         if limits is None:
             raise not_served(model)
         op = decode_pass(raw, limits=limits)
