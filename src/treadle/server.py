@@ -10,12 +10,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import os
 import secrets
 import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import uvicorn
@@ -53,9 +54,18 @@ def run(settings: Settings) -> int:
 
 @contextlib.contextmanager
 def locked(data_dir: Path) -> Iterator[None]:
-    """Hold the data directory for this process alone. Raises ConfigError while another server holds it."""
-    data_dir.mkdir(parents=True, exist_ok=True)
-    with (data_dir / "lock").open("a") as lock:
+    """Hold the data directory for this process alone.
+
+    Raises ConfigError while another server holds it, or when it cannot be written.
+    """
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        file = (data_dir / "lock").open("a")
+    except OSError as error:
+        raise ConfigError(
+            f"the data directory {data_dir} cannot be written: {error.strerror or error}; choose another with --data"
+        ) from error
+    with file as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -88,22 +98,28 @@ class Server:
 
     async def serve(self) -> int:
         """Run until a signal; 0 after a drain in time, 1 when something that serves ended on its own."""
-        settings = self._settings
-        launched = {model.name: self._launch(model) for model in settings.models}
-        store = await Store.open(settings.database_url)
+        launched = {model.name: self._launch(model) for model in self._settings.models}
         try:
-            any_key_exists = await store.keys.any_ever()
-            check_bind(settings.server.host, any_key_exists=any_key_exists, mode=settings.auth.mode)
-            if settings.auth.mode == "open" or (settings.auth.mode == "auto" and not any_key_exists):
-                log.warning("open mode: every tml- key is accepted as a tenant of its own; treadle keys create ends it")
-            blobs = open_blobs(self._blobs_url)
-            self._pools = [self._pool(model, store, blobs, launched[model.name]) for model in settings.models]
-            store.events.on_enqueued(self._wake)
-            with _listening(settings.server.host, settings.server.port) as listener:
-                return await self._serve_http(store, blobs, listener)
+            store = await Store.open(self._settings.database_url)
+            try:
+                return await self._serve_on(store, launched)
+            finally:
+                await store.close()
         finally:
+            # Whatever went wrong, no worker outlives this.
             await asyncio.gather(*(executor.stop() for executor in launched.values()))
-            await store.close()
+
+    async def _serve_on(self, store: Store, launched: Mapping[str, LocalExecutor]) -> int:
+        settings = self._settings
+        any_key_exists = await store.keys.any_ever()
+        check_bind(settings.server.host, any_key_exists=any_key_exists, mode=settings.auth.mode)
+        if settings.auth.mode == "open" or (settings.auth.mode == "auto" and not any_key_exists):
+            log.warning("open mode: every tml- key is accepted as a tenant of its own; treadle keys create ends it")
+        blobs = open_blobs(self._blobs_url)
+        self._pools = [self._pool(model, store, blobs, launched[model.name]) for model in settings.models]
+        store.events.on_enqueued(self._wake)
+        with _listening(settings.server.host, settings.server.port) as listener:
+            return await self._serve_http(store, blobs, listener)
 
     def _launch(self, model: ModelSettings) -> LocalExecutor:
         """Start a worker process early; it imports and loads while this one opens its store."""
@@ -306,7 +322,9 @@ def _listening(host: str, port: int) -> Iterator[socket.socket]:
     try:
         listener = socket.create_server((host, port), family=_family(host), backlog=2048, reuse_port=False)
     except OSError as error:
-        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
+        # Not strerror: asyncio's and the socket module's say the address once more.
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise ConfigError(f"cannot listen on {host}:{port}: {reason}; choose another with --host or --port") from error
     with listener:
         yield listener
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -136,6 +137,47 @@ def test_second_server_on_one_data_directory_refuses(own_server: ServerProcess) 
     assert second.returncode != 0
     assert "another treadle server" in second.stderr
     train_step(own_server.training_client(), batch())
+
+
+def test_a_server_that_cannot_start_says_why_in_one_line_and_leaves_no_worker(tmp_path: Path) -> None:
+    import psutil
+
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "gpt2"}')
+    (tmp_path / "file").touch()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        reasons = {
+            "could not be loaded": ["--port", "0", "--data", str(tmp_path / "a"), "--model", f"x={tmp_path / 'model'}"],
+            "cannot be written": ["--port", "0", "--data", str(tmp_path / "file" / "b")],
+            "already in use": ["--port", str(taken.getsockname()[1]), "--data", str(tmp_path / "c")],
+        }
+        for reason, args in reasons.items():
+            refused = treadle("serve", *args)
+            assert refused.returncode == 2, refused.stderr
+            (line,) = [line for line in refused.stderr.splitlines() if line.startswith("error:")]
+            assert reason in line
+            assert "Traceback" not in refused.stderr
+            assert refused.stdout == ""
+    mine = {process.pid for process in psutil.Process().children(recursive=True)}
+    assert not [pid for pid in mine if "treadle.executor.child" in " ".join(psutil.Process(pid).cmdline())]
+
+
+def test_a_drain_during_the_load_is_quick_and_clean(tmp_path: Path) -> None:
+    server = ServerProcess(tmp_path)
+    server.launch()
+    try:
+        with httpx.Client() as http:
+            while True:
+                try:
+                    http.get(f"{server.url}/api/v1/healthz")
+                    break
+                except httpx.TransportError:
+                    time.sleep(0.02)
+        began = time.monotonic()
+        assert server.terminate() == 0
+        assert time.monotonic() - began < 6, "it waited for the model"
+    finally:
+        server.kill()
 
 
 def test_open_bind_without_keys_refuses_and_says_how_to_fix_it(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -73,6 +74,27 @@ async def test_stop_is_quiet_and_idempotent(config: WorkerConfig) -> None:
         await driver.executor.stop()
         await driver.executor.stop()
         assert driver.deaths == []
+
+
+async def test_a_worker_that_nobody_waits_for_any_more_is_killed_while_it_loads(config: WorkerConfig) -> None:
+    """A drain during the load: the wait is cancelled, then the worker is stopped."""
+    executor = LocalExecutor(config)
+    unhandled: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _loop, context: unhandled.append(context))
+    starting = asyncio.create_task(executor.start(on_samples=lambda _: None, on_death=lambda _: None))
+    await asyncio.sleep(0)
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    threads_before_stop = threading.enumerate()
+    await executor.stop()
+    assert executor._process is not None
+    assert executor._process.returncode == -signal.SIGKILL
+    # Its end is told to the loop by a thread; the thread is gone once it has done so.
+    receiving = next(thread for thread in threads_before_stop if thread.name == "treadle-worker-receive")
+    await asyncio.to_thread(receiving.join)
+    await asyncio.sleep(0)
+    assert unhandled == []
 
 
 async def test_a_model_that_cannot_load_is_a_config_error(config: WorkerConfig, tmp_path: Path) -> None:

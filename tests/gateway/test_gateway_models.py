@@ -82,7 +82,7 @@ async def test_a_retried_create_gets_the_first_request(gateway: Harness) -> None
     [
         ({"base_model": "no/such"}, "served: fake/base, fake/other"),
         ({"lora_config": {"rank": 0}}, "rank"),
-        ({"lora_config": {"rank": 33}}, "limit of 32"),
+        ({"lora_config": {"rank": 33}}, "1 to 32"),
         ({"lora_config": {"train_mlp": False, "train_attn": False, "train_unembed": False}}, "trains nothing"),
         ({"lora_config": {"rank": 8, "alpha": 16}}, "alpha"),
         ({"lora_config": None}, "full fine-tuning"),

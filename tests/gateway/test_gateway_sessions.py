@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from gateway_support import OTHER_KEY, POOL, Harness, ok, refused
+from gateway_support import OTHER_KEY, POOL, Harness, failed, ok, refused
 
-from treadle.domain.ids import SessionId
+from treadle.domain.ids import ModelId, SessionId
+from treadle.domain.states import RequestState
+from treadle.testing.builders import pass_op
+from treadle.wire.passes import encode_pass
 
 
 async def test_a_retried_creation_gets_the_same_session(gateway: Harness) -> None:
@@ -68,12 +71,29 @@ async def test_a_finished_session_takes_no_new_work(gateway: Harness) -> None:
     for path, body in [
         ("create_model", create),
         ("load_weights", {"session_id": session_id, "model_seq_id": 1, "path": "tinker://x", "optimizer": False}),
-        ("optim_step", {"model_id": model_id, "seq_id": 1, "adam_params": {}}),
         ("unload_model", {"model_id": model_id}),
         ("create_sampling_session", sampler),
         ("asample", sample),
     ]:
         assert "finished" in refused(await gateway.post(path, body), 410), path
+
+
+async def test_an_op_of_a_finished_session_fails_through_its_future(gateway: Harness) -> None:
+    """A 4xx to a later chunk of a forward_backward keeps the SDK from ever sending the first (tinker 0.38)."""
+    session_id = await gateway.new_session()
+    model_id = ModelId(await gateway.new_model(session_id))
+    earlier = ok(await gateway.post("optim_step", {"model_id": model_id, "seq_id": 1, "adam_params": {}}))
+    ok(await gateway.post(f"sessions/{session_id}/finish"))
+
+    step = await gateway.post("optim_step", {"model_id": model_id, "seq_id": 2, "adam_params": {}})
+    chunk = encode_pass(pass_op(4, model_id=model_id))
+    passed = await gateway.post("forward_backward", content=chunk, headers={"Content-Type": "application/x-protobuf"})
+
+    for answer in (step, passed):
+        assert "finished" in failed(await gateway.future(ok(answer)["request_id"]))
+    replayed = await gateway.post("optim_step", {"model_id": model_id, "seq_id": 1, "adam_params": {}})
+    assert ok(replayed) == earlier
+    assert (await gateway.row(earlier["request_id"])).state is RequestState.QUEUED
 
 
 async def test_listing_shows_own_sessions_newest_first(gateway: Harness) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 
 import httpx
@@ -85,6 +86,15 @@ async def test_a_large_payload_is_a_blob_that_is_there_before_its_row(gateway: H
     assert row.payload_key is not None
     assert row.payload_key.startswith("payloads/")
     assert gateway.blobs.read(row.payload_key) == body
+
+
+async def test_a_retry_of_a_large_pass_leaves_no_blob_behind(gateway: Harness, model_id: ModelId) -> None:
+    op = pass_op(1, model_id=model_id, datums=[datum(MAX_CONTEXT, seed=seed) for seed in range(60)])
+    answers = await asyncio.gather(*(send_pass(gateway, op) for _ in range(4)))
+
+    row = await gateway.row(f"{model_id}:1")
+    assert {ok(answer)["request_id"] for answer in answers} == {row.request_id}
+    assert list(gateway.blobs.iter_keys()) == [row.payload_key]
 
 
 async def test_chunks_may_arrive_in_any_order(gateway: Harness, model_id: ModelId) -> None:

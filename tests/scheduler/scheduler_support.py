@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry
 
 from treadle.blobs import BlobStore, open_blobs
 from treadle.domain.ids import (
+    BlobKey,
     ModelId,
     PoolName,
     RequestId,
@@ -20,6 +21,7 @@ from treadle.domain.ids import (
     op_request_id,
     sample_request_id,
 )
+from treadle.domain.limits import MAX_INLINE_PAYLOAD_BYTES
 from treadle.domain.ops import CreateModelOp, LoadWeightsOp, LoraSpec, OpKind, PassOp, SampleOp, TrainingOp, kind_of
 from treadle.domain.outcome import Failure
 from treadle.domain.quanta import cut_quanta, quantum_tokens
@@ -53,7 +55,9 @@ class Cluster:
         self.blobs = blobs
         self.clock = clock
         self.executors: list[FakeExecutor] = []
-        self.wrap: Callable[[FakeExecutor], FakeExecutor] = lambda executor: executor
+        # What makes the next workers, and how the clock of the next runner beats.
+        self.new_worker: Callable[[BlobStore], FakeExecutor] = FakeExecutor
+        self.settings = SETTINGS
         self.runner = self._new_runner()
         self._task: asyncio.Task[None] | None = None
         store.events.on_enqueued(lambda _pool, kind: self.runner.wake(kind))
@@ -74,7 +78,7 @@ class Cluster:
             store=self.store,
             blobs=self.blobs,
             make_executor=self._make_executor,
-            settings=SETTINGS,
+            settings=self.settings,
             holder="test",
             lease_ttl_s=1000.0,
             metrics=Metrics(CollectorRegistry()),
@@ -82,7 +86,7 @@ class Cluster:
         )
 
     def _make_executor(self) -> FakeExecutor:
-        executor = self.wrap(FakeExecutor(self.blobs))
+        executor = self.new_worker(self.blobs)
         self.executors.append(executor)
         return executor
 
@@ -154,8 +158,28 @@ class Cluster:
         )
 
     async def submit(self, *ops: TrainingOp) -> list[RequestId]:
-        """Queue ops in the given order."""
-        return [await self.store.requests.enqueue(_request(op)) for op in ops]
+        """Queue ops in the given order; those that are too large for a row through a blob."""
+        request_ids = []
+        for op in ops:
+            request = _request(op)
+            if len(request.payload) > MAX_INLINE_PAYLOAD_BYTES:
+                request_id, _key = await self.submit_large(op)
+            else:
+                request_id = await self.store.requests.enqueue(request)
+            request_ids.append(request_id)
+        return request_ids
+
+    async def submit_large(self, op: TrainingOp | SampleOp) -> tuple[RequestId, BlobKey]:
+        """Queue an op whose payload is a blob, as the gateway does with more than 64 KiB."""
+        request = _sample_request(op) if isinstance(op, SampleOp) else _request(op)
+        key = BlobKey(f"payloads/{request.request_id.replace(':', '_')}")
+        self.blobs.write(key, request.payload)
+        return await self.store.requests.enqueue(replace(request, payload=b"", payload_key=key)), key
+
+    async def restart(self) -> None:
+        """Crash and start again: every state that is not in a blob is gone."""
+        await self.crash()
+        self.start()
 
     async def refuse(self, model_id: ModelId, seq_id: int) -> RequestId:
         """A pass that admission refused: a FAILED row."""
@@ -173,19 +197,7 @@ class Cluster:
         return await self.store.requests.enqueue(request)
 
     async def submit_sample(self, op: SampleOp) -> RequestId:
-        request_id = sample_request_id(op.sampling_session_id, op.seq_id)
-        return await self.store.requests.enqueue(
-            NewRequest(
-                request_id=request_id,
-                tenant_id=TENANT,
-                pool=POOL,
-                kind=OpKind.SAMPLE,
-                seq_id=op.seq_id,
-                num_tokens=len(op.prompt),
-                sampling_session_id=op.sampling_session_id,
-                payload=encode_payload(op),
-            )
-        )
+        return await self.store.requests.enqueue(_sample_request(op))
 
     async def future(self, request_id: RequestId) -> FutureRecord:
         """The final state of a request, as soon as it is committed."""
@@ -224,6 +236,19 @@ class Cluster:
         record = await self.store.models.get(model_id)
         assert record is not None
         return record
+
+
+def _sample_request(op: SampleOp) -> NewRequest:
+    return NewRequest(
+        request_id=sample_request_id(op.sampling_session_id, op.seq_id),
+        tenant_id=TENANT,
+        pool=POOL,
+        kind=OpKind.SAMPLE,
+        seq_id=op.seq_id,
+        num_tokens=len(op.prompt),
+        sampling_session_id=op.sampling_session_id,
+        payload=encode_payload(op),
+    )
 
 
 def _request(op: TrainingOp) -> NewRequest:

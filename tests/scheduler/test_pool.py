@@ -12,7 +12,7 @@ from treadle.domain.ops import LoadWeightsOp, SaveForSamplerOp, SaveWeightsOp, U
 from treadle.domain.outcome import CycleOutcome, Failure
 from treadle.domain.plan import CycleWork
 from treadle.domain.states import Category, ModelState
-from treadle.errors import Fenced, StoreUnavailable
+from treadle.errors import Fenced, ServerError
 from treadle.executor.fake import FakeExecutor
 from treadle.testing.builders import datum, pass_op, sample_op, step_op
 
@@ -187,10 +187,8 @@ class Poisoned(FakeExecutor):
 
 
 async def test_a_request_that_kills_its_worker_three_times_is_given_up(cluster: Cluster) -> None:
-    await cluster.crash()
-    cluster.executors.clear()
-    cluster._make_executor = lambda: _append(cluster, Poisoned(cluster.blobs))  # type: ignore[method-assign]
-    cluster.start()
+    cluster.new_worker = Poisoned
+    await cluster.restart()
     await cluster.create(RUN)
     (poison, behind) = await cluster.submit(backward(1), backward(2))
     failure = await cluster.failure(poison)
@@ -200,18 +198,13 @@ async def test_a_request_that_kills_its_worker_three_times_is_given_up(cluster: 
     assert len(cluster.executors) >= 4
 
 
-def _append(cluster: Cluster, executor: FakeExecutor) -> FakeExecutor:
-    cluster.executors.append(executor)
-    return executor
-
-
 async def test_a_commit_that_fails_is_void_in_the_worker_too(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     """The step ran, its commit did not: it is run once more, from the state before it."""
     await cluster.create(RUN)
     await cluster.create(OTHER)
     await cluster.run(backward(1), SaveWeightsOp(RUN, 2, name="a"), backward(1, run=OTHER), step_op(2, model_id=OTHER))
     real = cluster.store.cycles.finish
-    failures = [StoreUnavailable("disk full, say")]
+    failures = [ServerError("the database refused a statement")]
 
     async def failing(*args: object, **kwargs: object) -> None:
         if failures:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 from store_builders import (
@@ -219,6 +220,14 @@ async def test_queued_samples_come_in_arrival_order(store: Store) -> None:
     assert [r.seq_id for r in await store.requests.queued_samples(POOL)] == [3, 1, 2]
     assert [r.seq_id for r in await store.requests.queued_samples(POOL, 2)] == [3, 1]
     assert (await store.requests.queued_samples(POOL))[0].sampling_session_id == SAMPLER
+
+
+async def test_queued_samples_let_tenants_take_turns(store: Store) -> None:
+    await with_sampler(store)
+    await enqueue_all(store, [sample(n) for n in (1, 2, 3)])
+    await enqueue_all(store, [replace(sample(n), tenant_id=OTHER_TENANT) for n in (11, 12)])
+    assert [r.seq_id for r in await store.requests.queued_samples(POOL)] == [1, 11, 2, 12, 3]
+    assert [r.seq_id for r in await store.requests.queued_samples(POOL, 2)] == [1, 11]
 
 
 async def test_count_queued_is_per_tenant(store: Store) -> None:

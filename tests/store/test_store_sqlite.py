@@ -46,6 +46,10 @@ async def test_sqlite_is_set_up_to_survive_a_power_cut(sqlite_store: Store) -> N
         assert await conn.run_sync(pragmas) == ["wal", 2, 1, 5000]
 
 
+# These put ranks in order at the end, which takes a sort of the rows that count.
+RANKED = ("heads", "queued samples")
+
+
 @pytest.mark.parametrize(
     ("name", "statement", "index"),
     [
@@ -64,7 +68,7 @@ async def test_hot_query_uses_its_partial_index(
     plan = await sqlite_store._database.read(lambda conn: plan_of(conn, statement))
     assert any(index in line for line in plan), (name, plan)
     assert not any(re.match(r"SCAN requests\b(?!.*INDEX)", line) for line in plan), (name, plan)
-    assert not any("TEMP B-TREE" in line for line in plan if name != "heads"), (name, plan)
+    assert not any("TEMP B-TREE" in line for line in plan if name not in RANKED), (name, plan)
 
 
 async def test_heads_ranks_on_the_index_alone(sqlite_store: Store) -> None:

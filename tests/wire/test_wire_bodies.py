@@ -151,7 +151,6 @@ def test_other_optimizers_are_not_supported():
         ("adam_params", "eps", "-1e-9", ["greater than 0"]),
         ("adam_params", "weight_decay", "-1", ["-1"]),
         ("adam_params", "grad_clip_norm", "-1", ["-1"]),
-        ("lora_config", "rank", "0", ["greater than or equal to 1"]),
         ("lora_config", "rank", "8.0", ["8.0", "integer"]),
         ("lora_config", "rank", "true", ["True", "integer"]),
         ("lora_config", "rank", "NaN", ["nan"]),

@@ -60,8 +60,9 @@ def test_create_model_fixes_the_seed_once():
 
 def test_create_model_refuses_what_it_cannot_train():
     create({"rank": 32, "seed": 1})
-    with pytest.raises(InvalidRequest, match=r"rank=33 .* 32"):
-        create({"rank": 33})
+    for rank in (-1, 0, 33):
+        with pytest.raises(InvalidRequest, match=rf"rank={rank} .* 1 to 32"):
+            create({"rank": rank})
     with pytest.raises(InvalidRequest, match="trains nothing"):
         create({"rank": 8, "train_attn": False, "train_mlp": False, "train_unembed": False})
     with pytest.raises(NotSupported, match="full fine-tuning"):

@@ -267,3 +267,62 @@ def test_ops_behind_a_failed_creation_name_it(driver: Driver, monkeypatch: pytes
     assert isinstance(created.failure, Failure)
     assert stepped.failure is not None
     assert "creation failed" in stepped.failure.message
+
+
+def test_a_run_that_cannot_be_written_does_not_cost_the_others_their_snapshot(
+    driver: Driver, blobs: MemoryBlobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = [model_id(index) for index in range(3)]
+    driver.run_ops(*(create(run) for run in runs))
+    real = blobs.write
+
+    def write(key: str, data: bytes) -> int:
+        if key == "full":
+            raise OSError(28, "No space left on device")
+        return real(key, data)
+
+    monkeypatch.setattr(blobs, "write", write)
+    keys = ["first", "full", "last"]
+    written = driver.worker.snapshot([(StateTag(run, 1, 0), key) for run, key in zip(runs, keys, strict=True)])
+    assert set(written) == {runs[0], runs[2]}
+
+
+def test_a_full_disk_fails_the_save_and_the_run_goes_on(
+    driver: Driver, blobs: MemoryBlobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = model_id()
+    driver.run_ops(create(run), passed(run, 1, datums(1, 8)))
+
+    def write(key: str, data: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(blobs, "write", write)
+        named, published = driver.run([item(save(run, 2)), item(publish(run, 3))]).outcomes
+    for outcome in (named, published):
+        assert outcome.failure is not None
+        assert outcome.failure.category is Category.SERVER
+    stepped, _ = driver.run_ops(step(run, 4), save(run, 5))
+    assert metrics_of(stepped)["step"] == 1
+
+
+def test_a_restored_run_forgets_the_parts_of_a_pass_on_its_old_state(driver: Driver) -> None:
+    run = model_id()
+    driver.run_ops(create(run), save(run, 1))
+    two_quanta = passed(run, 2, datums(2, 1500))
+    (part,) = driver.run([item(two_quanta, quanta=(0, 1))]).outcomes
+    assert part.is_partial
+    restore = RestoreItem(run, LoraSpec(rank=8, seed=1), None, StateTag(run, 2, 1))
+    driver.run([], restores=[restore])
+    assert not driver.worker._runner._open_passes
+
+
+def test_a_snapshot_that_cannot_be_read_is_our_fault(driver: Driver, blobs: MemoryBlobs) -> None:
+    run = model_id()
+    blobs.blobs["broken"] = b"no state at all"
+    restore = RestoreItem(run, LoraSpec(rank=8, seed=1), BlobKey("broken"), StateTag(run, 2, 1))
+    starts = StateTag(run, 2, 1)
+    (outcome,) = driver.run([item(step(run, 2), starts_from=starts)], restores=[restore]).outcomes
+    assert outcome.failure is not None
+    assert outcome.failure.category is Category.SERVER
+    assert outcome.tag_after is None

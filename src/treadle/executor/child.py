@@ -70,7 +70,10 @@ class ChildProcess:
         except Exception as error:  # noqa: BLE001 (worker entry: whatever stops the load must reach the operator)
             log.error("base model failed to load", base_model=config.base_model, error=repr(error))
             is_config = isinstance(error, ConfigError | OSError | ValueError)
-            self._send(LoadFailed(message=f"{config.base_model}: {error}", is_config=is_config))
+            # Libraries explain themselves over many lines; an operator gets one.
+            reason = " ".join(str(error).split())
+            message = f"base model {config.base_model} could not be loaded: {reason}"
+            self._send(LoadFailed(message=message, is_config=is_config))
             return 1
         self._send(Loaded(worker.facts))
         self._serve(worker)

@@ -140,9 +140,15 @@ class LocalExecutor:
             return
         self._outbox.put(Stop())
         self._outbox.put(None)
-        if self._loaded is None or not self._loaded.done():
+        if not self._has_loaded:
             process.kill()  # still loading: nothing in it is worth waiting for
         await asyncio.to_thread(_wait_or_kill, process)
+
+    @property
+    def _has_loaded(self) -> bool:
+        # Whoever waited for the model may have been cancelled, and the future with it.
+        loaded = self._loaded
+        return loaded is not None and loaded.done() and not loaded.cancelled() and loaded.exception() is None
 
     def _check_alive(self) -> None:
         if self._death_reason is not None:
@@ -203,7 +209,7 @@ class LocalExecutor:
         self._death_reason = reason
         self._outbox.put(None)
         waiting = [self._loaded, self._cycle, *self._calls.values()]
-        was_loaded = self._loaded is not None and self._loaded.done() and self._loaded.exception() is None
+        was_loaded = self._has_loaded
         for future in waiting:
             _reject(future, WorkerDied(reason))
         if was_loaded and not self._is_stopping:

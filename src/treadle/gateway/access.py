@@ -93,17 +93,15 @@ class Access:
         self._models.put(model_id, record)
         return record
 
-    async def model_for_work(self, principal: Principal, model_id: ModelId, *, seq_id: int) -> ModelRecord:
-        """The caller's run, its session open. Only the fields that never change may be read from the answer.
+    async def model_of_op(self, principal: Principal, model_id: ModelId, *, seq_id: int) -> ModelRecord:
+        """The run that op `seq_id` is for. Only the fields that never change may be read from the answer.
 
-        Its next_seq_id is one that the run had once, and the newest one when op `seq_id` is too far ahead of it.
-        Raises NotFound or SessionFinished.
+        Its next_seq_id is one that the run had once, and the newest one when the op is too far ahead of it.
+        Raises NotFound.
         """
         record = self._models.get(model_id)
-        is_known = record is not None and record.tenant_id == principal.tenant_id
-        if record is None or not is_known or seq_id - record.next_seq_id > MAX_SEQ_ID_LEAD:
+        if record is None or record.tenant_id != principal.tenant_id or seq_id - record.next_seq_id > MAX_SEQ_ID_LEAD:
             record = await self.model(principal, model_id)
-        await self.active_session(principal, record.session_id)
         return record
 
     async def sampling_session(

@@ -80,11 +80,10 @@ async def admit_training_op(
 ) -> Response:
     """`submit_training_op` for a body that was read already."""
     model_id, seq_id = _op_address(read_op_head(raw))
-    model = await gateway.access.model_for_work(principal, model_id, seq_id=seq_id)
+    model = await gateway.access.model_of_op(principal, model_id, seq_id=seq_id)
     place = op_place(model, kind, seq_id)
     try:
-        check_lead(model, seq_id)
-        checked_pool(gateway, model)
+        await open_pool(gateway, principal, model, seq_id)
         op = await build(Submission(gateway, principal, raw, model))
     except UserError as refusal:
         return future_of(await gateway.admission.submit_refused(place, refusal), model_id=model_id)
@@ -105,6 +104,17 @@ def op_place(model: ModelRecord, kind: OpKind, seq_id: int) -> NewRequest:
     )
 
 
+async def open_pool(gateway: Gateway, principal: Principal, model: ModelRecord, seq_id: int) -> PoolView:
+    """The pool of a run that may take op `seq_id`.
+
+    Raises UserError otherwise, for the op's row: a 4xx to one of several chunks would hang the SDK, also when all that
+    is wrong is that the session is finished (protocol 0.7).
+    """
+    await gateway.access.active_session(principal, model.session_id)
+    check_lead(model, seq_id)
+    return checked_pool(gateway, model)
+
+
 def check_lead(model: ModelRecord, seq_id: int) -> None:
     """Raises InvalidRequest for an op whose seq_id leaves a hole that would cost too many rows to be given up."""
     if seq_id - model.next_seq_id > MAX_SEQ_ID_LEAD:
@@ -115,18 +125,13 @@ def check_lead(model: ModelRecord, seq_id: int) -> None:
 
 
 def checked_pool(gateway: Gateway, model: ModelRecord) -> PoolView:
-    """The pool of a run. Raises what `not_served` says when this server does not have it."""
+    """The pool of a run. Raises UserError when this server does not have it: no scheduler would ever run the op."""
     pool = gateway.deps.pools.by_name(model.pool)
-    if pool is None:
-        raise not_served(model)
-    return pool
-
-
-def not_served(model: ModelRecord) -> UserError:
-    """Why an op of a run without a pool fails now: no scheduler would ever run it."""
+    if pool is not None:
+        return pool
     if model.state is ModelState.FAILED:
-        return InvalidRequest(f"model {model.model_id} was never created: {model.state_message}")
-    return NotFound(f"base model {model.base_model[:200]!r} of {model.model_id} is not served by this server now")
+        raise InvalidRequest(f"model {model.model_id} was never created: {model.state_message}")
+    raise NotFound(f"base model {model.base_model[:200]!r} of {model.model_id} is not served by this server now")
 
 
 def pass_limits(facts: PoolFacts) -> PassLimits:

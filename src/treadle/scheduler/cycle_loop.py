@@ -3,28 +3,29 @@
 One request's life in this file: `_gather` sees its row, `plan_cycle` picks it, `begin` books it as in flight,
 the executor runs it, `finish` commits its outcome in one fenced transaction. Rows keep QUEUED until then, so a
 death at any point leaves nothing to clean up: the next leader plans the same rows again.
+Invariant: the state a worker holds is the committed one, or it is dropped before the run's next op.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from treadle.blobs import BlobStore
 from treadle.domain.ids import ModelId, PoolName, RequestId, op_request_id
-from treadle.domain.limits import MAX_HEADS_PER_MODEL
+from treadle.domain.limits import MAX_HEAD_ROWS, MAX_HEADS_PER_MODEL
 from treadle.domain.ops import OpKind, Phase, phase_of
 from treadle.domain.outcome import CycleOutcome, Failure
 from treadle.domain.plan import CyclePlan, CycleWork, ModelQueue, PolicyInput, PolicyState, QueuedOp
-from treadle.domain.records import FinishedCycle, LeaseRecord, ModelAdvance, NewRequest, RequestRecord
+from treadle.domain.records import FinishedCycle, LeaseRecord, NewRequest, RequestRecord
 from treadle.domain.states import Category, ModelState, RequestState
-from treadle.errors import Fenced, WorkerDied
+from treadle.errors import Fenced, StoreUnavailable, WorkerDied
 from treadle.executor.base import Executor
 from treadle.scheduler.budget import TokenBudget
 from treadle.scheduler.finishing import CycleLedger
 from treadle.scheduler.policy import plan_cycle
-from treadle.scheduler.preparing import Prepared, new_blob_key, prepare
+from treadle.scheduler.preparing import Prepared, drop_blobs, new_blob_key, prepare
 from treadle.scheduler.runs import Run, RunBook, is_over
 from treadle.store import Store
 from treadle.telemetry.logs import get_logger
@@ -38,6 +39,12 @@ POLL_S = 1.0
 MAX_DEATHS = 3
 # After an unexpected error the loop waits before it tries again, so that it cannot spin.
 ERROR_PAUSE_S = 1.0
+# How long a commit is tried again while the database does not answer. Work that is done is worth waiting for: giving
+# up costs every run of the cycle what its newest snapshot lacks.
+COMMIT_PATIENCE_S = 60.0
+# Runs that a drain persists together: what is registered stays, should the rest take too long.
+RUNS_PER_SNAPSHOT = 8
+COMMIT_PAUSE_S = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,23 +89,31 @@ class CycleLoop:
         self._cycle = lease.cycle
         self._quanta_done: dict[RequestId, int] = {}
         self._deaths: dict[RequestId, int] = {}
+        # Set by whatever was queued, and by what ends the wait for company.
         self._wake = asyncio.Event()
+        self._may_be_settled = asyncio.Event()
         self._is_stopping = False
         self._is_abandoned = False
 
-    def wake(self) -> None:
-        """Something was queued."""
+    def wake(self, kind: OpKind) -> None:
+        """An op of this kind was queued."""
         self._wake.set()
+        if phase_of(kind) is not Phase.PASS:
+            self._may_be_settled.set()
 
     def stop(self) -> None:
         """End `run` once the cycle in flight is committed."""
         self._is_stopping = True
-        self._wake.set()
+        self._wake_all()
 
     def abandon(self) -> None:
         """The executor has died: end `run` after whatever is being committed."""
         self._is_abandoned = True
+        self._wake_all()
+
+    def _wake_all(self) -> None:
         self._wake.set()
+        self._may_be_settled.set()
 
     async def run(self, executor: Executor) -> None:
         """Run cycles on `executor` until stopped or abandoned.
@@ -112,7 +127,7 @@ class CycleLoop:
         while not (self._is_stopping or self._is_abandoned):
             try:
                 if not await self._run_one(executor):
-                    await self._sleep(POLL_S)
+                    await _wait(self._wake, POLL_S)
             except (WorkerDied, Fenced):
                 raise
             except Exception as error:  # noqa: BLE001 (cycle loop: the rows are still queued, so it tries again)
@@ -122,67 +137,69 @@ class CycleLoop:
 
     async def persist(self, executor: Executor) -> None:
         """Write every resident run whose newest snapshot is older than its state, so that a restart continues it."""
-        stale = {run.record.model_id: run for run in self._book.resident() if not run.can_restore}
-        keys = {model_id: new_blob_key(model_id) for model_id in stale}
-        written = await executor.snapshot(
-            [(run.tag, keys[model_id]) for model_id, run in stale.items() if run.tag is not None]
-        )
-        advances = tuple(
-            ModelAdvance(
-                model_id=model_id,
-                next_seq_id=stale[model_id].record.next_seq_id,
-                snapshot_key=keys[model_id],
-                snapshot_seq=stale[model_id].record.next_seq_id - 1,
-            )
-            for model_id in written
-        )
-        if advances:
-            await self._store.cycles.finish(self._lease, FinishedCycle(advances=advances))
-        log.info("runs persisted", pool=self._pool, num_runs=len(advances))
+        stale = [run for run in self._book.resident() if not run.can_restore]
+        num_written = 0
+        for start in range(0, len(stale), RUNS_PER_SNAPSHOT):
+            num_written += await self._persist_some(executor, stale[start : start + RUNS_PER_SNAPSHOT])
+        if num_written < len(stale):
+            log.error("runs not persisted", pool=self._pool, num_runs=len(stale) - num_written)
+        log.info("runs persisted", pool=self._pool, num_runs=num_written)
 
-    async def _sleep(self, timeout_s: float) -> None:
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self._wake.wait()
-        except TimeoutError:
-            return
+    async def _persist_some(self, executor: Executor, runs: Sequence[Run]) -> int:
+        """Write and register the states of these runs; how many could be."""
+        by_id = {run.record.model_id: run for run in runs}
+        keys = {model_id: new_blob_key(model_id) for model_id in by_id}
+        written = await executor.snapshot(
+            [(run.tag, keys[model_id]) for model_id, run in by_id.items() if run.tag is not None]
+        )
+        advances = tuple(by_id[model_id].snapshot_taken(keys[model_id]) for model_id in written)
+        if advances:
+            await self._finish(FinishedCycle(advances=advances))
+        for advance in advances:
+            by_id[advance.model_id].apply(advance)
+        return len(advances)
 
     async def _run_one(self, executor: Executor) -> bool:
-        """Run one cycle if there is anything to do; False when there was not."""
+        """Run one cycle if there is anything to do; whether something that was queued before it may be left."""
         queues = await self._gather()
         ledger = CycleLedger(now=self._clock())
         runs = {model_id: await self._book.get(model_id) for model_id in queues}
         runnable = await self._set_aside_lost(queues, runs, ledger)
         plan, policy_state = self._plan(runnable, runs)
-        if plan.is_empty and not ledger.finished:
+        if (plan.is_empty and ledger.is_empty) or self._is_abandoned:
             return False
         self._give_up_gaps(plan, runs, ledger)
         prepared = await prepare(plan, runs, self._store, self._blobs)
         for planned, failure in prepared.refused:
             ledger.fail(runs[planned.model_id], planned.request_id, planned.seq_id, failure)
-        outcome = None
         if prepared.items:
-            outcome = await self._execute(executor, prepared)
-            ledger.now = self._clock()
-            self._book_outcome(outcome, prepared, runs, ledger)
-        await self._commit(executor, ledger, runs, outcome)
+            await self._run_and_commit(executor, prepared, runs, ledger)
+        else:
+            await self._commit(ledger, runs)
         self._policy_state = policy_state
-        await self._drop_payloads(prepared, ledger)
-        return True
+        self._book.forget_over(runs)
+        await self._drop_payloads(queues, ledger)
+        return _is_something_left(queues, ledger)
 
     async def _gather(self) -> dict[ModelId, tuple[RequestRecord, ...]]:
-        """Queue heads by run, after the gather window if some run still waits for its step."""
-        self._wake.clear()
-        queues = await self._heads()
+        """Queue heads by run, after the gather window if some run still waits for its step.
+
+        Reading them is what an idle cycle costs, so it waits for an event that can end the window: where a client
+        sends its pass and its step together, they are read once.
+        """
         deadline = asyncio.get_running_loop().time() + self._settings.gather_window_s
-        while queues and not all(_is_settled(rows) for rows in queues.values()):
-            remaining_s = deadline - asyncio.get_running_loop().time()
-            if remaining_s <= 0 or self._is_stopping:
-                break
-            await self._sleep(remaining_s)
+        if self._wake.is_set():
+            await _wait(self._may_be_settled, self._settings.gather_window_s)
+        while True:
             self._wake.clear()
+            self._may_be_settled.clear()
             queues = await self._heads()
-        return queues
+            remaining_s = deadline - asyncio.get_running_loop().time()
+            if remaining_s <= 0 or self._is_stopping or self._is_abandoned:
+                return queues
+            if all(_is_settled(rows) for rows in queues.values()):
+                return queues
+            await _wait(self._may_be_settled, remaining_s)
 
     async def _heads(self) -> dict[ModelId, tuple[RequestRecord, ...]]:
         rows = await self._store.requests.heads(self._pool, MAX_HEADS_PER_MODEL)
@@ -211,13 +228,15 @@ class CycleLoop:
             else:
                 run.note_refused(rows)
                 runnable[model_id] = rows
+                # Now, not with the next op: there may never be one, and the line would be read for ever.
+                if (newest := run.newest_to_step_over(rows)) is not None:
+                    ledger.consume(run, newest)
         return runnable
 
     def _fail_queue(
         self, run: Run, rows: tuple[RequestRecord, ...], message: str, ledger: CycleLedger, category: Category
     ) -> None:
         for row in rows:
-            self._deaths.pop(row.request_id, None)
             if row.state is RequestState.QUEUED:
                 ledger.fail(run, row.request_id, row.seq_id, Failure(message=message, category=category))
             else:
@@ -271,6 +290,25 @@ class CycleLoop:
                 ledger.never_received.append(_never_received(run, seq_id, self._pool))
                 ledger.consume(run, seq_id)
 
+    async def _run_and_commit(
+        self, executor: Executor, prepared: Prepared, runs: Mapping[ModelId, Run], ledger: CycleLedger
+    ) -> None:
+        """Run the cycle and make its outcome public; if that fails, the worker's newer states are void and dropped."""
+        outcome = await self._execute(executor, prepared)
+        try:
+            ledger.now = self._clock()
+            await self._book_outcome(outcome, prepared, runs, ledger)
+            await self._commit(ledger, runs)
+        except Fenced:
+            raise
+        except Exception as error:
+            await self._void(executor, prepared, runs)
+            if not isinstance(error, StoreUnavailable):
+                # One op's outcome is to blame, and the same plan would end here again: find it as poison is found.
+                await self._suspect(prepared, f"the outcome of this request could not be stored {MAX_DEATHS} times")
+            raise
+        self._observe(outcome, prepared, runs)
+
     async def _execute(self, executor: Executor, prepared: Prepared) -> CycleOutcome:
         """Book the cycle as in flight and run it. A death counts against the ops that were in flight."""
         request_ids = [item.planned.request_id for item in prepared.items]
@@ -285,13 +323,12 @@ class CycleLoop:
         try:
             outcome = await executor.run_cycle(work)
         except WorkerDied:
-            await self._count_deaths(prepared)
+            await self._suspect(prepared, f"this request ended its worker {MAX_DEATHS} times")
             raise
-        for request_id in request_ids:
-            self._deaths.pop(request_id, None)
+        assert outcome.cycle == self._cycle, f"an outcome of cycle {outcome.cycle} in cycle {self._cycle}"
         return outcome
 
-    async def _count_deaths(self, prepared: Prepared) -> None:
+    async def _suspect(self, prepared: Prepared, verdict: str) -> None:
         """Suspects run alone from now on; only a death while alone counts, and the third one is final."""
         is_alone = len(prepared.items) == 1
         for item in prepared.items:
@@ -299,66 +336,76 @@ class CycleLoop:
             self._deaths[request_id] = self._deaths.get(request_id, 0) + (1 if is_alone else 0)
             if self._deaths[request_id] < MAX_DEATHS:
                 continue
-            del self._deaths[request_id]
             run = await self._book.get(item.planned.model_id)
             ledger = CycleLedger(now=self._clock())
-            failure = Failure(f"this request ended its worker {MAX_DEATHS} times", Category.SERVER)
-            ledger.fail(run, request_id, item.planned.seq_id, failure)
-            finished = ledger.close()
-            await self._store.cycles.finish(self._lease, finished)
-            run.apply(finished.advances[0])
+            ledger.fail(run, request_id, item.planned.seq_id, Failure(verdict, Category.SERVER))
+            await self._commit(ledger, {item.planned.model_id: run})
 
-    def _book_outcome(
+    async def _book_outcome(
         self, outcome: CycleOutcome, prepared: Prepared, runs: Mapping[ModelId, Run], ledger: CycleLedger
     ) -> None:
         for model_id, restore in prepared.restores.items():
             ledger.restored(runs[model_id], restore.tag.incarnation)
-        quanta_stop = {item.planned.request_id: item.planned.quantum_stop for item in prepared.items}
         for op_outcome in outcome.outcomes:
-            request_id = op_outcome.request_id
-            if op_outcome.is_partial:
-                self._quanta_done[request_id] = quanta_stop[request_id]
-                continue
-            self._quanta_done.pop(request_id, None)
             run = runs[op_outcome.model_id]
-            ledger.record_outcome(run, op_outcome, prepared.named_ops.get(request_id))
+            ledger.record_outcome(run, op_outcome, prepared.named_ops.get(op_outcome.request_id))
             if op_outcome.model_id in prepared.restores and op_outcome.tag_after is None and op_outcome.failure:
                 # Its snapshot could not be restored. Going on from anything else would be silently older weights.
-                ledger.set_state(run, ModelState.LOST, op_outcome.failure.message)
+                message = await self._book.loss_message(run, why="could not be read back from its snapshot")
+                ledger.set_state(run, ModelState.LOST, message)
 
-    async def _commit(
-        self, executor: Executor, ledger: CycleLedger, runs: Mapping[ModelId, Run], outcome: CycleOutcome | None
-    ) -> None:
-        """Commit the cycle; if that fails, the worker's newer states are void and are dropped."""
+    async def _commit(self, ledger: CycleLedger, runs: Mapping[ModelId, Run]) -> None:
+        """Make everything in the ledger public, and take it over into the book."""
         finished = ledger.close()
-        try:
-            await self._store.cycles.finish(self._lease, finished)
-        except Exception:
-            await self._void(executor, runs)
-            raise
+        await self._finish(finished)
         for advance in finished.advances:
             runs[advance.model_id].apply(advance)
-        if outcome is not None:
-            self._observe(outcome, runs)
+        # Only what is over is no suspect any more: a pass that kills its worker in a later part would be cleared by
+        # each earlier one.
+        for request in finished.finished:
+            self._deaths.pop(request.request_id, None)
+            self._quanta_done.pop(request.request_id, None)
 
-    async def _drop_payloads(self, prepared: Prepared, ledger: CycleLedger) -> None:
+    async def _finish(self, finished: FinishedCycle) -> None:
+        """Commit, with patience while the database does not answer.
+
+        To commit again what may have been written after all changes nothing, except that tokens count twice.
+        """
+        deadline = asyncio.get_running_loop().time() + COMMIT_PATIENCE_S
+        while True:
+            try:
+                await self._store.cycles.finish(self._lease, finished)
+            except StoreUnavailable as error:
+                if asyncio.get_running_loop().time() >= deadline:
+                    raise
+                log.warning("commit is tried again", pool=self._pool, cycle=self._cycle, reason=error.message)
+                await asyncio.sleep(COMMIT_PAUSE_S)
+            else:
+                return
+
+    async def _drop_payloads(self, queues: Mapping[ModelId, tuple[RequestRecord, ...]], ledger: CycleLedger) -> None:
         """Large payloads of requests that are over. Inline ones went with the commit."""
-        for finished in ledger.finished:
-            key = prepared.payload_keys.get(finished.request_id)
-            if key is not None:
-                await asyncio.to_thread(self._blobs.delete, key)
+        over = {finished.request_id for finished in ledger.finished}
+        keys = [row.payload_key for rows in queues.values() for row in rows if row.request_id in over]
+        await drop_blobs(self._blobs, [key for key in keys if key is not None])
 
-    async def _void(self, executor: Executor, runs: Mapping[ModelId, Run]) -> None:
+    async def _void(self, executor: Executor, prepared: Prepared, runs: Mapping[ModelId, Run]) -> None:
         """What the worker applied was not committed: forget it there, so that it is restored and run once."""
-        for run in runs.values():
-            run.tag = None
-        self._quanta_done.clear()
-        await executor.evict(list(runs))
+        touched = {item.planned.model_id for item in prepared.items}
+        for model_id in touched:
+            runs[model_id].tag = None
+        for item in prepared.items:
+            self._quanta_done.pop(item.planned.request_id, None)
+        await executor.evict(sorted(touched))
 
-    def _observe(self, outcome: CycleOutcome, runs: Mapping[ModelId, Run]) -> None:
+    def _observe(self, outcome: CycleOutcome, prepared: Prepared, runs: Mapping[ModelId, Run]) -> None:
+        """What the worker holds now, how far passes are that go on in a later cycle, and how fast it was."""
+        quanta_stop = {item.planned.request_id: item.planned.quantum_stop for item in prepared.items}
         for op_outcome in outcome.outcomes:
             run = runs[op_outcome.model_id]
             run.tag = op_outcome.tag_after
+            if op_outcome.is_partial:
+                self._quanta_done[op_outcome.request_id] = quanta_stop[op_outcome.request_id]
             if op_outcome.kind is OpKind.OPTIM_STEP and op_outcome.failure is None:
                 run.stepped(op_outcome.seq_id)
         num_tokens = sum(op_outcome.num_tokens for op_outcome in outcome.outcomes)
@@ -376,6 +423,21 @@ class CycleLoop:
             tokens=num_tokens,
             ms=round(outcome.compute_s * 1000, 1),
         )
+
+
+async def _wait(event: asyncio.Event, timeout_s: float) -> None:
+    try:
+        async with asyncio.timeout(timeout_s):
+            await event.wait()
+    except TimeoutError:
+        return
+
+
+def _is_something_left(queues: Mapping[ModelId, tuple[RequestRecord, ...]], ledger: CycleLedger) -> bool:
+    """False when all that was read is over and there was no more to read: the next read can wait for an event."""
+    num_rows = sum(len(rows) for rows in queues.values())
+    is_cut = num_rows >= MAX_HEAD_ROWS or any(len(rows) >= MAX_HEADS_PER_MODEL for rows in queues.values())
+    return is_cut or len(ledger.finished) < num_rows
 
 
 def _is_settled(rows: tuple[RequestRecord, ...]) -> bool:

@@ -67,15 +67,22 @@ class CycleLedger:
             self._changes[record.model_id] = _RunChange(record.next_seq_id)
         return self._changes[record.model_id]
 
+    @property
+    def is_empty(self) -> bool:
+        """Nothing to commit."""
+        return not (self.finished or self._changes)
+
     def consume(self, run: Run, seq_id: int) -> None:
         """Everything up to `seq_id` is settled."""
         change = self._change(run)
         change.next_seq_id = max(change.next_seq_id, seq_id + 1)
 
     def fail(self, run: Run, request_id: RequestId, seq_id: int, failure: Failure) -> None:
-        """A request that ends in an error; its sequence number is consumed."""
+        """A request that ends in an error; its sequence number is consumed. With its creation (seq 0) fails the run."""
         self.finished.append(FinishedRequest(request_id=request_id, failure=failure))
         self.consume(run, seq_id)
+        if seq_id == 0:
+            self.set_state(run, ModelState.FAILED, failure.message)
 
     def set_state(self, run: Run, state: ModelState, message: str) -> None:
         """The run is lost, failed or ready."""
@@ -92,8 +99,6 @@ class CycleLedger:
             return
         if outcome.failure is not None:
             self.fail(run, outcome.request_id, outcome.seq_id, outcome.failure)
-            if outcome.kind is OpKind.CREATE_MODEL or (isinstance(op, LoadWeightsOp) and op.creates_model):
-                self.set_state(run, ModelState.FAILED, outcome.failure.message)
             return
         self.consume(run, outcome.seq_id)
         encoded = outcome.encoded or self._book_success(run, outcome, op)

@@ -1,6 +1,7 @@
 """Keeping the lease of a pool: acquire it, renew it in time, give it back.
 
-Every write of a leader carries the lease's token and fails with Fenced once another holder has taken over.
+Every write of a leader carries the lease's token and fails with Fenced once another holder has taken over. So a
+database that is away for a while ends nobody's lead: only the row can say that somebody else has it.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import asyncio
 
 from treadle.domain.ids import PoolName
 from treadle.domain.records import LeaseRecord
-from treadle.errors import Fenced
+from treadle.errors import Fenced, StoreUnavailable
 from treadle.store import Store
 from treadle.telemetry.logs import get_logger
 
@@ -28,5 +29,10 @@ async def keep_lease(store: Store, lease: LeaseRecord, *, ttl_s: float) -> None:
     """Renew the lease every third of its life, for ever. Raises Fenced when it is lost."""
     while True:
         await asyncio.sleep(ttl_s / 3)
-        if not await store.leases.renew(lease, ttl_s):
+        try:
+            is_ours = await store.leases.renew(lease, ttl_s)
+        except StoreUnavailable as error:
+            log.warning("lease not renewed", pool=lease.pool, reason=error.message)
+            continue
+        if not is_ours:
             raise Fenced(f"the lease of pool {lease.pool} was taken by another leader")

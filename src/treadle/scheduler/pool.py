@@ -7,6 +7,7 @@ others say that they are lost. A lease that is lost ends the pool here: another 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,8 @@ log = get_logger(__name__)
 
 # Pause before a dead worker is replaced: the first time at once, then doubling up to the last value.
 RESTART_PAUSES_S = (0.0, 1.0, 2.0, 5.0, 10.0)
+# A worker that lived this long did not die of starting: the next one gets no pause again.
+STEADY_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +80,11 @@ class PoolRunner:
 
     def wake(self, kind: OpKind) -> None:
         """A request of this kind was queued."""
-        loop = self._samples if kind is OpKind.SAMPLE else self._cycles
-        if loop is not None:
-            loop.wake()
+        if kind is OpKind.SAMPLE:
+            if self._samples is not None:
+                self._samples.wake()
+        elif self._cycles is not None:
+            self._cycles.wake(kind)
 
     def drain(self) -> None:
         """Finish the cycle in flight, persist every run, stop the worker; `run` then returns. Idempotent."""
@@ -117,19 +122,31 @@ class PoolRunner:
         await self._store.leases.release(lease)
 
     async def _serve_workers(self) -> None:
-        """One worker after another, for as long as the pool is led."""
+        """One worker after another, for as long as the pool is led. Raises WorkerDied when one dies in a drain."""
         num_deaths = 0
+        now = asyncio.get_running_loop().time
         while not self._draining.is_set():
+            started_at = now()
             try:
                 await self._serve_one()
                 return
             except WorkerDied as death:
-                pause_s = RESTART_PAUSES_S[min(num_deaths, len(RESTART_PAUSES_S) - 1)]
-                num_deaths += 1
                 self._metrics.worker_deaths.labels(self.pool).inc()
                 self._status = PoolStatus(self._status.facts, is_ready=False, reason=death.message)
+                if self._draining.is_set():
+                    raise  # nothing was persisted, which must not look like a clean end
+                if now() - started_at > STEADY_S:
+                    num_deaths = 0
+                pause_s = RESTART_PAUSES_S[min(num_deaths, len(RESTART_PAUSES_S) - 1)]
+                num_deaths += 1
                 log.warning("worker is replaced", pool=self.pool, reason=death.message, pause_s=pause_s)
-                await asyncio.sleep(pause_s)
+                await self._pause(pause_s)
+
+    async def _pause(self, pause_s: float) -> None:
+        """Wait, unless the pool drains."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(pause_s):
+                await self._draining.wait()
 
     async def _serve_one(self) -> None:
         """Load a worker and feed it until the pool drains or the worker dies."""

@@ -1,13 +1,14 @@
 """From a plan to the work a worker gets: payloads, state tags, blob keys, restores, and refusals that need the store.
 
-Refused here, before anything runs: a save whose name exists, and every op of a run whose state is gone.
+Refused here, before anything runs: a save whose name exists, and an op whose payload cannot be read. Whatever is wrong
+with one op ends that op: a plan that could not be prepared would come again for ever, and with it everybody's ops.
 """
 
 from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from treadle.blobs import BlobStore
@@ -16,9 +17,13 @@ from treadle.domain.ops import OpKind, SampleOp, SaveForSamplerOp, SaveWeightsOp
 from treadle.domain.outcome import Failure
 from treadle.domain.plan import FIRST_INCARNATION, CyclePlan, PlannedOp, RestoreItem, StateTag, WorkItem
 from treadle.domain.states import Category
+from treadle.errors import TreadleError
 from treadle.scheduler.runs import Run
 from treadle.store import Store
+from treadle.telemetry.logs import get_logger
 from treadle.wire.payloads import decode_payload
+
+log = get_logger(__name__)
 
 NAMED_KINDS = frozenset({OpKind.SAVE_WEIGHTS, OpKind.SAVE_FOR_SAMPLER, OpKind.LOAD_WEIGHTS})
 SAVE_KINDS = frozenset({OpKind.SAVE_WEIGHTS, OpKind.SAVE_FOR_SAMPLER})
@@ -26,27 +31,26 @@ SAVE_KINDS = frozenset({OpKind.SAVE_WEIGHTS, OpKind.SAVE_FOR_SAMPLER})
 
 @dataclass(slots=True)
 class Prepared:
-    """What goes to the worker, what was refused on the way, the ops whose names finishing needs, and large payloads."""
+    """What goes to the worker, what was refused on the way, and the ops whose names finishing needs."""
 
     items: list[WorkItem] = field(default_factory=list)
     restores: dict[ModelId, RestoreItem] = field(default_factory=dict)
     refused: list[tuple[PlannedOp, Failure]] = field(default_factory=list)
     named_ops: dict[RequestId, TrainingOp] = field(default_factory=dict)
-    payload_keys: dict[RequestId, BlobKey] = field(default_factory=dict)
 
 
 async def prepare(plan: CyclePlan, runs: Mapping[ModelId, Run], store: Store, blobs: BlobStore) -> Prepared:
     """Everything the plan's ops need. Each run of the plan is in `runs` and can run."""
     prepared = Prepared()
-    payloads = await _payloads(plan, store, blobs, prepared)
+    payloads = await read_payloads([op.request_id for op in plan.ops], store, blobs)
     names_taken: set[str] = set()
     for planned in plan.ops:
         payload = payloads[planned.request_id]
+        if isinstance(payload, Failure):
+            prepared.refused.append((planned, payload))
+            continue
         if planned.kind in NAMED_KINDS:
-            op = decode_payload(planned.kind, payload)
-            assert not isinstance(op, SampleOp), "samples are never planned into a cycle"
-            prepared.named_ops[planned.request_id] = op
-            failure = await _refused_name(op, store, names_taken)
+            failure = await _refused_name(planned, payload, store, names_taken, prepared)
             if failure is not None:
                 prepared.refused.append((planned, failure))
                 continue
@@ -54,35 +58,65 @@ async def prepare(plan: CyclePlan, runs: Mapping[ModelId, Run], store: Store, bl
     return prepared
 
 
-async def _payloads(plan: CyclePlan, store: Store, blobs: BlobStore, prepared: Prepared) -> dict[RequestId, bytes]:
-    """Each op's payload, from its row or from the blob that its row names."""
-    rows = await store.requests.payloads([op.request_id for op in plan.ops])
-    payloads = {}
-    for request_id, (inline, key) in rows.items():
-        if key is None:
-            payloads[request_id] = inline
-        else:
-            payloads[request_id] = await asyncio.to_thread(blobs.read, key)
-            prepared.payload_keys[request_id] = key
+async def read_payloads(
+    request_ids: Sequence[RequestId], store: Store, blobs: BlobStore
+) -> dict[RequestId, bytes | Failure]:
+    """Each request's payload, from its row or from the blob that its row names, or why it cannot be read."""
+    payloads: dict[RequestId, bytes | Failure] = {}
+    for request_id, (inline, key) in (await store.requests.payloads(request_ids)).items():
+        try:
+            payloads[request_id] = inline if key is None else await asyncio.to_thread(blobs.read, key)
+        except TreadleError as error:
+            log.error("payload cannot be read", request_id=request_id, reason=error.message)
+            payloads[request_id] = Failure(
+                f"the stored content of request {request_id} could not be read; send it again", Category.SERVER
+            )
     return payloads
 
 
-async def _refused_name(op: TrainingOp, store: Store, names_taken: set[str]) -> Failure | None:
-    """Why a save may not take its name, if it may not."""
-    if isinstance(op, SaveWeightsOp):
-        path, overwrite = TinkerPath(op.model_id, CheckpointKind.TRAINING, op.name), op.overwrite
-    elif isinstance(op, SaveForSamplerOp) and op.name is not None:
-        path, overwrite = TinkerPath(op.model_id, CheckpointKind.SAMPLER, op.name), False
-    else:
-        return None
-    taken = str(path) in names_taken or await store.checkpoints.find(str(path)) is not None
-    names_taken.add(str(path))
-    if not taken or overwrite:
-        return None
-    return Failure(
-        message=f"checkpoint {path} exists; save under another name" + (" or with overwrite" if op.name else ""),
-        category=Category.USER,
-    )
+async def drop_blobs(blobs: BlobStore, keys: Sequence[BlobKey]) -> None:
+    """Delete payloads that nobody will read again. One that stays is only a file too many."""
+    if keys:
+        await asyncio.to_thread(_delete_all, blobs, keys)
+
+
+def _delete_all(blobs: BlobStore, keys: Sequence[BlobKey]) -> None:
+    for key in keys:
+        try:
+            blobs.delete(key)
+        except TreadleError as error:
+            log.warning("payload not deleted", key=key, reason=error.message)
+
+
+async def _refused_name(
+    planned: PlannedOp, payload: bytes, store: Store, names_taken: set[str], prepared: Prepared
+) -> Failure | None:
+    """Why a save may not take its name, if it may not. What finishing needs of the op is noted."""
+    try:
+        op = decode_payload(planned.kind, payload)
+    except TreadleError as error:
+        return Failure(error.message, Category(error.category))
+    assert not isinstance(op, SampleOp), "samples are never planned into a cycle"
+    prepared.named_ops[planned.request_id] = op
+    match op:
+        case SaveWeightsOp():
+            name = str(TinkerPath(op.model_id, CheckpointKind.TRAINING, op.name))
+            is_taken = name in names_taken or await store.checkpoints.exists(name)
+            message = f"checkpoint {name} exists; save under another name or with overwrite"
+        case SaveForSamplerOp(name=str(short_name)):
+            name = str(TinkerPath(op.model_id, CheckpointKind.SAMPLER, short_name))
+            is_taken = name in names_taken or await store.checkpoints.exists(name)
+            message = f"checkpoint {name} exists; save under another name"
+        case SaveForSamplerOp(sampling_session_id=session_id) if session_id is not None:
+            # Admission checks this too, but cannot see a save that is still queued.
+            name = session_id
+            is_taken = name in names_taken or await store.sampling.get(session_id) is not None
+            message = f"sampling session {name} exists and keeps its weights; use a new sampling_session_seq_id"
+        case _:
+            return None
+    names_taken.add(name)
+    is_overwriting = isinstance(op, SaveWeightsOp) and op.overwrite
+    return Failure(message, Category.USER) if is_taken and not is_overwriting else None
 
 
 def _work_item(planned: PlannedOp, payload: bytes, run: Run, prepared: Prepared) -> WorkItem:

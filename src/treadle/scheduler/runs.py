@@ -6,10 +6,10 @@ It decides what a run needs before its ops may run: nothing, a restore, or the a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from treadle.domain.ids import CheckpointKind, ModelId
+from treadle.domain.ids import BlobKey, CheckpointKind, ModelId
 from treadle.domain.ops import OpKind
 from treadle.domain.plan import RestoreItem, StateTag
 from treadle.domain.records import ModelAdvance, ModelRecord, RequestRecord
@@ -42,6 +42,11 @@ class Run:
         tag = StateTag(record.model_id, incarnation=record.incarnation + 1, applied_seq=record.next_seq_id - 1)
         return RestoreItem(model_id=record.model_id, lora=record.lora, blob_key=record.snapshot_key, tag=tag)
 
+    def snapshot_taken(self, key: BlobKey) -> ModelAdvance:
+        """The commit that registers `key` as holding exactly the committed state."""
+        next_seq_id = self.record.next_seq_id
+        return ModelAdvance(self.record.model_id, next_seq_id, snapshot_key=key, snapshot_seq=next_seq_id - 1)
+
     def apply(self, advance: ModelAdvance) -> None:
         """Take over what a committed cycle changed."""
         changes = {
@@ -58,6 +63,15 @@ class Run:
         self.refused_passes.update(
             row.seq_id for row in rows if row.state is RequestState.FAILED and row.kind is OpKind.FORWARD_BACKWARD
         )
+
+    def newest_to_step_over(self, rows: Sequence[RequestRecord]) -> int | None:
+        """The last of the refused numbers at the front of the line: nothing has to run before they are consumed."""
+        next_seq_id = self.record.next_seq_id
+        for row in rows:
+            if row.state is RequestState.QUEUED or row.seq_id != next_seq_id:
+                break
+            next_seq_id += 1
+        return None if next_seq_id == self.record.next_seq_id else next_seq_id - 1
 
     def num_refused_before(self, seq_id: int) -> int:
         """Refused passes that a step with this seq_id leaves behind."""
@@ -88,7 +102,15 @@ class RunBook:
         """Runs that the worker holds."""
         return [run for run in self._runs.values() if run.tag is not None]
 
-    async def loss_message(self, run: Run) -> str:
+    def forget_over(self, model_ids: Iterable[ModelId]) -> None:
+        """Drop those of these runs that are over; should an op of one still come, the store knows."""
+        for model_id in model_ids:
+            run = self._runs.get(model_id)
+            if run is not None and is_over(run.record.state):
+                assert run.tag is None, f"the worker still holds {model_id}, which is over"
+                del self._runs[model_id]
+
+    async def loss_message(self, run: Run, *, why: str = "was lost when its worker ended") -> str:
         """What a client is told when its run's state is gone: the newest checkpoint, if there is one."""
         model_id = run.record.model_id
         newest = await self._store.checkpoints.newest(model_id, CheckpointKind.TRAINING)
@@ -97,7 +119,7 @@ class RunBook:
             if newest is not None
             else "it has no checkpoint"
         )
-        return f"the training state of run {model_id} was lost when its worker ended; {hint}"
+        return f"the training state of run {model_id} {why}; {hint}"
 
 
 def is_over(state: ModelState) -> bool:

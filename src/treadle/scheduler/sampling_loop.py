@@ -15,8 +15,9 @@ from treadle.domain.outcome import Failure, SampleOutcome
 from treadle.domain.plan import SampleWork
 from treadle.domain.records import FinishedRequest, LeaseRecord, RequestRecord
 from treadle.domain.states import Category
-from treadle.errors import Fenced, WorkerDied
+from treadle.errors import Fenced, StoreUnavailable, WorkerDied
 from treadle.executor.base import Executor
+from treadle.scheduler.preparing import drop_blobs, read_payloads
 from treadle.store import Store
 from treadle.telemetry.logs import get_logger
 from treadle.telemetry.metrics import Metrics
@@ -86,7 +87,7 @@ class SamplingLoop:
                     await asyncio.sleep(ERROR_PAUSE_S)
                 if not self._outcomes:
                     await self._sleep()
-            await self._commit()
+            await self._commit_last()
         finally:
             self._count_deaths()
 
@@ -109,18 +110,18 @@ class SamplingLoop:
         ready = [row for row in fresh if row not in poisoned]
         if not ready:
             return
-        payloads = await self._store.requests.payloads([row.request_id for row in ready])
+        payloads = await read_payloads([row.request_id for row in ready], self._store, self._blobs)
         works = []
         for row in ready:
-            if row.request_id not in payloads:
-                continue  # finished or cancelled between the two reads
-            inline, key = payloads[row.request_id]
-            payload = inline if key is None else await asyncio.to_thread(self._blobs.read, key)
-            if key is not None:
-                self._payload_keys[row.request_id] = key
-            works.append(SampleWork(request_id=row.request_id, tenant_id=row.tenant_id, payload=payload))
+            payload = payloads[row.request_id]
+            if isinstance(payload, Failure):
+                self._outcomes.append(SampleOutcome(request_id=row.request_id, failure=payload))
+            else:
+                works.append(SampleWork(request_id=row.request_id, tenant_id=row.tenant_id, payload=payload))
+            if row.payload_key is not None:
+                self._payload_keys[row.request_id] = row.payload_key
         executor.submit_samples(works)
-        self._running.update(work.request_id for work in works)
+        self._running.update(row.request_id for row in ready)
 
     async def _commit(self) -> None:
         """Commit everything that came back since the last time, in one transaction."""
@@ -141,13 +142,22 @@ class SamplingLoop:
         except Exception:
             self._outcomes = outcomes + self._outcomes
             raise
+        over = []
         for outcome in outcomes:
             self._running.discard(outcome.request_id)
             self._deaths.pop(outcome.request_id, None)
             if (key := self._payload_keys.pop(outcome.request_id, None)) is not None:
-                await asyncio.to_thread(self._blobs.delete, key)
+                over.append(key)
             self._metrics.sampled_tokens.labels(self._pool).inc(outcome.num_sampled_tokens)
             self._metrics.prompt_tokens.labels(self._pool).inc(outcome.num_prompt_tokens)
+        await drop_blobs(self._blobs, over)
+
+    async def _commit_last(self) -> None:
+        """Store what came back before the end. What cannot be stored is drawn again; nobody else waits for it."""
+        try:
+            await self._commit()
+        except StoreUnavailable as error:
+            log.warning("samples not committed", pool=self._pool, reason=error.message)
 
     async def _give_up(self, rows: Sequence[RequestRecord]) -> None:
         failure = Failure(f"this sample was running when its worker ended {MAX_DEATHS} times", Category.SERVER)
@@ -156,6 +166,7 @@ class SamplingLoop:
         )
         for row in rows:
             del self._deaths[row.request_id]
+        await drop_blobs(self._blobs, [row.payload_key for row in rows if row.payload_key is not None])
 
     def _count_deaths(self) -> None:
         """Whatever was still running when the executor went away was there at its end."""

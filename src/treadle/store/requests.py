@@ -61,13 +61,26 @@ def _heads_statement() -> sa.Select[tuple[object, ...]]:
     return sa.select(*_NARROW).where(requests.c.row_id.in_(first)).order_by(requests.c.model_id, requests.c.seq_id)
 
 
+def _queued_samples_statement() -> sa.Select[tuple[object, ...]]:
+    # Everybody's first, then everybody's second: a tenant with thousands waiting does not hide the others.
+    ranked = (
+        sa.select(
+            requests.c.row_id,
+            sa.func.row_number().over(partition_by=requests.c.tenant_id, order_by=requests.c.row_id).label("place"),
+        )
+        .where(requests.c.pool == sa.bindparam("of_pool"), IS_QUEUED, IS_SAMPLE)
+        .subquery()
+    )
+    return (
+        sa.select(*_NARROW)
+        .join(ranked, ranked.c.row_id == requests.c.row_id)
+        .order_by(ranked.c.place, ranked.c.row_id)
+        .limit(sa.bindparam("max_rows"))
+    )
+
+
 HEADS = _heads_statement()
-QUEUED_SAMPLES = (
-    sa.select(*_NARROW)
-    .where(requests.c.pool == sa.bindparam("of_pool"), IS_QUEUED, IS_SAMPLE)
-    .order_by(requests.c.row_id)
-    .limit(sa.bindparam("max_rows"))
-)
+QUEUED_SAMPLES = _queued_samples_statement()
 _GET = sa.select(*_NARROW).where(requests.c.request_id == sa.bindparam("id"))
 _FUTURE = (
     sa.select(
@@ -202,7 +215,10 @@ class Requests:
         return [tuple(line) for _model_id, line in groupby(records, key=lambda record: record.model_id)]
 
     async def queued_samples(self, pool: PoolName, limit: int = MAX_PAGE_ROWS) -> list[RequestRecord]:
-        """Queued samples in arrival order, running ones included; the caller knows which it handed out."""
+        """Queued samples, tenants taking turns, each in arrival order; running ones included.
+
+        The caller knows which it handed out.
+        """
         values = {"of_pool": pool, "max_rows": checked_limit(limit)}
         rows = await self._database.read(lambda conn: conn.execute(QUEUED_SAMPLES, values).all())
         return [_record_of(row) for row in rows]

@@ -144,7 +144,7 @@ def _partial_index(name: str, *columns: sa.Column[object], where: sa.ColumnEleme
 _r = requests.c
 # in_line is constant here, but SQLite before 3.41 fetches the row to check the condition unless the index has it.
 _partial_index("ix_requests_line", _r.pool, _r.model_id, _r.seq_id, _r.in_line, where=IS_IN_LINE)
-_partial_index("ix_requests_queued_samples", _r.pool, _r.row_id, where=sa.and_(IS_QUEUED, IS_SAMPLE))
+_partial_index("ix_requests_queued_samples", _r.pool, _r.tenant_id, _r.row_id, where=sa.and_(IS_QUEUED, IS_SAMPLE))
 _partial_index("ix_requests_queued_of_tenant", _r.tenant_id, _r.num_tokens, where=IS_QUEUED)
 _partial_index("ix_requests_model_seq", _r.model_id, _r.seq_id, where=_r.model_id.is_not(None), unique=True)
 _partial_index(

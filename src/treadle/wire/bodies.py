@@ -238,9 +238,9 @@ class FinishBody(Body):
 
 
 class LoraConfigBody(_Section):
-    """lora_config. The default rank is that of the SDK's create_lora_training_client."""
+    """lora_config. The default rank is that of the SDK's create_lora_training_client; its bounds are the server's."""
 
-    rank: Annotated[int, Field(ge=1)] = 32
+    rank: int = 32
     seed: Seed | None = None
     train_unembed: bool = True
     train_mlp: bool = True

@@ -48,13 +48,13 @@ SeedSource = Callable[[], int]
 def create_model_op(body: CreateModelBody, *, base_model: str, max_rank: int, draw_seed: SeedSource) -> CreateModelOp:
     """A fresh run on the pool named `base_model` (the body's name may be an alias of it).
 
-    Raises InvalidRequest for a rank over `max_rank` or no layer to train, NotSupported without a lora_config.
+    Raises InvalidRequest for a rank outside 1 to `max_rank` or no layer to train, NotSupported without a lora_config.
     """
     lora = body.lora_config
     if lora is None:
         raise NotSupported("create_model without lora_config asks for full fine-tuning; send lora_config")
-    if lora.rank > max_rank:
-        raise InvalidRequest(f"lora_config.rank={lora.rank} is over this server's limit of {max_rank}")
+    if not 1 <= lora.rank <= max_rank:
+        raise InvalidRequest(f"lora_config.rank={lora.rank} is outside this server's bounds of 1 to {max_rank}")
     if not (lora.train_attn or lora.train_mlp or lora.train_unembed):
         raise InvalidRequest("lora_config trains nothing; set at least one of train_attn, train_mlp, train_unembed")
     return CreateModelOp(

@@ -34,6 +34,7 @@ from treadle.domain.outcome import (
     StepResult,
 )
 from treadle.domain.plan import FIRST_INCARNATION, RestoreItem, StateTag, WorkItem
+from treadle.domain.states import Category
 from treadle.engine.adapter import new_training_state
 from treadle.engine.base_model import BaseModel
 from treadle.engine.files import decode_state, encode_state
@@ -105,8 +106,10 @@ class CycleRunner:
         )
 
     def _restore(self, restore: RestoreItem) -> None:
-        """Rebuild a run; when that fails, its ops in this cycle fail with the reason."""
+        """Rebuild a run; when that fails, its ops in this cycle fail with the reason, as an error of ours."""
         self._slots.drop(restore.model_id)
+        # A pass begun on the state before must not go on adding to it.
+        self.forget_run(restore.model_id)
         try:
             if restore.blob_key is None:
                 state = new_training_state(self._base, restore.lora)
@@ -114,7 +117,9 @@ class CycleRunner:
                 state = decode_state(self._blobs.read(restore.blob_key), self._base)
         except TreadleError as error:
             log.error("restore failed", model_id=restore.model_id, reason=error.message)
-            self._lost[restore.model_id] = failure_of(error)
+            self._lost[restore.model_id] = Failure(
+                f"the state of run {restore.model_id} could not be read back: {error.message}", Category.SERVER
+            )
             return
         self._slots.put(state, restore.tag)
 

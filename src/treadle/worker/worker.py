@@ -15,12 +15,15 @@ from treadle.engine.base_model import BaseModel
 from treadle.engine.files import encode_state
 from treadle.errors import Fenced, TreadleError
 from treadle.sampler.base import Sampler, SampleRequest
+from treadle.telemetry.logs import get_logger
 from treadle.worker.blob_io import BlobIO
 from treadle.worker.cycle import CycleRunner
 from treadle.worker.failures import failure_of
 from treadle.worker.slots import Slots
 from treadle.worker.versions import Versions
 from treadle.worker.work import DecodedCycle, DecodedSample
+
+log = get_logger(__name__)
 
 
 class Worker:
@@ -60,14 +63,21 @@ class Worker:
         return self._runner.execute(cycle)
 
     def snapshot(self, targets: Sequence[tuple[StateTag, str]]) -> dict[ModelId, int]:
-        """Write whole states under the given keys; bytes per run. Runs not held at exactly that tag are left out."""
+        """Write whole states under the given keys; bytes per run.
+
+        Runs not held at exactly that tag are left out, and so are those that the blob store does not take: one run's
+        failure must not cost the others their snapshot.
+        """
         written: dict[ModelId, int] = {}
         for tag, key in targets:
             if self._slots.tag(tag.model_id) != tag:
                 continue
             state = self._slots.state(tag.model_id)
             data = encode_state(state, self._base, with_optimizer=True, applied_seq=tag.applied_seq)
-            written[tag.model_id] = self._blobs.write(key, data)
+            try:
+                written[tag.model_id] = self._blobs.write(key, data)
+            except (TreadleError, OSError) as error:
+                log.error("snapshot failed", model_id=tag.model_id, reason=str(error))
         return written
 
     def evict(self, model_ids: Sequence[ModelId]) -> None:

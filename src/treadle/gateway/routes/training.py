@@ -8,16 +8,15 @@ from starlette.responses import Response
 
 from treadle.domain.ops import OpKind, OptimStepOp, PassOp, SaveForSamplerOp, SaveWeightsOp, kind_of
 from treadle.domain.quanta import cut_quanta, quantum_tokens
-from treadle.errors import InvalidRequest, NotSupported
+from treadle.errors import InvalidRequest, NotSupported, UserError
 from treadle.gateway.admission import Draft
-from treadle.gateway.context import gateway_of
+from treadle.gateway.context import gateway_of, loaded_facts
 from treadle.gateway.intake import (
     Submission,
-    check_lead,
     future_of,
-    not_served,
     op_place,
-    pool_limits,
+    open_pool,
+    pass_limits,
     read_plain_body,
     submit_training_op,
 )
@@ -37,13 +36,15 @@ async def forward_backward(request: Request) -> Response:
         raise NotSupported("forward_backward takes protobuf; use tinker 0.25 or newer")
     raw = await read_plain_body(gateway, request)
     head = await gateway.admission.run(lambda: read_pass_head(raw), num_bytes=len(raw))
-    model = await gateway.access.model_for_work(principal, head.model_id, seq_id=head.seq_id)
-    limits = pool_limits(gateway.deps.pools.by_name(model.pool))
+    model = await gateway.access.model_of_op(principal, head.model_id, seq_id=head.seq_id)
+    place = op_place(model, OpKind.FORWARD_BACKWARD, head.seq_id)
+    try:
+        pool = await open_pool(gateway, principal, model, head.seq_id)
+    except UserError as refusal:
+        return future_of(await gateway.admission.submit_refused(place, refusal), model_id=model.model_id)
+    limits = pass_limits(loaded_facts(pool))
 
     def draft() -> Draft:
-        check_lead(model, head.seq_id)
-        if limits is None:
-            raise not_served(model)
         op = decode_pass(raw, limits=limits)
         if len(op.datums) > gateway.settings.max_datums_per_request:
             raise InvalidRequest(
@@ -51,7 +52,6 @@ async def forward_backward(request: Request) -> Response:
             )
         return _pass_draft(op, raw)
 
-    place = op_place(model, OpKind.FORWARD_BACKWARD, head.seq_id)
     request_id = await gateway.admission.submit(place, draft, num_bytes=len(raw))
     return future_of(request_id, model_id=model.model_id)
 

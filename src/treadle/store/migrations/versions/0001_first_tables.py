@@ -186,7 +186,7 @@ def _create_requests() -> None:
     op.create_index(
         "ix_requests_queued_samples",
         "requests",
-        ["pool", "row_id"],
+        ["pool", "tenant_id", "row_id"],
         **_where(sa.text("state = 'queued' AND kind = 'sample'")),
     )
 
