@@ -19,7 +19,11 @@ import tinker
 from e2e_support import MODEL, ServerProcess, batch, new_key
 from tinker import types
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default", "ignore::ResourceWarning")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(1200),
+    pytest.mark.filterwarnings("default", "ignore::ResourceWarning"),
+]
 
 NUM_CLIENTS = 4
 NUM_KILLS = 40

@@ -7,10 +7,11 @@ are keyed by the seed in the row, so a second run gives the same tokens.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Sequence
 
 from treadle.blobs import BlobStore
-from treadle.domain.ids import BlobKey, PoolName, RequestId
+from treadle.domain.ids import BlobKey, PoolName, RequestId, TenantId
 from treadle.domain.outcome import Failure, SampleOutcome
 from treadle.domain.plan import SampleWork
 from treadle.domain.records import FinishedRequest, LeaseRecord, RequestRecord
@@ -28,6 +29,8 @@ POLL_S = 1.0
 ERROR_PAUSE_S = 1.0
 # Samples one worker holds at a time; the rest wait as rows, where fairness over tenants and a restart find them.
 MAX_HANDED_OVER = 256
+# Of these, one tenant's at most: a newcomer's sample finds room however many another one has queued.
+MAX_HANDED_OVER_PER_TENANT = 192
 # A sample that was running at this many worker deaths is given up.
 MAX_DEATHS = 3
 
@@ -41,7 +44,7 @@ class SamplingLoop:
         self._store = store
         self._blobs = blobs
         self._lease = lease
-        self._running: set[RequestId] = set()
+        self._running: dict[RequestId, TenantId] = {}
         self._deaths: dict[RequestId, int] = {}
         self._outcomes: list[SampleOutcome] = []
         self._payload_keys: dict[RequestId, BlobKey] = {}
@@ -103,7 +106,7 @@ class SamplingLoop:
         if room <= 0:
             return
         rows = await self._store.requests.queued_samples(self._pool, MAX_HANDED_OVER + room)
-        fresh = [row for row in rows if row.request_id not in self._running][:room]
+        fresh = self._within_shares(rows)[:room]
         poisoned = [row for row in fresh if self._deaths.get(row.request_id, 0) >= MAX_DEATHS]
         if poisoned:
             await self._give_up(poisoned)
@@ -121,7 +124,17 @@ class SamplingLoop:
             if row.payload_key is not None:
                 self._payload_keys[row.request_id] = row.payload_key
         executor.submit_samples(works)
-        self._running.update(row.request_id for row in ready)
+        self._running.update((row.request_id, row.tenant_id) for row in ready)
+
+    def _within_shares(self, rows: Sequence[RequestRecord]) -> list[RequestRecord]:
+        """The rows that are not with the sampler yet, in their order, as far as their tenants' shares go."""
+        num_held = Counter(self._running.values())
+        chosen = []
+        for row in rows:
+            if row.request_id not in self._running and num_held[row.tenant_id] < MAX_HANDED_OVER_PER_TENANT:
+                num_held[row.tenant_id] += 1
+                chosen.append(row)
+        return chosen
 
     async def _commit(self) -> None:
         """Commit everything that came back since the last time, in one transaction."""
@@ -144,7 +157,7 @@ class SamplingLoop:
             raise
         over = []
         for outcome in outcomes:
-            self._running.discard(outcome.request_id)
+            self._running.pop(outcome.request_id, None)
             self._deaths.pop(outcome.request_id, None)
             if (key := self._payload_keys.pop(outcome.request_id, None)) is not None:
                 over.append(key)
