@@ -23,7 +23,6 @@ def check_bind(host: str, *, any_key_exists: bool, mode: str) -> None:
 
 def is_loopback(host: str) -> bool:
     """Whether only this machine can reach `host`. A name other than localhost counts as reachable from outside."""
-    """Whether only this machine can reach `host`."""
     if host == "localhost":
         return True
     try:

@@ -285,7 +285,8 @@ class CycleLoop:
         """Ids that never came become FAILED rows, and the line moves on."""
         for gap in plan.gaps:
             run = runs[gap.model_id]
-            log.warning("gap given up", model_id=gap.model_id, seq_ids=str(gap.seq_ids))
+            first, last = gap.seq_ids[0], gap.seq_ids[-1]
+            log.warning("gap given up", model_id=gap.model_id, first=first, last=last, num_missing=len(gap.seq_ids))
             for seq_id in gap.seq_ids:
                 ledger.never_received.append(_never_received(run, seq_id, self._pool))
                 ledger.consume(run, seq_id)

@@ -11,10 +11,9 @@ import torch
 from treadle.domain.limits import QUANTUM_TOKENS
 from treadle.engine.base_model import BaseModel, load_base_model, numerics_profile
 from treadle.sampler.base import SamplerLimits
-from treadle.sampler.builtin import BuiltinSampler
-from treadle.sampler.stops import tokenizer_eos_id
-from treadle.sampler.tokenizer import load_token_bytes
+from treadle.sampler.builtin import open_sampler
 from treadle.worker.blob_io import BlobIO
+from treadle.worker.guarded_sampler import GuardedSampler
 from treadle.worker.modelscope_hub import fetch_from_modelscope
 from treadle.worker.worker import Worker
 
@@ -64,7 +63,7 @@ def build_worker(
     limits = SamplerLimits(max_running=max_running_samples, max_cached_tokens=max_cached_tokens or _cached_tokens(base))
     return Worker(
         base=base,
-        sampler=_sampler(base, limits),
+        sampler=GuardedSampler(lambda: open_sampler(base, limits=limits)),
         blobs=blobs,
         micro_batch_tokens=micro_batch_tokens or _micro_batch_tokens(base),
     )
@@ -87,16 +86,6 @@ def _choose_threads(base: BaseModel) -> None:
     is_small = base.facts.num_parameters < SMALL_MODEL_PARAMETERS
     torch.set_num_threads(1 if is_small else min(os.cpu_count() or 1, MAX_AUTO_THREADS))
     base.facts = replace(base.facts, numerics_profile=numerics_profile(base.device, base.facts.dtype))
-
-
-def _sampler(base: BaseModel, limits: SamplerLimits) -> BuiltinSampler:
-    """EOS ids are the model's own, else the tokenizer's; without a tokenizer, stop strings are a user error."""
-    tokenizer_dir = base.facts.tokenizer_dir
-    token_bytes = load_token_bytes(tokenizer_dir)
-    eos_ids = frozenset(base.eos_token_ids)
-    if not eos_ids and (eos_id := tokenizer_eos_id(tokenizer_dir, token_bytes)) is not None:
-        eos_ids = frozenset({eos_id})
-    return BuiltinSampler(base, token_bytes=token_bytes, eos_ids=eos_ids, limits=limits)
 
 
 def _micro_batch_tokens(base: BaseModel) -> int:
