@@ -145,6 +145,11 @@ def test_a_server_that_cannot_start_says_why_in_one_line_and_leaves_no_worker(tm
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text('{"model_type": "gpt2"}')
     (tmp_path / "file").touch()
+
+    def is_worker(process: psutil.Process) -> bool:
+        return "treadle.executor.child" in (process.info["cmdline"] or [])
+
+    before = {process.pid for process in psutil.process_iter(["cmdline"]) if is_worker(process)}
     with socket.create_server(("127.0.0.1", 0)) as taken:
         reasons = {
             "could not be loaded": ["--port", "0", "--data", str(tmp_path / "a"), "--model", f"x={tmp_path / 'model'}"],
@@ -158,8 +163,9 @@ def test_a_server_that_cannot_start_says_why_in_one_line_and_leaves_no_worker(tm
             assert reason in line
             assert "Traceback" not in refused.stderr
             assert refused.stdout == ""
-    mine = {process.pid for process in psutil.Process().children(recursive=True)}
-    assert not [pid for pid in mine if "treadle.executor.child" in " ".join(psutil.Process(pid).cmdline())]
+    left = [process for process in psutil.process_iter(["cmdline"]) if is_worker(process) and process.pid not in before]
+    _, alive = psutil.wait_procs(left, timeout=10)
+    assert not alive
 
 
 def test_a_drain_during_the_load_is_quick_and_clean(tmp_path: Path) -> None:
