@@ -12,9 +12,7 @@
     |   +-- NotSupported          a feature treadle lacks         400  user
     |   +-- NonFiniteResult       loss or gradient is not finite  400  user
     |   +-- NoGradient            a step without passes           400  user
-    |   +-- NeverReceived         a hole in the sequence          400  user
     +-- ServerError               we must fix it                  500  server
-    |   +-- StateLost             a run's training state is gone  500  server
     |   +-- WorkerDied            the worker process ended        500  server
     |   +-- StaleTag              a plan starts from another state 500 server
     |   +-- Fenced                another leader took the lease   500  server
@@ -104,16 +102,8 @@ class NoGradient(UserError):
     """optim_step with no successful forward_backward since the last step."""
 
 
-class NeverReceived(UserError):
-    """An op whose seq_id was skipped by its client and never arrived."""
-
-
 class ServerError(TreadleError):
     """Our fault; the log has the request id."""
-
-
-class StateLost(ServerError):
-    """A run's training state is gone; the message names the newest checkpoint, if any."""
 
 
 class WorkerDied(ServerError):

@@ -98,6 +98,7 @@ class Server:
 
     async def serve(self) -> int:
         """Run until a signal; 0 after a drain in time, 1 when something that serves ended on its own."""
+        self._handle_signals()
         launched = {model.name: self._launch(model) for model in self._settings.models}
         try:
             store = await Store.open(self._settings.database_url)
@@ -192,7 +193,6 @@ class Server:
                 server_header=False,
             )
         )
-        self._handle_signals()
         serving = asyncio.create_task(http.serve(sockets=[listener]), name="http")
         leading = [asyncio.create_task(runner.run(), name=f"pool {runner.pool}") for runner in self._pools]
         announcing = asyncio.create_task(self._announce(listener))

@@ -77,3 +77,16 @@ def test_rows_without_signal_are_known_beforehand() -> None:
         np.testing.assert_array_equal(rows_with_gradient(name, inputs), expected)
         flat = {key: value[:, 0] for key, value in inputs.items()}
         np.testing.assert_array_equal(rows_with_gradient(name, flat), flat["weights"] != 0)
+
+
+@pytest.mark.parametrize("name", ["importance_sampling", "ppo"])
+def test_a_token_without_advantage_adds_nothing_whatever_its_placeholder(name: str) -> None:
+    inputs = {
+        "logprobs": torch.tensor([-1e4, -2.0]),
+        "advantages": torch.tensor([0.0, 1.0]),
+        "clip_low_threshold": torch.full((2,), 0.8),
+        "clip_high_threshold": torch.full((2,), 1.2),
+    }
+    terms = LOSS_FUNCTIONS[name](torch.tensor([-3.0, -2.0]), inputs, {})
+    assert terms.loss.tolist() == [0.0, -1.0]
+    assert terms.grad.tolist() == [0.0, -1.0]

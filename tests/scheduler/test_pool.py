@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from scheduler_support import TENANT, Cluster
@@ -235,3 +236,14 @@ async def test_a_lost_lease_ends_the_pool_without_another_write(cluster: Cluster
     with pytest.raises(Fenced):
         await cluster._task
     assert (await cluster.store.requests.future(queued)).state == "queued"  # type: ignore[union-attr]
+
+
+async def test_tokens_of_a_pass_spread_over_cycles_are_counted_whole(cluster: Cluster) -> None:
+    await cluster.drain()
+    cluster.settings = replace(cluster.settings, budget_tokens=2048)
+    cluster.start()
+    await cluster.create(RUN)
+    await cluster.run(pass_op(1, model_id=RUN, datums=[datum(1500, seed=seed) for seed in range(3)]), step_op(2))
+    assert await cluster.store.cycles.trained_tokens(TENANT) == 4500
+    (entry, _) = await cluster.store.run_log.read(RUN, 10)
+    assert entry.metrics["num_tokens"] == 4500

@@ -120,7 +120,7 @@ class SamplerSettings(Section):
     max_cached_tokens: int = Field(default=0, ge=0)
     """Most tokens in the KV cache; 0 chooses from the memory there is."""
     max_queued_samples_per_tenant: int = Field(default=4096, gt=0)
-    """Sample requests a tenant may have waiting; beyond that the SDK is told to back off (429)."""
+    """Requests of any kind a tenant may have waiting before its samples are told to back off (429)."""
 
 
 class LimitSettings(Section):
@@ -128,9 +128,9 @@ class LimitSettings(Section):
 
     max_lora_rank: int = Field(default=limits.MAX_LORA_RANK, gt=0)
     """Largest LoRA rank."""
-    max_datums_per_request: int = Field(default=limits.MAX_DATUMS_PER_REQUEST, gt=0)
+    max_datums_per_request: int = Field(default=limits.MAX_DATUMS_PER_REQUEST, gt=0, le=limits.MAX_DATUMS_PER_REQUEST)
     """Most datums in one forward_backward request. The SDK's chunks hold up to 1,024."""
-    max_num_samples: int = Field(default=limits.MAX_NUM_SAMPLES, gt=0)
+    max_num_samples: int = Field(default=limits.MAX_NUM_SAMPLES, gt=0, le=limits.MAX_NUM_SAMPLES)
     """Most sequences in one sample request."""
 
 

@@ -1,6 +1,6 @@
 """Every bound in treadle, with its unit and the reason for its value.
 
-Bounds an operator may change live in config.py and take their defaults from here.
+Bounds an operator may change live in config/tree.py and take their defaults from here.
 """
 
 from __future__ import annotations
@@ -46,8 +46,6 @@ MAX_GAP_IDS_PER_CYCLE = 1_024
 # Device seconds that training or sampling may be ahead of the other before the rest is forgotten. Above the longest
 # unit of work, so that the split stays 50:50; short enough that a side that was idle cannot hold the device for long.
 MAX_SHARE_CREDIT_S = 1.0
-# Ephemeral sampler versions kept in memory per model, newest first.
-MAX_RESIDENT_VERSIONS_PER_MODEL = 4
 # An id, path or base model name in a request: longer than any that treadle makes, short enough for an index.
 MAX_ID_CHARS = 512
 # Free text of a request (display name, project, finish detail).

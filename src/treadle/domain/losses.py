@@ -65,4 +65,7 @@ def resolve_loss(name: str, config: Mapping[str, float | str]) -> Loss:
         if isinstance(value, str) or value != value or value in (float("inf"), float("-inf")):
             raise InvalidRequest(f"loss_fn_config {key}={value!r} of {name} must be a finite number")
         settings[key] = float(value)
+    low, high = (settings.get(name) for name in PER_TOKEN_CLIPS)
+    if low is not None and high is not None and low > high:
+        raise InvalidRequest(f"clip_low_threshold {low} of {name} is above clip_high_threshold {high}")
     return Loss(name=name, config=settings)

@@ -35,7 +35,7 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True)
 class BlobResult:
-    """A blob was written durably under `blob_key`. `lora` and `step` go into the checkpoint's row."""
+    """A blob was written durably under `blob_key`. `lora` goes into the checkpoint's row."""
 
     blob_key: BlobKey
     num_bytes: int
@@ -100,7 +100,8 @@ class OpOutcome:
 
     Exactly one of result and failure is set, except for a pass with quanta left (`is_partial`), which has neither.
     encoded: set by the executor when result is final and has bytes of its own (passes and steps).
-    tag_after: the state the worker holds now (None when it holds none).
+    tag_after: the state the worker holds now (None when it holds none). num_tokens: of the quanta run in this cycle;
+    num_tokens_of_op: of the whole pass, with its final outcome.
     """
 
     request_id: RequestId
@@ -113,6 +114,7 @@ class OpOutcome:
     encoded: EncodedResult | None = None
     tag_after: StateTag | None = None
     num_tokens: int = 0
+    num_tokens_of_op: int = 0
 
 
 @dataclass(frozen=True, slots=True)

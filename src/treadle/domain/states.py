@@ -14,7 +14,7 @@ class RequestState(StrEnum):
 
 
 class ModelState(StrEnum):
-    """A training run's life. LOST: its state is gone and it says so; CORRUPTED: it cannot be repaired."""
+    """A training run's life. LOST: its state is gone, and it says so."""
 
     CREATING = "creating"
     READY = "ready"

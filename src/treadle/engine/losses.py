@@ -49,7 +49,7 @@ def cross_entropy(logprobs_CK: Tensor, inputs: Inputs, config: Mapping[str, floa
 
 def importance_sampling(logprobs_C: Tensor, inputs: Inputs, config: Mapping[str, float]) -> LossTerms:
     """loss = -sum_t r_t * A_t ; r is differentiated, so d loss / d logp = loss."""
-    loss_C = -torch.exp(logprobs_C - inputs["logprobs"]) * inputs["advantages"]
+    loss_C = -_ratio(logprobs_C, inputs) * inputs["advantages"]
     return LossTerms(loss=loss_C, grad=loss_C)
 
 
@@ -60,7 +60,7 @@ def ppo(logprobs_C: Tensor, inputs: Inputs, config: Mapping[str, float]) -> Loss
     term where it is the smaller or equal one, else 0. Tokens whose clip is active are counted as clipped.
     """
     advantages_C = inputs["advantages"]
-    ratio_C = torch.exp(logprobs_C - inputs["logprobs"])
+    ratio_C = _ratio(logprobs_C, inputs)
     bounded_C = torch.minimum(
         torch.maximum(ratio_C, inputs["clip_low_threshold"]),
         inputs["clip_high_threshold"],
@@ -73,6 +73,12 @@ def ppo(logprobs_C: Tensor, inputs: Inputs, config: Mapping[str, float]) -> Loss
         grad=torch.where(is_clipped_C, torch.zeros_like(free_C), -free_C),
         metrics={"clipped_tokens:sum": is_clipped_C.sum()},
     )
+
+
+def _ratio(logprobs_C: Tensor, inputs: Inputs) -> Tensor:
+    """r_t = exp(logp_t - q_t), and 1 where A_t is 0: such a token adds nothing, whatever placeholder its q_t is."""
+    difference_C = logprobs_C - inputs["logprobs"]
+    return torch.exp(torch.where(inputs["advantages"] == 0, torch.zeros_like(difference_C), difference_C))
 
 
 LOSS_FUNCTIONS: Mapping[str, LossFn] = {

@@ -34,6 +34,7 @@ from treadle.domain.outcome import (
     ModelResult,
     OpOutcome,
     OpResult,
+    PassResult,
     PoolFacts,
     SampleOutcome,
     StepResult,
@@ -265,7 +266,10 @@ class _FakeWorker:
         held = self._tags.get(planned.model_id)
         if held is not None:
             self._tags[planned.model_id] = replace(held, applied_seq=planned.seq_id)
-        return self._outcome(item.item, result=result)
+        outcome = self._outcome(item.item, result=result)
+        if isinstance(result, PassResult) and isinstance(item.op, PassOp):
+            return replace(outcome, num_tokens_of_op=sum(datum.num_tokens for datum in item.op.datums))
+        return outcome
 
     def _refusal(self, item: DecodedItem) -> Failure | None:
         """Why an op may not start. A state other than the one the leader means is dropped, for a restore."""

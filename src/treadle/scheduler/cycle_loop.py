@@ -20,7 +20,7 @@ from treadle.domain.outcome import CycleOutcome, Failure
 from treadle.domain.plan import CyclePlan, CycleWork, ModelQueue, PolicyInput, PolicyState, QueuedOp
 from treadle.domain.records import FinishedCycle, LeaseRecord, NewRequest, RequestRecord
 from treadle.domain.states import Category, ModelState, RequestState
-from treadle.errors import Fenced, StoreUnavailable, WorkerDied
+from treadle.errors import Fenced, ServerError, StoreUnavailable, WorkerDied
 from treadle.executor.base import Executor
 from treadle.scheduler.budget import TokenBudget
 from treadle.scheduler.finishing import CycleLedger
@@ -136,14 +136,17 @@ class CycleLoop:
                 await asyncio.sleep(ERROR_PAUSE_S)
 
     async def persist(self, executor: Executor) -> None:
-        """Write every resident run whose newest snapshot is older than its state, so that a restart continues it."""
+        """Write every resident run whose newest snapshot is older than its state, so that a restart continues it.
+
+        Raises ServerError when some could not be written; the others are.
+        """
         stale = [run for run in self._book.resident() if not run.can_restore]
         num_written = 0
         for start in range(0, len(stale), RUNS_PER_SNAPSHOT):
             num_written += await self._persist_some(executor, stale[start : start + RUNS_PER_SNAPSHOT])
-        if num_written < len(stale):
-            log.error("runs not persisted", pool=self._pool, num_runs=len(stale) - num_written)
         log.info("runs persisted", pool=self._pool, num_runs=num_written)
+        if num_written < len(stale):
+            raise ServerError(f"{len(stale) - num_written} runs of pool {self._pool} could not be persisted")
 
     async def _persist_some(self, executor: Executor, runs: Sequence[Run]) -> int:
         """Write and register the states of these runs; how many could be."""

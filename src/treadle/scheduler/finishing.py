@@ -183,7 +183,7 @@ class CycleLedger:
             case OpKind.FORWARD_BACKWARD:
                 change.changed_seq = outcome.seq_id
                 tenant = run.record.tenant_id
-                self.trained_tokens[tenant] = self.trained_tokens.get(tenant, 0) + outcome.num_tokens
+                self.trained_tokens[tenant] = self.trained_tokens.get(tenant, 0) + outcome.num_tokens_of_op
                 self._log(outcome)
             case OpKind.OPTIM_STEP:
                 change.changed_seq = outcome.seq_id
@@ -203,7 +203,7 @@ class CycleLedger:
 
     def _log(self, outcome: OpOutcome) -> None:
         assert isinstance(outcome.result, PassResult | StepResult)
-        metrics = {**outcome.result.metrics, "num_tokens": float(outcome.num_tokens)}
+        metrics = {**outcome.result.metrics, "num_tokens": float(outcome.num_tokens_of_op)}
         self.run_log.append(
             RunLogEntry(
                 model_id=outcome.model_id,

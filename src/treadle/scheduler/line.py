@@ -13,7 +13,7 @@ from itertools import islice
 from typing import Final
 
 from treadle.domain.ids import ModelId, RequestId
-from treadle.domain.limits import MAX_GAP_IDS_PER_CYCLE
+from treadle.domain.limits import MAX_GAP_IDS_PER_CYCLE, MAX_HEADS_PER_MODEL
 from treadle.domain.ops import OpKind, Phase, phase_of
 from treadle.domain.plan import Gap, ModelQueue, PlannedOp, QueuedOp
 
@@ -152,10 +152,15 @@ class Line:
         absent = list(islice(self._absent(self._expected, seq_id), room + 1))
         if not absent:
             return True
-        if not any(op.queued_s > self._gap_wait_s and op.kind in _ENDS_THE_WAIT for op in self._rest()):
+        if not any(op.queued_s > self._gap_wait_s and self._ends_the_wait(op) for op in self._rest()):
             return False
         self.missing += absent[:room]
         return len(absent) <= room
+
+    def _ends_the_wait(self, op: QueuedOp) -> bool:
+        """A step, save or load proves that the missing ids are not merely late; so does a head that is full."""
+        is_full = len(self.queue.ops) + len(self.queue.settled_seq_ids) >= MAX_HEADS_PER_MODEL
+        return is_full or op.kind in _ENDS_THE_WAIT
 
     def _absent(self, start: int, stop: int) -> Iterator[int]:
         """Ids in [start, stop) that neither wait nor were refused at admission."""

@@ -16,7 +16,7 @@ from treadle.blobs import BlobStore
 from treadle.domain.ids import PoolName
 from treadle.domain.ops import OpKind
 from treadle.domain.outcome import PoolFacts
-from treadle.errors import ConfigError, WorkerDied
+from treadle.errors import ConfigError, Fenced, ServerError, WorkerDied
 from treadle.executor.base import DeathCallback, Executor
 from treadle.scheduler.cycle_loop import CycleLoop, CycleSettings
 from treadle.scheduler.lease import acquire_lease, keep_lease
@@ -122,7 +122,7 @@ class PoolRunner:
         await self._store.leases.release(lease)
 
     async def _serve_workers(self) -> None:
-        """One worker after another, for as long as the pool is led. Raises WorkerDied when one dies in a drain."""
+        """One worker after another, for as long as the pool is led. Raises what ended the last one in a drain."""
         num_deaths = 0
         now = asyncio.get_running_loop().time
         while not self._draining.is_set():
@@ -130,7 +130,10 @@ class PoolRunner:
             try:
                 await self._serve_one()
                 return
-            except WorkerDied as death:
+            except (ServerError, ConfigError) as death:
+                # A first worker that cannot load is the operator's to mend; a later one is tried again.
+                if isinstance(death, Fenced) or not (self.loaded.is_set() or isinstance(death, WorkerDied)):
+                    raise
                 self._metrics.worker_deaths.labels(self.pool).inc()
                 self._status = PoolStatus(self._status.facts, is_ready=False, reason=death.message)
                 if self._draining.is_set():

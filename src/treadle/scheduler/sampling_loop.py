@@ -16,7 +16,7 @@ from treadle.domain.outcome import Failure, SampleOutcome
 from treadle.domain.plan import SampleWork
 from treadle.domain.records import FinishedRequest, LeaseRecord, RequestRecord
 from treadle.domain.states import Category
-from treadle.errors import Fenced, StoreUnavailable, WorkerDied
+from treadle.errors import Fenced, TreadleError, WorkerDied
 from treadle.executor.base import Executor
 from treadle.scheduler.preparing import drop_blobs, read_payloads
 from treadle.store import Store
@@ -169,7 +169,9 @@ class SamplingLoop:
         """Store what came back before the end. What cannot be stored is drawn again; nobody else waits for it."""
         try:
             await self._commit()
-        except StoreUnavailable as error:
+        except Fenced:
+            raise
+        except TreadleError as error:
             log.warning("samples not committed", pool=self._pool, reason=error.message)
 
     async def _give_up(self, rows: Sequence[RequestRecord]) -> None:

@@ -91,7 +91,7 @@ class Leases:
         return lease if lease.expires_at > self._clock() else None
 
     async def in_flight(self, pool: PoolName) -> tuple[RequestId, ...]:
-        """What the last cycle handed to a worker and did not commit; a new leader reads it before its first cycle."""
+        """What the last cycle handed to a worker and did not commit; for the recovery of suspects by a new leader."""
         values = {"of_pool": pool}
         ids = await self._database.read(lambda conn: conn.execute(_IN_FLIGHT, values).scalar_one_or_none())
         return tuple(RequestId(request_id) for request_id in ids or ())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import replace
 from typing import assert_never
 
 from treadle.domain.ids import BlobKey, ModelId, RequestId
@@ -120,6 +121,10 @@ class CycleRunner:
             self._lost[restore.model_id] = Failure(
                 f"the state of run {restore.model_id} could not be read back: {error.message}", Category.SERVER
             )
+            return
+        except Exception as error:  # noqa: BLE001 (worker entry: no memory for one run must not end the others)
+            log.error("restore failed", model_id=restore.model_id, exc=error)
+            self._lost[restore.model_id] = internal_failure(f"the restore of run {restore.model_id}")
             return
         self._slots.put(state, restore.tag)
 
@@ -299,6 +304,8 @@ class CycleRunner:
             result = self._guarded(DecodedItem(item, open_pass.op), lambda _: open_pass.finish())
             if not isinstance(result, Failure):
                 self._settle(item, result=result)
+                outcome = self._outcomes[planned.request_id]
+                self._outcomes[planned.request_id] = replace(outcome, num_tokens_of_op=open_pass.total_tokens)
                 return
             open_pass.fail(result)
         assert open_pass.failure is not None

@@ -44,6 +44,11 @@ class OpenPass:
             first_datum_index=start,
         )
 
+    @property
+    def total_tokens(self) -> int:
+        """Tokens of the whole op."""
+        return sum(datum.num_tokens for datum in self.op.datums)
+
     def num_tokens(self, index: int) -> int:
         """Tokens of quantum `index`."""
         start, stop = self.quanta[index]

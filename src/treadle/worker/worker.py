@@ -18,7 +18,7 @@ from treadle.sampler.base import Sampler, SampleRequest
 from treadle.telemetry.logs import get_logger
 from treadle.worker.blob_io import BlobIO
 from treadle.worker.cycle import CycleRunner
-from treadle.worker.failures import failure_of
+from treadle.worker.failures import failure_of, internal_failure
 from treadle.worker.slots import Slots
 from treadle.worker.versions import Versions
 from treadle.worker.work import DecodedCycle, DecodedSample
@@ -73,11 +73,11 @@ class Worker:
             if self._slots.tag(tag.model_id) != tag:
                 continue
             state = self._slots.state(tag.model_id)
-            data = encode_state(state, self._base, with_optimizer=True, applied_seq=tag.applied_seq)
             try:
+                data = encode_state(state, self._base, with_optimizer=True, applied_seq=tag.applied_seq)
                 written[tag.model_id] = self._blobs.write(key, data)
-            except (TreadleError, OSError) as error:
-                log.error("snapshot failed", model_id=tag.model_id, reason=str(error))
+            except Exception as error:  # noqa: BLE001 (worker entry: one run must not cost the others theirs)
+                log.error("snapshot failed", model_id=tag.model_id, exc=error)
         return written
 
     def evict(self, model_ids: Sequence[ModelId]) -> None:
@@ -99,6 +99,11 @@ class Worker:
                 adapter = None if key is None else self._versions.get(key)
             except TreadleError as error:
                 self._refused.append(SampleOutcome(request_id=sample.request_id, failure=failure_of(error)))
+                continue
+            except Exception as error:  # noqa: BLE001 (worker entry: no memory for one adapter must not end them all)
+                log.error("adapter not loaded", request_id=sample.request_id, exc=error)
+                failure = internal_failure("this sample")
+                self._refused.append(SampleOutcome(request_id=sample.request_id, failure=failure))
                 continue
             requests.append(
                 SampleRequest(request_id=sample.request_id, tenant_id=sample.tenant_id, op=sample.op, adapter=adapter)

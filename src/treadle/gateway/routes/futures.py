@@ -78,6 +78,8 @@ async def _still_queued(gateway: Gateway, request_id: RequestId) -> Response:
     state, reason = QueueState.ACTIVE, None
     row = await gateway.store.requests.get(request_id)
     pool = None if row is None else gateway.deps.pools.by_name(row.pool)
+    if row is not None and pool is None:
+        state, reason = QueueState.PAUSED_CAPACITY, f"base model {row.pool} is not served by this server now"
     if pool is not None and not pool.is_ready:
         state, reason = QueueState.PAUSED_CAPACITY, f"base model {pool.name} is not ready: {pool.reason or 'loading'}"
     return Response(queue_state_body(state, reason=reason), status_code=408, media_type=JSON)
