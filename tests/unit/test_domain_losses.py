@@ -45,3 +45,8 @@ def test_a_setting_that_is_no_finite_number_is_refused(value: float | str) -> No
 def test_one_datums_settings_are_not_shared_with_the_table() -> None:
     resolve_loss("ppo", {"clip_low_threshold": 0.1})
     assert LOSSES["ppo"].config_defaults["clip_low_threshold"] == 0.8
+
+
+def test_clip_bounds_in_the_wrong_order_are_refused() -> None:
+    with pytest.raises(InvalidRequest, match=r"clip_low_threshold 2\.0 .* clip_high_threshold 1\.2"):
+        resolve_loss("ppo", {"clip_low_threshold": 2.0})

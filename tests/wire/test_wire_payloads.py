@@ -52,7 +52,8 @@ params = st.builds(
 
 @st.composite
 def passes(draw):
-    loss = resolve_loss("ppo", {"clip_high_threshold": draw(finite)})
+    low, high = sorted((draw(finite), draw(finite)))
+    loss = resolve_loss("ppo", {"clip_low_threshold": low, "clip_high_threshold": high})
     datums = []
     for ids in draw(st.lists(tokens, min_size=1, max_size=4)):
         floats = st.lists(
