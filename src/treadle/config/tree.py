@@ -99,7 +99,7 @@ class SchedulerSettings(Section):
     """The clock: what runs when."""
 
     gather_window_ms: float = Field(default=20.0, ge=0)
-    """Milliseconds that an idle worker waits for company before it starts a cycle."""
+    """Milliseconds that a pass without its step waits for company before a cycle starts."""
     cycle_budget_tokens: int = Field(default=0, ge=0)
     """Most tokens in one cycle; 0 follows `target_cycle_s` and the measured speed."""
     tenant_cap_fraction: float = Field(default=0.5, gt=0, le=1)

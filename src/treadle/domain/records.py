@@ -214,8 +214,8 @@ class FinishedCycle:
     finished: tuple[FinishedRequest, ...] = ()
     never_received: tuple[NewRequest, ...] = ()
     advances: tuple[ModelAdvance, ...] = ()
+    # One with the same path is replaced: whether that was asked for is decided before.
     checkpoints: tuple[CheckpointRecord, ...] = ()
     sampling_sessions: tuple[SamplingSessionRecord, ...] = ()
     run_log: tuple[RunLogEntry, ...] = ()
-    # Checkpoints with the same path are replaced (overwrite); otherwise a second one is a failure decided before.
     trained_tokens: Mapping[TenantId, int] = field(default_factory=dict)

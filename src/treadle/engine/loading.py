@@ -2,7 +2,7 @@
 
 The only module of the engine that reads files or may reach a network (for a hub name). It translates what
 transformers raises into ConfigError, and never runs code that comes with a model.
-Invariant: two directories whose configuration or weights differ get different revisions.
+Revisions of directories hash both ends of each weight file: training changes those, an edit of middle tensors may not.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The ASGI application: routes, the error layer, and the gateway's life from start to stop.
 
-It knows the deps it was given and no other process. Invariant: every answer is JSON or a finished result,
-whatever path or method was asked for.
+It knows the deps it was given and no other process. Invariant: every answer of the API is
+JSON or a finished result, whatever path or method was asked for; metrics and tokenizer files have formats of their
+own.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The steps that submissions share: body in, owner found, row placed, future out.
 
 Routes combine these with the op builders of wire. It refuses to know what any op means.
-Invariant: once a place is known, nothing but a dead store keeps the request from becoming a row.
+Invariant: once a place is known, nothing but a dead store, or a pool that is still loading (503, asked again),
+keeps the request from becoming a row.
 """
 
 from __future__ import annotations
