@@ -10,14 +10,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import gc
 import os
 import secrets
 import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import uvicorn
 import uvloop
@@ -41,15 +43,22 @@ from treadle.telemetry.metrics import Metrics
 
 log = get_logger(__name__)
 
+MakeExecutor: TypeAlias = Callable[[WorkerConfig], LocalExecutor]
+
+# The garbage collector's generations: the middle one ends at 25,000 objects, which takes it some 10 ms.
+GC_THRESHOLDS = (5_000, 5, 10)
 # After the drain, how long open connections get to take their last answers.
 CLOSE_S = 3
 
 
-def run(settings: Settings) -> int:
-    """Serve until told to stop; the exit status. Raises ConfigError for what an operator must fix."""
+def run(settings: Settings, *, make_executor: MakeExecutor = LocalExecutor) -> int:
+    """Serve until told to stop; the exit status. Raises ConfigError for what an operator must fix.
+
+    make_executor: a worker that is not started yet, for its configuration.
+    """
     configure_logging(level=settings.log.level, style=settings.log.format)
     with locked(settings.data_dir), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(Server(settings).serve())
+        return runner.run(Server(settings, make_executor=make_executor).serve())
 
 
 @contextlib.contextmanager
@@ -88,11 +97,14 @@ class Clock:
 class Server:
     """One server process from start to stop."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, make_executor: MakeExecutor = LocalExecutor) -> None:
         self._settings = settings
+        self._make_executor = make_executor
         self._metrics = Metrics(CollectorRegistry())
         self._blobs_url = str(settings.data_dir.resolve() / "blobs")
         self._pools: list[PoolRunner] = []
+        # Looked up once: views of the pools are asked for with every request, and these are questions to a disk.
+        self._model_dirs = [model.local_dir() for model in settings.models]
         self._is_draining = False
         self._stop = asyncio.Event()
 
@@ -131,7 +143,7 @@ class Server:
     def _executor(self, model: ModelSettings) -> LocalExecutor:
         engine, sampler = self._settings.engine, self._settings.sampler
         directory = model.local_dir()
-        return LocalExecutor(
+        return self._make_executor(
             WorkerConfig(
                 base_model=model.name,
                 source=model.source if directory is None else str(directory),
@@ -143,6 +155,9 @@ class Server:
                 max_running_samples=sampler.max_running,
                 max_cached_tokens=sampler.max_cached_tokens,
                 micro_batch_tokens=engine.micro_batch_tokens,
+                parking_dir=str(self._settings.data_dir.resolve() / "parked"),
+                park_after_s=self._settings.worker.park_after_s,
+                max_resident_bytes=self._settings.worker.max_resident_bytes,
                 hub=engine.hub,
                 log_level=self._settings.log.level,
                 log_format=self._settings.log.format,
@@ -191,6 +206,8 @@ class Server:
                 timeout_graceful_shutdown=CLOSE_S,
                 lifespan="on",
                 server_header=False,
+                # Nobody asks for a client's address.
+                proxy_headers=False,
             )
         )
         serving = asyncio.create_task(http.serve(sockets=[listener]), name="http")
@@ -244,6 +261,7 @@ class Server:
         """The one line on stdout: where the server is, once every pool serves."""
         for runner in self._pools:
             await runner.loaded.wait()
+        _settle_garbage()
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         sys.stdout.write(f"treadle ready: http://{shown}:{port}\n")
@@ -279,9 +297,8 @@ class Server:
 
     def _pool_views(self) -> list[PoolView]:
         views = []
-        for model, runner in zip(self._settings.models, self._pools, strict=True):
+        for directory, runner in zip(self._model_dirs, self._pools, strict=True):
             status = runner.status
-            directory = model.local_dir()
             views.append(
                 PoolView(
                     name=runner.pool,
@@ -306,6 +323,17 @@ class Server:
             f"pool {runner.pool}: {runner.status.reason}" for runner in self._pools if not runner.status.is_ready
         ]
         return Readiness(is_ready=not reasons, reasons=tuple(reasons))
+
+
+def _settle_garbage() -> None:
+    """Take what exists by now, which stays anyway, out of garbage collection.
+
+    A full collection walks every object of every imported module: with it, each one stops all clients for a third of
+    a second. Reference counts free nearly everything at once; what is left can wait.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*GC_THRESHOLDS)
 
 
 class _QuietServer(uvicorn.Server):

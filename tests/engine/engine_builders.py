@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from treadle.domain.losses import Loss, resolve_loss
 from treadle.domain.ops import Datum, LoraSpec
-from treadle.engine.adapter import TrainingState, new_training_state
 from treadle.engine.base_model import BaseModel, load_base_model
 from treadle.engine.passes import QuantumInput
+from treadle.engine.state import TrainingState, new_training_state
 
 VOCAB_SIZE = 160
 _SIZES = {
@@ -42,14 +42,28 @@ _LLAMA_ROPE = {
 }
 
 
-def make_model_dir(directory: Path, architecture: str, *, tied: bool, seed: int = 0) -> Path:
-    """A saved random model: "qwen3" or "llama"."""
-    config_class = {"qwen3": transformers.Qwen3Config, "llama": transformers.LlamaConfig}[architecture]
-    model_class = {"qwen3": transformers.Qwen3ForCausalLM, "llama": transformers.LlamaForCausalLM}[architecture]
+# Eight experts of which a row uses three: some have few rows or none. The second layer is dense in "qwen3_moe_mixed".
+_MOE = {"moe_intermediate_size": 24, "num_experts": 8, "num_experts_per_tok": 3, "norm_topk_prob": True}
+_KINDS: Mapping[str, tuple[type, type, Mapping[str, object]]] = {
+    "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM, {}),
     # Llama's options that Qwen3 does not have: biases everywhere, and rescaled rotary frequencies.
-    extra = (
-        {"attention_bias": True, "mlp_bias": True, "rope_parameters": _LLAMA_ROPE} if architecture == "llama" else {}
-    )
+    "llama": (
+        transformers.LlamaConfig,
+        transformers.LlamaForCausalLM,
+        {"attention_bias": True, "mlp_bias": True, "rope_parameters": _LLAMA_ROPE},
+    ),
+    "qwen3_moe": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM, _MOE),
+    "qwen3_moe_mixed": (
+        transformers.Qwen3MoeConfig,
+        transformers.Qwen3MoeForCausalLM,
+        {**_MOE, "norm_topk_prob": False, "mlp_only_layers": [1]},
+    ),
+}
+
+
+def make_model_dir(directory: Path, architecture: str, *, tied: bool, seed: int = 0) -> Path:
+    """A saved random model of one of the kinds above, in float32."""
+    config_class, model_class, extra = _KINDS[architecture]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = model_class(config_class(**_SIZES, **extra, tie_word_embeddings=tied))

@@ -7,8 +7,9 @@ import torch
 from engine_builders import make_state
 
 from treadle.domain.ops import LoraSpec
-from treadle.engine.adapter import AdapterArena, adapter_layout, new_training_state
+from treadle.engine.adapter import AdapterArena, adapter_layout
 from treadle.engine.base_model import BaseModel
+from treadle.engine.state import new_training_state
 
 
 def test_same_seed_gives_the_same_adapter_whatever_the_global_generator_does(base: BaseModel) -> None:
@@ -56,12 +57,12 @@ def test_fresh_adapter_is_kaiming_uniform_and_changes_nothing_yet(base: BaseMode
     ],
 )
 def test_flags_choose_the_projections(base: BaseModel, flags: dict[str, bool], leaves: set[str]) -> None:
-    layout = adapter_layout(base.projections, LoraSpec(rank=2, seed=0, **flags))
+    layout = adapter_layout(base.groups, LoraSpec(rank=2, seed=0, **flags))
     assert {place.module.rpartition(".")[2] for place in layout.places} == leaves
 
 
 def test_tensors_of_an_arena_share_its_memory_and_do_not_overlap(base: BaseModel) -> None:
-    layout = adapter_layout(base.projections, LoraSpec(rank=3, seed=0))
+    layout = adapter_layout(base.groups, LoraSpec(rank=3, seed=0))
     arena = AdapterArena(layout, torch.zeros(layout.num_elements))
     for module in arena.modules:
         assert arena.a(module).shape[0] == 3

@@ -14,11 +14,11 @@ import torch
 from engine_builders import load_tiny, make_datums, make_model_dir, make_state, quantum_of
 
 from treadle.domain.ops import AdamParams, LoraSpec
-from treadle.engine.adapter import TrainingState
 from treadle.engine.base_model import BaseModel
 from treadle.engine.files import decode_state, decode_weights, encode_state, export_peft, read_header
 from treadle.engine.optim import adamw_step
-from treadle.engine.passes import commit_scratch, run_micro_batch
+from treadle.engine.passes import run_micro_batch
+from treadle.engine.state import TrainingState, commit_scratch
 from treadle.errors import InvalidRequest
 
 
@@ -119,6 +119,95 @@ def test_export_is_an_ordinary_peft_adapter(base: BaseModel) -> None:
     np.testing.assert_array_equal(tensors[f"base_model.model.{module}.lora_A.weight"], state.weights.a(module).numpy())
 
 
+@pytest.fixture(scope="module", params=["qwen3_moe", "qwen3_moe_mixed"])
+def moe(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
+    return load_tiny(make_model_dir(tmp_path_factory.mktemp(request.param), request.param, tied=True))
+
+
+@pytest.mark.parametrize("flags", [{}, {"train_attn": False, "train_unembed": False}])
+def test_round_trip_with_experts_is_bit_exact(moe: BaseModel, flags: dict[str, bool]) -> None:
+    state = trained_state(moe, LoraSpec(rank=3, seed=1, **flags), open_gradient=True)
+    back = decode_state(encode_state(state, moe, with_optimizer=True, applied_seq=9), moe)
+    assert torch.equal(back.weights.flat, state.weights.flat)
+    assert torch.equal(back.exp_avg, state.exp_avg)
+    assert torch.equal(back.exp_avg_sq, state.exp_avg_sq)
+    assert back.grads is not None
+    assert state.grads is not None
+    assert torch.equal(back.grads.flat, state.grads.flat)
+
+
+def test_experts_have_the_names_shapes_and_order_of_peft(moe: BaseModel) -> None:
+    state = make_state(moe, LoraSpec(rank=3, seed=0))
+    files = export_peft(encode_state(state, moe, with_optimizer=False, applied_seq=0))
+    tensors = safetensors.numpy.load(files["adapter_model.safetensors"])
+    path = "base_model.model.model.layers.0.mlp.experts"
+    shapes = {name: array.shape for name, array in tensors.items() if name.startswith(path)}
+    assert shapes == {
+        f"{path}.base_layer.lora_A.weight": (8 * 3, 32),
+        f"{path}.base_layer.lora_B.weight": (48, 3 * 8),
+        f"{path}.lora_A.weight": (8 * 3, 24),
+        f"{path}.lora_B.weight": (32, 3 * 8),
+    }
+    module = "model.layers.0.mlp.experts.gate_up_proj"
+    np.testing.assert_array_equal(tensors[f"{path}.base_layer.lora_A.weight"], state.weights.a(module).numpy())
+    ours, theirs = state.weights.b(module).numpy(), tensors[f"{path}.base_layer.lora_B.weight"]
+    for expert in range(8):
+        for column in range(3):
+            np.testing.assert_array_equal(theirs[:, column * 8 + expert], ours[:, expert * 3 + column])
+
+
+@pytest.mark.parametrize(
+    ("architecture", "flags", "modules", "parameters"),
+    [
+        (
+            "qwen3_moe",
+            {},
+            ["q_proj", "k_proj", "v_proj", "o_proj", "lm_head"],
+            ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        ),
+        ("qwen3_moe", {"train_mlp": False, "train_unembed": False}, ["q_proj", "k_proj", "v_proj", "o_proj"], None),
+        (
+            "qwen3_moe",
+            {"train_attn": False, "train_unembed": False},
+            [],
+            ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        ),
+        (
+            "qwen3_moe_mixed",
+            {"train_attn": False},
+            ["lm_head"],
+            [
+                "mlp.experts.gate_up_proj",
+                "mlp.experts.down_proj",
+                "mlp.gate_proj.weight",
+                "mlp.up_proj.weight",
+                "mlp.down_proj.weight",
+            ],
+        ),
+    ],
+)
+def test_targets_name_modules_and_experts_apart(
+    tmp_path: Path, architecture: str, flags: dict[str, bool], modules: list[str], parameters: list[str] | None
+) -> None:
+    base = load_tiny(make_model_dir(tmp_path, architecture, tied=True))
+    state = make_state(base, LoraSpec(rank=2, seed=0, **flags))
+    header = read_header(encode_state(state, base, with_optimizer=False, applied_seq=0))
+    assert header.adapter_config["target_modules"] == modules
+    assert header.adapter_config["target_parameters"] == parameters
+
+
+def test_a_file_for_other_experts_is_refused(moe: BaseModel, base: BaseModel) -> None:
+    state = make_state(base, LoraSpec(rank=2, seed=0))
+    before = base.facts
+    base.facts = moe.facts
+    try:
+        data = encode_state(state, base, with_optimizer=False, applied_seq=0)
+    finally:
+        base.facts = before
+    with pytest.raises(InvalidRequest, match="experts"):
+        decode_weights(data, moe)
+
+
 def renamed(base: BaseModel, **facts: str) -> bytes:
     """A file as a base model with other facts would write it."""
     state = make_state(base, LoraSpec(rank=2, seed=0))
@@ -150,6 +239,8 @@ def with_header(base: BaseModel, **changes: object) -> bytes:
             ("gate_proj|up_proj|down_proj",),
         ),
         (lambda base: with_header(base, format_version=99), ("99",)),
+        # Its moments lie in another order.
+        (lambda base: with_header(base, format_version=1), ("format 1 .* reads 2",)),
         (lambda base: with_header(base, surprise=1), ("header",)),
         (lambda base: b"", ("header",)),
         (lambda base: b"\xff" * 64, ("header",)),

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
+from starlette.applications import Starlette
 
 from treadle.blobs import LocalBlobs
 from treadle.domain.ids import BlobKey, CheckpointKind, ModelId, PoolName, RequestId, TenantId
@@ -66,7 +66,7 @@ class Harness:
     readiness: Readiness = field(default_factory=lambda: Readiness(is_ready=True))
     metrics: Metrics = field(default_factory=lambda: Metrics(CollectorRegistry()))
     client: httpx.AsyncClient = field(init=False)
-    app: FastAPI = field(init=False)
+    app: Starlette = field(init=False)
 
     def deps(self) -> GatewayDeps:
         async def readiness() -> Readiness:

@@ -42,6 +42,7 @@ async def test_heartbeats_are_recorded_and_end_with_the_session(gateway: Harness
     session_id = await gateway.new_session()
     gateway.clock.advance(10)
     ok(await gateway.post("session_heartbeat", {"session_id": session_id}))
+    await gateway.app.state.gateway.hub.poll()
 
     record = await gateway.store.sessions.get(SessionId(session_id))
     assert record is not None

@@ -15,8 +15,9 @@ import treadle
 from treadle.domain.ids import RequestId, SamplingSessionId, TenantId
 from treadle.domain.ops import LoraSpec, SampleOp, SamplingParams
 from treadle.domain.outcome import SampleOutcome, SampleResult
-from treadle.engine.adapter import AdapterWeights, new_training_state
+from treadle.engine.adapter import AdapterWeights
 from treadle.engine.base_model import BaseModel
+from treadle.engine.state import new_training_state
 from treadle.sampler.base import SampleRequest, SamplerLimits
 from treadle.sampler.builtin import BuiltinSampler, open_sampler
 

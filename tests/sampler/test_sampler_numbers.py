@@ -23,7 +23,7 @@ from treadle.domain.states import Category, StopReason
 from treadle.engine import head
 from treadle.engine.attention import PackedCausalAttention
 from treadle.engine.base_model import BaseModel
-from treadle.engine.kernels import LoraSegment
+from treadle.engine.kernels.base import LoraSegment
 from treadle.sampler.base import SampleRequest, SamplerLimits
 
 

@@ -65,8 +65,7 @@ async def test_session_is_replayed_by_its_idempotency_key(store: Store) -> None:
 
 async def test_heartbeats_and_the_first_finish_are_kept(store: Store, clock: ManualClock) -> None:
     await store.sessions.create(session(), None)
-    await store.sessions.touch(SESSION)
-    await store.sessions.touch(SessionId("nobody"))
+    await store.sessions.touch([SESSION, SessionId("nobody")])
     assert await store.sessions.get(SESSION) == replace(session(), last_heartbeat_at=clock.now())
     assert await store.sessions.finish(SESSION, "done", "all of it")
     assert not await store.sessions.finish(SESSION, "crashed", None)

@@ -42,8 +42,7 @@ async def test_sqlite_is_set_up_to_survive_a_power_cut(sqlite_store: Store) -> N
         return [conn.exec_driver_sql(f"PRAGMA {name}").scalar_one() for name in names]
 
     assert await sqlite_store._database.read(pragmas) == ["wal", 2, 1, 5000]
-    async with sqlite_store._database.writing.connect() as conn:
-        assert await conn.run_sync(pragmas) == ["wal", 2, 1, 5000]
+    assert await sqlite_store._database.write(pragmas) == ["wal", 2, 1, 5000]
 
 
 # These put ranks in order at the end, which takes a sort of the rows that count.
@@ -85,12 +84,9 @@ async def test_sweep_searches_by_age(sqlite_store: Store) -> None:
 async def test_lock_of_another_process_is_reported(sqlite_store: Store, sqlite_url: str) -> None:
     await sqlite_store.sessions.create(session(), None)
     blocker = Database.of(sqlite_url)
-    async with sqlite_store._database.writing.connect() as conn:
-        await conn.exec_driver_sql("PRAGMA busy_timeout = 1")
-        await conn.commit()
-    async with blocker.writing.begin():
-        with pytest.raises(StoreUnavailable, match="locked"):
-            await sqlite_store.requests.enqueue(op(1))
+    await sqlite_store._database.write(lambda conn: conn.exec_driver_sql("PRAGMA busy_timeout = 1"))
+    with blocker.writing.begin(), pytest.raises(StoreUnavailable, match="locked"):
+        await sqlite_store.requests.enqueue(op(1))
     await blocker.close()
     assert await sqlite_store.sessions.get(session().session_id) == session()
 

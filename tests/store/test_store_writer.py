@@ -34,7 +34,7 @@ class Bench:
         self.database = database
         self.writer = writer
         self.num_commits = 0
-        sa.event.listen(database.writing.sync_engine, "commit", self._count)
+        sa.event.listen(database.writing, "commit", self._count)
 
     def _count(self, _conn: sa.Connection) -> None:
         self.num_commits += 1
@@ -54,8 +54,7 @@ class Bench:
 @pytest.fixture
 async def bench(database_url: str) -> AsyncIterator[Bench]:
     database = Database.of(database_url)
-    async with database.writing.begin() as conn:
-        await conn.run_sync(_TABLE.create)
+    await database.write(_TABLE.create)
     writer = Writer(database)
     yield Bench(database, writer)
     await writer.close()
@@ -179,9 +178,9 @@ async def test_locked_database_fails_every_waiting_write_once(bench: Bench) -> N
         attempts += 1
         raise StoreUnavailable("the database is locked or cannot be written")
 
-    sa.event.listen(bench.database.writing.sync_engine, "begin", refuse)
+    sa.event.listen(bench.database.writing, "begin", refuse)
     outcomes = await asyncio.gather(*(bench.add(n) for n in range(5)), return_exceptions=True)
-    sa.event.remove(bench.database.writing.sync_engine, "begin", refuse)
+    sa.event.remove(bench.database.writing, "begin", refuse)
     assert [type(outcome) for outcome in outcomes] == [StoreUnavailable] * 5
     assert attempts == 1
     assert await bench.add(9) == 9
@@ -190,10 +189,10 @@ async def test_locked_database_fails_every_waiting_write_once(bench: Bench) -> N
 async def test_reads_do_not_wait_for_the_writer(store: Store, database_url: str) -> None:
     await store.sessions.create(session(), None)
     blocker = Database.of(database_url)
-    async with blocker.writing.begin() as conn:
-        await conn.exec_driver_sql("DELETE FROM sessions")
+    with blocker.writing.begin() as conn:
+        conn.exec_driver_sql("DELETE FROM sessions")
         assert await store.sessions.get(session().session_id) == session()
-        await conn.rollback()
+        conn.rollback()
     await blocker.close()
 
 

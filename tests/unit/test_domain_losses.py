@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
+from typing import get_args
 
-from treadle.domain.losses import LOSSES, resolve_loss
-from treadle.errors import InvalidRequest
+import pytest
+from tinker.types.loss_fn_type import LossFnType
+
+from treadle.domain.losses import LOSSES, NOT_ENABLED, resolve_loss
+from treadle.errors import InvalidRequest, NotSupported
 
 
 @pytest.mark.parametrize("name", sorted(LOSSES))
@@ -36,7 +39,20 @@ def test_an_unknown_setting_is_refused_and_the_known_ones_are_named() -> None:
         resolve_loss("cross_entropy", {"beta": 0.1})
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), "0.8"])
+@pytest.mark.parametrize("name", ["stable_reinforce", "custom"])
+def test_a_loss_that_is_not_enabled_says_why_and_what_is(name: str) -> None:
+    with pytest.raises(
+        NotSupported, match=f"'{name}' is not enabled: .*; enabled: cispo, cross_entropy, dro"
+    ) as caught:
+        resolve_loss(name, {})
+    assert NOT_ENABLED[name] in caught.value.message
+
+
+def test_every_loss_of_the_sdk_is_enabled_or_refused_by_name() -> None:
+    assert set(get_args(LossFnType)) == LOSSES.keys() | NOT_ENABLED.keys()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e39, -1e300, "0.8"])
 def test_a_setting_that_is_no_finite_number_is_refused(value: float | str) -> None:
     with pytest.raises(InvalidRequest, match="must be a finite number"):
         resolve_loss("ppo", {"clip_low_threshold": value})

@@ -284,6 +284,52 @@ def test_every_float_input_must_be_finite(name):
     assert_refused(message, f"{name}[2] is -inf")
 
 
+def policy_datum(tokens, **changes) -> tinker.Datum:
+    rows = {"target_tokens": tokens, "logprobs": [-1.0] * len(tokens), "advantages": [1.0] * len(tokens)}
+    return sdk_datum(tokens, **(rows | changes))
+
+
+@pytest.mark.parametrize("loss_fn", ["ppo", "cispo", "gspo"])
+def test_clip_bounds_that_cross_are_refused_by_datum_and_token(loss_fn):
+    good, tokens = policy_datum([1, 2]), [1, 2, 3]
+
+    def refusal(config=None, **clips):
+        body = sdk_body([good, policy_datum(tokens, **clips)], loss_fn=loss_fn, config=config)
+        with pytest.raises(InvalidRequest) as caught:
+            decode_pass(body, limits=LIMITS)
+        return str(caught.value)
+
+    both = refusal(clip_low_threshold=[0.5, 0.5, 0.75], clip_high_threshold=[0.5, 0.5, 0.25])
+    assert both == "datum 1: clip_low_threshold[2] = 0.75 is above clip_high_threshold[2] = 0.25"
+    low = refusal({"clip_high_threshold": 1.5}, clip_low_threshold=[0.5, 2.0, 3.0])
+    assert low == "datum 1: clip_low_threshold[1] = 2.0 is above clip_high_threshold = 1.5"
+    high = refusal({"clip_low_threshold": 0.25}, clip_high_threshold=[0.5, 0.125, 0.5])
+    assert high == "datum 1: clip_low_threshold = 0.25 is above clip_high_threshold[1] = 0.125"
+
+
+def test_equal_clip_bounds_are_honoured_also_when_only_float32_makes_them_equal():
+    # As a double 0.8 lies below the float32 nearest to it.
+    datum = policy_datum([1, 2], clip_low_threshold=[0.8, 0.8])
+    op = decode_pass(sdk_body([datum], loss_fn="ppo", config={"clip_high_threshold": 0.8}), limits=LIMITS)
+    assert op.datums[0].inputs["clip_low_threshold"].tolist() == [np.float32(0.8)] * 2
+
+
+def test_the_sdks_gspo_request_is_read_with_and_without_a_mask():
+    data = [policy_datum([1, 2, 3], sequence_ratio_mask=[0.0, 1.0, 1.0]), policy_datum([4])]
+    first, second = decode_pass(sdk_body(data, loss_fn="gspo"), limits=LIMITS).datums
+    assert first.inputs["sequence_ratio_mask"].dtype == np.float32
+    assert first.inputs["sequence_ratio_mask"].tolist() == [0.0, 1.0, 1.0]
+    assert "sequence_ratio_mask" not in second.inputs
+    body = sdk_body([policy_datum([1, 2, 3], sequence_ratio_mask=[1.0])], loss_fn="gspo")
+    with pytest.raises(InvalidRequest, match=r"datum 0: loss_fn_inputs 'sequence_ratio_mask' has shape \[1\]"):
+        decode_pass(body, limits=LIMITS)
+
+
+def test_the_sdks_dro_request_is_read_with_its_setting():
+    op = decode_pass(sdk_body([policy_datum([1])], loss_fn="dro", config={"beta": 0.25}), limits=LIMITS)
+    assert op.loss.config == {"beta": 0.25}
+
+
 def test_the_first_bad_value_is_found_in_its_own_datum():
     data = [sdk_datum([1] * n, target_tokens=[1] * n) for n in (3, 1, 4)]
     data += [sdk_datum([1, 2, 3], target_tokens=[1, 2, 100])]

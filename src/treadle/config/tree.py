@@ -92,7 +92,18 @@ class EngineSettings(Section):
     threads: int = Field(default=0, ge=0)
     """CPU threads of one worker; 0 chooses from the number of cores."""
     micro_batch_tokens: int = Field(default=0, ge=0)
-    """Most tokens in one forward/backward; 0 chooses from the memory there is."""
+    """Most tokens of several requests in one forward/backward; 0 chooses from the memory measured at the start."""
+
+
+class WorkerSettings(Section):
+    """Where a worker keeps the runs that it holds."""
+
+    park_after_s: float = Field(default=limits.PARK_AFTER_S, gt=0)
+    """Seconds without work after which a run leaves device memory: to host memory beside a GPU, to a file in the data
+    directory beside a CPU. It comes back when its next request runs."""
+    max_resident_bytes: int = Field(default=0, ge=0)
+    """Most device memory of runs, in bytes; beyond it the one that has been idle the longest leaves at once. 0: no
+    limit but the memory there is."""
 
 
 class SchedulerSettings(Section):
@@ -176,6 +187,7 @@ class Settings(BaseSettings):
     """Base models, each a pool: NAME_OR_PATH or NAME=PATH, or a table of name, source, revision."""
     server: ServerSettings = ServerSettings()
     engine: EngineSettings = EngineSettings()
+    worker: WorkerSettings = WorkerSettings()
     scheduler: SchedulerSettings = SchedulerSettings()
     sampler: SamplerSettings = SamplerSettings()
     limits: LimitSettings = LimitSettings()

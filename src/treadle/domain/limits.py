@@ -43,6 +43,8 @@ MAX_OPS_PER_CYCLE = 256
 MAX_SEQ_ID_LEAD = 65_536
 # Missing seq ids of a model given up per cycle: a client that jumps ahead must not make us write a million rows.
 MAX_GAP_IDS_PER_CYCLE = 1_024
+# A run without an op for this long leaves device memory: longer than a client's pause between steps, sampling included.
+PARK_AFTER_S = 60.0
 # Device seconds that training or sampling may be ahead of the other before the rest is forgotten. Above the longest
 # unit of work, so that the split stays 50:50; short enough that a side that was idle cannot hold the device for long.
 MAX_SHARE_CREDIT_S = 1.0

@@ -1,8 +1,9 @@
 """Which losses exist, what inputs and settings each takes, and their defaults.
 
-This is the table that admission checks requests against; the mathematics is in engine/losses.py.
-Sources: Tinker documentation, "Losses"; tinker SDK 0.38 types. Honour or refuse: an unknown name,
-a missing input or an unknown setting is an error that says what is allowed.
+This is the table that admission checks requests against; the mathematics is in engine/losses.py, and docs/losses.md
+says what was chosen where the sources leave a default open. Honour or refuse: an unknown name, a missing input or an
+unknown setting is an error that says what is allowed.
+Sources: Tinker documentation, "Losses"; tinker SDK 0.38 types.
 """
 
 from __future__ import annotations
@@ -10,9 +11,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from treadle.errors import InvalidRequest
+from treadle.errors import InvalidRequest, NotSupported
 
-PER_TOKEN_CLIPS = ("clip_low_threshold", "clip_high_threshold")
+CLIP_LOW = "clip_low_threshold"
+CLIP_HIGH = "clip_high_threshold"
+# Settings that a datum may replace by a tensor of its own, one bound per token.
+PER_TOKEN_CLIPS = (CLIP_LOW, CLIP_HIGH)
+SEQUENCE_RATIO_MASK = "sequence_ratio_mask"
+_MAX_FLOAT32 = 3.4028234663852886e38
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,19 +32,29 @@ class LossSpec:
     allows_target_columns: bool = False
 
 
+_POLICY_INPUTS = ("target_tokens", "logprobs", "advantages")
+
 LOSSES: Mapping[str, LossSpec] = {
     spec.name: spec
     for spec in (
         LossSpec("cross_entropy", ("target_tokens",), ("weights",), allows_target_columns=True),
-        LossSpec("importance_sampling", ("target_tokens", "logprobs", "advantages")),
+        LossSpec("importance_sampling", _POLICY_INPUTS),
+        LossSpec("ppo", _POLICY_INPUTS, PER_TOKEN_CLIPS, {CLIP_LOW: 0.8, CLIP_HIGH: 1.2}),
+        LossSpec("cispo", _POLICY_INPUTS, PER_TOKEN_CLIPS, {CLIP_LOW: 0.0, CLIP_HIGH: 4.0}),
+        LossSpec("dro", _POLICY_INPUTS, (), {"beta": 0.05}),
+        # A length-normalised ratio stays close to 1: 1 - 3e-4 and 1 + 4e-4 are the bounds of the paper.
         LossSpec(
-            "ppo",
-            ("target_tokens", "logprobs", "advantages"),
-            PER_TOKEN_CLIPS,
-            {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2},
+            "gspo", _POLICY_INPUTS, (SEQUENCE_RATIO_MASK, *PER_TOKEN_CLIPS), {CLIP_LOW: 0.9997, CLIP_HIGH: 1.0004}
         ),
     )
 }
+
+# Names that the SDK knows and this server refuses, with the reason.
+NOT_ENABLED: Mapping[str, str] = {
+    "stable_reinforce": "its formula is not public",
+    "custom": "the server evaluates no custom losses yet; forward_backward_custom with a callable works",
+}
+assert not LOSSES.keys() & NOT_ENABLED.keys()
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,20 +68,25 @@ class Loss:
 def resolve_loss(name: str, config: Mapping[str, float | str]) -> Loss:
     """The loss with its settings complete.
 
-    Raises InvalidRequest for an unknown loss or setting, a text where a number is due, NaN or infinity.
+    Raises NotSupported for a loss that is not enabled; InvalidRequest for an unknown loss or setting, a text where a
+    number is due, and anything float32 cannot hold: NaN, infinity, 1e39.
     """
     spec = LOSSES.get(name)
     if spec is None:
-        raise InvalidRequest(f"loss_fn {name[:80]!r} is not known; enabled: {', '.join(sorted(LOSSES))}")
+        enabled = f"enabled: {', '.join(sorted(LOSSES))}"
+        if name in NOT_ENABLED:
+            raise NotSupported(f"loss_fn {name!r} is not enabled: {NOT_ENABLED[name]}; {enabled}")
+        raise InvalidRequest(f"loss_fn {name[:80]!r} is not known; {enabled}")
     settings = dict(spec.config_defaults)
     for key, value in config.items():
         if key not in settings:
             known = ", ".join(sorted(settings)) or "none"
             raise InvalidRequest(f"loss_fn_config key {key[:80]!r} is not known to {name}; known: {known}")
-        if isinstance(value, str) or value != value or value in (float("inf"), float("-inf")):
-            raise InvalidRequest(f"loss_fn_config {key}={value!r} of {name} must be a finite number")
+        # Written so that NaN, which compares false with everything, is refused too.
+        if isinstance(value, str) or not abs(value) <= _MAX_FLOAT32:
+            raise InvalidRequest(f"loss_fn_config {key}={value!r} of {name} must be a finite number that float32 holds")
         settings[key] = float(value)
-    low, high = (settings.get(name) for name in PER_TOKEN_CLIPS)
+    low, high = settings.get(CLIP_LOW), settings.get(CLIP_HIGH)
     if low is not None and high is not None and low > high:
-        raise InvalidRequest(f"clip_low_threshold {low} of {name} is above clip_high_threshold {high}")
+        raise InvalidRequest(f"{CLIP_LOW} {low} of {name} is above {CLIP_HIGH} {high}")
     return Loss(name=name, config=settings)

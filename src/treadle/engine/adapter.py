@@ -1,20 +1,16 @@
-"""A LoRA adapter in memory: which projections it changes, where its numbers lie, and a run's training state.
+"""A LoRA adapter in memory: which projections it changes and where its numbers lie.
 
 All A and B of an adapter lie in one contiguous float32 arena, so that optimiser, snapshot, publish and swap see
-one block. This module knows no base model beyond the shapes of its projections, and no files.
-Invariant: a fresh adapter depends on its seed and the projections' names alone, never on the global generator,
-on the order of creation or on other adapters.
+one block. This module knows no base model beyond the shapes of its projections, no training and no files.
+Invariant: a layout depends on the base model's groups and on the adapter's rank and flags alone.
 
-Legend: R rank, I inputs and O outputs of a projection.
+Legend: R rank, I inputs and O outputs of a projection, G members of a group, E experts.
 """
 
 from __future__ import annotations
 
-import hashlib
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -38,9 +34,31 @@ class ProjectionShape:
 
 
 @dataclass(frozen=True, slots=True)
+class ProjectionGroup:
+    """Projections that read the same input and write side by side: q, k and v; gate and up; or one alone.
+
+    An adapter changes all members of a group or none. num_experts: 0 for linear maps; otherwise each member is a
+    stack of that many, and so are its A and B.
+    """
+
+    name: str
+    members: tuple[ProjectionShape, ...]
+    num_experts: int = 0
+
+    @property
+    def in_features(self) -> int:
+        return self.members[0].in_features
+
+    @property
+    def out_features(self) -> int:
+        return sum(member.out_features for member in self.members)
+
+
+@dataclass(frozen=True, slots=True)
 class TensorPlace:
     """One tensor of an arena: A [R, I] or B transposed [R, O], row-major from `offset` on.
 
+    Experts' tensors lie one below the other: A [E * R, I], B transposed [E * R, O].
     B lies transposed because GEMMs with a long and a short side run several times faster along the long one.
     """
 
@@ -49,83 +67,121 @@ class TensorPlace:
     shape: tuple[int, int]
     offset: int
 
+    @property
+    def num_elements(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+
+@dataclass(frozen=True, slots=True)
+class GroupPlaces:
+    """Where a group's tensors lie: the members' A's follow one another without a gap, so that they are one matrix."""
+
+    group: ProjectionGroup
+    a: tuple[TensorPlace, ...]
+    b: tuple[TensorPlace, ...]
+
 
 @dataclass(frozen=True, slots=True)
 class AdapterLayout:
-    """Where each A and B of an adapter lies in its flat arena of `num_elements` (alignment gaps stay 0)."""
+    """Where each A and B of an adapter lies in its flat arena of `num_elements` (alignment gaps stay 0).
+
+    Two adapters of one base model with equal rank and flags have equal layouts: a rank class.
+    """
 
     rank: int
-    places: tuple[TensorPlace, ...]
+    groups: tuple[GroupPlaces, ...]
     num_elements: int
+
+    @property
+    def places(self) -> tuple[TensorPlace, ...]:
+        """All tensors: per group, in model order, the A's and then the B's."""
+        return tuple(place for places in self.groups for place in (*places.a, *places.b))
 
     @property
     def num_parameters(self) -> int:
         """Trainable numbers, without the alignment gaps."""
-        return sum(place.shape[0] * place.shape[1] for place in self.places)
+        return sum(place.num_elements for place in self.places)
 
 
-def adapter_layout(projections: Sequence[ProjectionShape], spec: LoraSpec) -> AdapterLayout:
-    """The layout of an adapter of this spec, over the projections that its flags choose, in model order."""
-    places: list[TensorPlace] = []
+def adapter_layout(groups: Sequence[ProjectionGroup], spec: LoraSpec) -> AdapterLayout:
+    """The layout of an adapter of this spec, over the groups that its flags choose, in model order."""
+    chosen: list[GroupPlaces] = []
     offset = 0
-    for projection in projections:
-        if not is_targeted(projection.module, spec):
+    for group in groups:
+        if not is_targeted(group, spec):
             continue
-        for which, shape in (("A", (spec.rank, projection.in_features)), ("B", (spec.rank, projection.out_features))):
-            places.append(TensorPlace(projection.module, which, shape, offset))
-            offset += -(-shape[0] * shape[1] // _ALIGNMENT) * _ALIGNMENT
-    assert places, "an adapter without targets is refused at admission"
-    return AdapterLayout(spec.rank, tuple(places), offset)
+        rows = spec.rank * max(1, group.num_experts)
+        a: list[TensorPlace] = []
+        for member in group.members:
+            a.append(TensorPlace(member.module, "A", (rows, member.in_features), offset))
+            offset += a[-1].num_elements
+        offset = _aligned(offset)
+        b: list[TensorPlace] = []
+        for member in group.members:
+            b.append(TensorPlace(member.module, "B", (rows, member.out_features), offset))
+            offset = _aligned(offset + b[-1].num_elements)
+        chosen.append(GroupPlaces(group, tuple(a), tuple(b)))
+    assert chosen, "an adapter without targets is refused at admission"
+    return AdapterLayout(spec.rank, tuple(chosen), offset)
 
 
-def is_targeted(module: str, spec: LoraSpec) -> bool:
-    """Whether the spec's flags choose this projection."""
-    leaf = module.rpartition(".")[2]
+def is_targeted(group: ProjectionGroup, spec: LoraSpec) -> bool:
+    """Whether the spec's flags choose this group."""
+    path, _, leaf = group.members[0].module.rpartition(".")
     if leaf in ATTENTION_PROJECTIONS:
         return spec.train_attn
-    if leaf in MLP_PROJECTIONS:
+    if leaf in MLP_PROJECTIONS or path.endswith(".experts"):
         return spec.train_mlp
-    assert leaf == HEAD_MODULE, f"no adapter is defined for {module}"
+    assert leaf == HEAD_MODULE, f"no adapter is defined for {group.name}"
     return spec.train_unembed
+
+
+@dataclass(frozen=True, slots=True)
+class GroupTensors:
+    """Views of a group's tensors in an arena.
+
+    a: all members' A's as one matrix, [G * R, I] for G members ([E * R, I] for experts, which stand alone).
+    b: each member's B transposed, [R, O] ([E * R, O]). columns: where each member writes in the group's output.
+    """
+
+    a: Tensor
+    b: tuple[Tensor, ...]
+    columns: tuple[slice, ...]
 
 
 class AdapterArena:
     """A flat float32 arena seen as the A and B of each projection; the views share its memory."""
 
-    __slots__ = ("_pairs", "flat", "layout")
+    __slots__ = ("_groups", "_pairs", "flat", "layout")
 
     def __init__(self, layout: AdapterLayout, flat: Tensor) -> None:
         assert flat.dtype == torch.float32
         assert flat.shape == (layout.num_elements,)
         self.layout = layout
         self.flat = flat
-        self._pairs = _pairs_of(layout, flat)
+        self._groups = {places.group.name: _group_tensors(places, flat) for places in layout.groups}
+        self._pairs = {
+            a.module: (_view(flat, a), _view(flat, b))
+            for places in layout.groups
+            for a, b in zip(places.a, places.b, strict=True)
+        }
 
-    def pair(self, module: str) -> tuple[Tensor, Tensor] | None:
-        """(A [R, I], B transposed [R, O]) of a projection, or None when the adapter does not change it."""
-        return self._pairs.get(module)
+    def group(self, name: str) -> GroupTensors | None:
+        """A group's tensors, or None when the adapter does not change it."""
+        return self._groups.get(name)
 
     def a(self, module: str) -> Tensor:
-        """A [R, I]. KeyError for a projection that the adapter does not change."""
+        """A [R, I] of a projection. KeyError for one that the adapter does not change."""
         return self._pairs[module][0]
 
     def b(self, module: str) -> Tensor:
-        """B [O, R]. KeyError for a projection that the adapter does not change."""
+        """B [O, R] of a projection. KeyError for one that the adapter does not change."""
         return self._pairs[module][1].t()
 
     @property
     def modules(self) -> tuple[str, ...]:
         """The adapted projections, in model order."""
         return tuple(self._pairs)
-
-
-def _pairs_of(layout: AdapterLayout, flat: Tensor) -> Mapping[str, tuple[Tensor, Tensor]]:
-    views: dict[str, list[Tensor]] = {}
-    for place in layout.places:
-        rows, columns = place.shape
-        view = flat[place.offset : place.offset + rows * columns].view(rows, columns)
-        views.setdefault(place.module, []).append(view)
-    return {module: (pair[0], pair[1]) for module, pair in views.items()}
 
 
 class AdapterWeights(AdapterArena):
@@ -142,69 +198,21 @@ class AdapterWeights(AdapterArena):
         return AdapterWeights(self.layout, self.flat.clone(), self.scale)
 
 
-@dataclass(slots=True)
-class TrainingState:
-    """Everything a run's future depends on; mutable, owned by one worker.
-
-    grads: the open gradient, summed over the committed passes since the last step, or None when there is none.
-    exp_avg, exp_avg_sq: AdamW's moments, flat like the weights. step: steps taken.
-    num_open_passes: committed passes since the last step.
-    """
-
-    spec: LoraSpec
-    weights: AdapterWeights
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    grads: AdapterArena | None = None
-    step: int = 0
-    num_open_passes: int = 0
-
-    @property
-    def layout(self) -> AdapterLayout:
-        return self.weights.layout
-
-    def new_scratch(self) -> AdapterArena:
-        """A zero gradient arena for one op; it joins the open gradient by `commit_scratch`, or is dropped."""
-        return AdapterArena(self.layout, torch.zeros_like(self.weights.flat))
+def _group_tensors(places: GroupPlaces, flat: Tensor) -> GroupTensors:
+    first = places.a[0]
+    rows = sum(place.shape[0] for place in places.a)
+    a = flat[first.offset : first.offset + rows * first.shape[1]].view(rows, first.shape[1])
+    columns: list[slice] = []
+    start = 0
+    for member in places.group.members:
+        columns.append(slice(start, start + member.out_features))
+        start += member.out_features
+    return GroupTensors(a, tuple(_view(flat, place) for place in places.b), tuple(columns))
 
 
-class Adaptable(Protocol):
-    """What this module must know of a base model."""
-
-    @property
-    def projections(self) -> Sequence[ProjectionShape]: ...
-
-    @property
-    def device(self) -> torch.device: ...
+def _view(flat: Tensor, place: TensorPlace) -> Tensor:
+    return flat[place.offset : place.offset + place.num_elements].view(place.shape)
 
 
-def new_training_state(base: Adaptable, spec: LoraSpec) -> TrainingState:
-    """A fresh run: A ~ kaiming-uniform(a = sqrt 5) from the seed, B = 0, no moments, no gradient."""
-    layout = adapter_layout(base.projections, spec)
-    flat = initial_weights(layout, spec.seed).to(base.device)
-    return TrainingState(
-        spec=spec,
-        weights=AdapterWeights(layout, flat, spec.alpha / spec.rank),
-        exp_avg=torch.zeros_like(flat),
-        exp_avg_sq=torch.zeros_like(flat),
-    )
-
-
-def initial_weights(layout: AdapterLayout, seed: int) -> Tensor:
-    """The flat initial weights on the CPU, whatever device they go to: A uniform in +-1/sqrt(I), B zero.
-
-    kaiming-uniform with a = sqrt 5 has the bound sqrt(6 / ((1 + a^2) * fan_in)) = 1 / sqrt(I); source: peft.
-    """
-    flat = torch.zeros(layout.num_elements, dtype=torch.float32)
-    for place in layout.places:
-        if place.which == "A":
-            rows, columns = place.shape
-            bound = 1.0 / math.sqrt(columns)
-            view = flat[place.offset : place.offset + rows * columns]
-            view.uniform_(-bound, bound, generator=_keyed_generator(seed, place.module))
-    return flat
-
-
-def _keyed_generator(seed: int, module: str) -> torch.Generator:
-    digest = hashlib.blake2b(f"{seed}:{module}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+def _aligned(offset: int) -> int:
+    return -(-offset // _ALIGNMENT) * _ALIGNMENT

@@ -1,4 +1,4 @@
-"""One immutable file for snapshots, training checkpoints and sampler weights, and its export for peft.
+"""One immutable file for snapshots, training checkpoints and sampler weights, and its export for peft and vLLM.
 
 A file is safetensors bytes: the adapter under PEFT's tensor names, optionally AdamW's moments and the open gradient
 as flat arenas, and a header (JSON in the safetensors metadata) that says what they belong to. Nothing here does
@@ -20,22 +20,15 @@ import torch
 from numpy.typing import NDArray
 
 from treadle.domain.ops import LoraSpec
-from treadle.engine.adapter import (
-    ATTENTION_PROJECTIONS,
-    HEAD_MODULE,
-    MLP_PROJECTIONS,
-    AdapterArena,
-    AdapterLayout,
-    AdapterWeights,
-    TrainingState,
-    adapter_layout,
-)
+from treadle.engine import peft_export
+from treadle.engine.adapter import AdapterArena, AdapterLayout, AdapterWeights, adapter_layout
 from treadle.engine.base_model import BaseModel
+from treadle.engine.state import TrainingState
 from treadle.errors import InvalidRequest
 
-FORMAT_VERSION = 1
+# 2: the arenas of moments and gradient hold the A's of a group side by side.
+FORMAT_VERSION = 2
 _METADATA_KEY = "treadle"
-_PEFT_PREFIX = "base_model.model."
 _EXP_AVG = "treadle.exp_avg"
 _EXP_AVG_SQ = "treadle.exp_avg_sq"
 _GRADS = "treadle.grads"
@@ -73,9 +66,10 @@ def encode_state(state: TrainingState, base: BaseModel, *, with_optimizer: bool,
         applied_seq=applied_seq,
         has_optimizer=with_optimizer,
         numerics_profile=base.facts.numerics_profile,
-        adapter_config=peft_adapter_config(state.spec, base),
+        adapter_config=peft_export.adapter_config(state.layout, state.spec, base.facts.base_model),
     )
-    tensors = _named_tensors(state.layout, state.weights.flat.cpu().numpy())
+    flat = state.weights.flat.cpu().numpy()
+    tensors = {one.name: one.view.reshape(one.shape) for one in peft_export.named_tensors(state.layout, flat)}
     if with_optimizer:
         tensors[_EXP_AVG] = state.exp_avg.cpu().numpy()
         tensors[_EXP_AVG_SQ] = state.exp_avg_sq.cpu().numpy()
@@ -138,59 +132,26 @@ def read_header(data: bytes) -> FileHeader:
 def export_peft(data: bytes) -> dict[str, bytes]:
     """The files of an ordinary PEFT adapter by name: adapter_config.json and adapter_model.safetensors."""
     header, tensors = _read(data)
-    adapter = {name: array for name, array in tensors.items() if name.startswith(_PEFT_PREFIX)}
+    return _adapter_files(header.adapter_config, _adapter_of(tensors))
+
+
+def export_vllm(data: bytes) -> dict[str, bytes]:
+    """The same for vLLM, which wants the tensors of experts one by one; equal to `export_peft` without experts."""
+    header, tensors = _read(data)
+    apart = peft_export.vllm_tensors(_adapter_of(tensors), header.lora.rank)
+    return _adapter_files(peft_export.vllm_config(header.adapter_config), apart)
+
+
+def _adapter_of(tensors: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
+    return {name: array for name, array in tensors.items() if name.startswith(peft_export.PREFIX)}
+
+
+def _adapter_files(config: Mapping[str, Any], tensors: Mapping[str, NDArray[np.float32]]) -> dict[str, bytes]:
+    contiguous = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
     return {
-        "adapter_config.json": (json.dumps(header.adapter_config, indent=2, sort_keys=True) + "\n").encode(),
-        "adapter_model.safetensors": safetensors.numpy.save(adapter, {"format": "pt"}),
+        "adapter_config.json": (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
+        "adapter_model.safetensors": safetensors.numpy.save(contiguous, {"format": "pt"}),
     }
-
-
-def peft_adapter_config(spec: LoraSpec, base: BaseModel) -> dict[str, Any]:
-    """adapter_config.json for this adapter; target_modules is always written, the base by its stable name."""
-    targets: list[str] = []
-    for is_trained, leaves in (
-        (spec.train_attn, ATTENTION_PROJECTIONS),
-        (spec.train_mlp, MLP_PROJECTIONS),
-        (spec.train_unembed, (HEAD_MODULE,)),
-    ):
-        if is_trained:
-            targets.extend(leaves)
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base.facts.base_model,
-        "revision": None,
-        "inference_mode": True,
-        "r": spec.rank,
-        "lora_alpha": spec.alpha,
-        "target_modules": targets,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "use_rslora": False,
-        "use_dora": False,
-        "init_lora_weights": True,
-        "modules_to_save": None,
-        "layers_to_transform": None,
-        "layers_pattern": None,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-        "auto_mapping": None,
-    }
-
-
-def _named_tensors(layout: AdapterLayout, flat: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
-    """Views of the arena as peft shapes them: A [R, I], B [O, R]."""
-    named = {}
-    for place in layout.places:
-        rows, columns = place.shape
-        view = flat[place.offset : place.offset + rows * columns].reshape(rows, columns)
-        named[_peft_name(place.module, place.which)] = view if place.which == "A" else view.T
-    return named
-
-
-def _peft_name(module: str, which: str) -> str:
-    return f"{_PEFT_PREFIX}{module}.lora_{which}.weight"
 
 
 def _read(data: bytes) -> tuple[FileHeader, dict[str, NDArray[np.float32]]]:
@@ -208,20 +169,21 @@ def _weights_of(header: FileHeader, tensors: Mapping[str, NDArray[np.float32]], 
     ):
         if theirs != ours:
             raise InvalidRequest(f"the checkpoint was made for {what} {theirs!r}, this one is {ours!r}")
-    layout = adapter_layout(base.projections, header.lora)
+    layout = adapter_layout(base.groups, header.lora)
     flat = np.zeros(layout.num_elements, dtype=np.float32)
-    found = {name for name in tensors if name.startswith(_PEFT_PREFIX)}
-    views = _named_tensors(layout, flat)
-    if found != views.keys():
-        odd = ", ".join(sorted(found ^ views.keys())[:3])
+    found = _adapter_of(tensors)
+    expected = {one.name: one for one in peft_export.named_tensors(layout, flat)}
+    if found.keys() != expected.keys():
+        odd = ", ".join(sorted(found.keys() ^ expected.keys())[:3])
         raise InvalidRequest(f"the checkpoint's tensors are not those of its LoRA settings; differing: {odd}")
-    for name, view in views.items():
-        if tensors[name].shape != view.shape or tensors[name].dtype != np.float32:
+    for name, one in expected.items():
+        array = found[name]
+        if array.shape != one.shape or array.dtype != np.float32:
             raise InvalidRequest(
-                f"checkpoint tensor {name} is {tensors[name].dtype} {list(tensors[name].shape)}; "
-                f"rank {header.lora.rank} on this base model needs float32 {list(view.shape)}"
+                f"checkpoint tensor {name} is {array.dtype} {list(array.shape)}; "
+                f"rank {header.lora.rank} on this base model needs float32 {list(one.shape)}"
             )
-        view[...] = tensors[name]
+        one.view[...] = array.reshape(one.view.shape)
     return AdapterWeights(layout, torch.from_numpy(flat).to(base.device), header.lora.alpha / header.lora.rank)
 
 

@@ -1,17 +1,20 @@
 """The mathematics of the losses: small pure functions of target log-probabilities.
 
 Each takes float32 log-probabilities of some rows and the rows' inputs, and gives the loss per target with its
-closed-form derivative, so that the head can go on to the hidden states at once. They act per token; nothing here
-knows logits, tenants or tensors' places. domain/losses.py says which inputs and settings each takes.
-Invariant: row i of every output depends on row i of the inputs alone. Losses are summed, never averaged.
+closed-form derivative, so that the head can go on to the hidden states at once. Two kinds: a token loss acts on each
+row alone and runs inside the head's chunks; a sequence loss acts on whole datums and is told where they end. Nothing
+here knows logits, tenants or tensors' places. domain/losses.py says which inputs and settings each takes.
+Invariant: row i of every output depends on row i of the inputs alone (token losses) or on the rows of its own datum
+alone (sequence losses). Losses are summed, never averaged.
 
-Legend: C rows of a chunk (or T of a quantum), K target columns per row. Sources: Tinker documentation, "Losses";
-importance ratio r = exp(logprob - logprob of the sampler).
+Legend: C rows of a chunk, T rows of a quantum, N datums of a quantum, K target columns per row; p = exp(logp) is the
+trained policy, q = exp(logprobs input) the one that sampled, A the advantages, sg[.] what is not differentiated.
+Sources: Tinker documentation, "Losses"; papers where named. docs/losses.md has the table.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from treadle.domain.losses import LOSSES
+from treadle.domain.losses import CLIP_HIGH, CLIP_LOW, LOSSES, SEQUENCE_RATIO_MASK, Loss
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +38,13 @@ class LossTerms:
 
 
 Inputs = Mapping[str, Tensor]
-LossFn = Callable[[Tensor, Inputs, Mapping[str, float]], LossTerms]
+Config = Mapping[str, float]
+TokenLoss = Callable[[Tensor, Inputs, Config], LossTerms]
+# The last argument: how many rows each datum has, in order; they cover all rows.
+SequenceLoss = Callable[[Tensor, Inputs, Config, Sequence[int]], LossTerms]
 
 
-def cross_entropy(logprobs_CK: Tensor, inputs: Inputs, config: Mapping[str, float]) -> LossTerms:
+def cross_entropy(logprobs_CK: Tensor, inputs: Inputs, config: Config) -> LossTerms:
     """loss = -sum_t w_t * logp_t ; the weights are any real numbers, and 1 where a datum sent none.
 
     The caller fills in absent weights, because one quantum may hold datums with and without them.
@@ -47,53 +53,123 @@ def cross_entropy(logprobs_CK: Tensor, inputs: Inputs, config: Mapping[str, floa
     return LossTerms(loss=-weights_CK * logprobs_CK, grad=-weights_CK)
 
 
-def importance_sampling(logprobs_C: Tensor, inputs: Inputs, config: Mapping[str, float]) -> LossTerms:
-    """loss = -sum_t r_t * A_t ; r is differentiated, so d loss / d logp = loss."""
+def importance_sampling(logprobs_C: Tensor, inputs: Inputs, config: Config) -> LossTerms:
+    """loss = -sum_t r_t * A_t ; r = p / q is differentiated, so d loss / d logp = loss."""
     loss_C = -_ratio(logprobs_C, inputs) * inputs["advantages"]
     return LossTerms(loss=loss_C, grad=loss_C)
 
 
-def ppo(logprobs_C: Tensor, inputs: Inputs, config: Mapping[str, float]) -> LossTerms:
-    """loss = -sum_t min(r_t * A_t, clip(r_t, low, high) * A_t).
+def ppo(logprobs_C: Tensor, inputs: Inputs, config: Config) -> LossTerms:
+    """loss = -sum_t min(r_t * A_t, clip(r_t, low, high) * A_t) ; r = p / q. See _clipped_objective."""
+    return _clipped_objective(_ratio(logprobs_C, inputs), inputs)
 
-    low and high are the ratio's bounds themselves (0.8 and 1.2, not 0.2). The gradient is that of the unclipped
-    term where it is the smaller or equal one, else 0. Tokens whose clip is active are counted as clipped.
+
+def cispo(logprobs_C: Tensor, inputs: Inputs, config: Config) -> LossTerms:
+    """loss = -sum_t sg[clip(r_t, low, high)] * logp_t * A_t ; so d loss / d logp = -clip(r_t) * A_t.
+
+    A token beyond the bounds keeps its gradient, with a bounded weight; it is counted as clipped.
+    Source: Tinker documentation, "Losses"; MiniMax-M1 (arXiv 2506.13585), with the ratio's bounds themselves instead
+    of 1 -+ epsilon.
     """
-    advantages_C = inputs["advantages"]
     ratio_C = _ratio(logprobs_C, inputs)
-    bounded_C = torch.minimum(
-        torch.maximum(ratio_C, inputs["clip_low_threshold"]),
-        inputs["clip_high_threshold"],
-    )
-    free_C = ratio_C * advantages_C
-    clipped_C = bounded_C * advantages_C
-    is_clipped_C = clipped_C < free_C
+    bounded_C = _bounded(ratio_C, inputs)
+    weight_C = bounded_C * inputs["advantages"]
+    is_clipped_C = (bounded_C != ratio_C) & (inputs["advantages"] != 0)
     return LossTerms(
-        loss=-torch.minimum(free_C, clipped_C),
-        grad=torch.where(is_clipped_C, torch.zeros_like(free_C), -free_C),
+        loss=-weight_C * logprobs_C,
+        grad=-weight_C,
         metrics={"clipped_tokens:sum": is_clipped_C.sum()},
     )
 
 
-def _ratio(logprobs_C: Tensor, inputs: Inputs) -> Tensor:
-    """r_t = exp(logp_t - q_t), and 1 where A_t is 0: such a token adds nothing, whatever placeholder its q_t is."""
+def dro(logprobs_C: Tensor, inputs: Inputs, config: Config) -> LossTerms:
+    """loss = -sum_t (logp_t * A_t - beta / 2 * (logp_t - log q_t)^2) ; d/dlogp = -A_t + beta * (logp_t - log q_t).
+
+    The penalty acts on every token, also on those whose advantage is 0: the documented formula knows no mask.
+    Source: Tinker documentation, "DRO"; Richemond et al., 2024 (arXiv 2405.19107).
+    """
+    beta = config["beta"]
+    advantages_C = inputs["advantages"]
     difference_C = logprobs_C - inputs["logprobs"]
-    return torch.exp(torch.where(inputs["advantages"] == 0, torch.zeros_like(difference_C), difference_C))
+    return LossTerms(
+        loss=(0.5 * beta) * difference_C.square() - logprobs_C * advantages_C,
+        grad=beta * difference_C - advantages_C,
+    )
 
 
-LOSS_FUNCTIONS: Mapping[str, LossFn] = {
+def gspo(logprobs_T1: Tensor, inputs: Inputs, config: Config, lengths: Sequence[int]) -> LossTerms:
+    """loss = -sum_t min(r_t * A_t, clip(r_t, low, high) * A_t) ; r_t = sg[s] * p_t / sg[p_t], one s per datum.
+
+    s = exp(mean over the datum's tokens with sequence_ratio_mask != 0 of (logp - log q)), and 1 where there is none.
+    So r_t = s in value and d r_t / d logp_t = s. The caller fills in an absent mask. The mean is taken in float64:
+    the bounds leave room for parts in ten thousand, which a float32 sum over a long datum would eat into.
+    Source: Tinker documentation, "Losses"; GSPO-token of Zheng et al., 2025 (arXiv 2507.18071).
+    """
+    assert logprobs_T1.shape == (sum(lengths), 1), "one target per token"
+    is_counted_T = (inputs[SEQUENCE_RATIO_MASK] != 0).squeeze(1)
+    difference_T = (logprobs_T1 - inputs["logprobs"]).squeeze(1).double()
+    difference_T = torch.where(is_counted_T, difference_T, torch.zeros_like(difference_T))
+    lengths_N = torch.tensor(lengths, dtype=torch.int64, device=logprobs_T1.device)
+    # One reduction per datum: its sum cannot depend on the other datums.
+    total_N = torch.segment_reduce(difference_T, "sum", lengths=lengths_N)
+    count_N = torch.segment_reduce(is_counted_T.double(), "sum", lengths=lengths_N)
+    ratio_N = torch.exp(total_N / count_N.clamp_(min=1)).float()
+    ratio_T1 = ratio_N.repeat_interleave(lengths_N, output_size=len(logprobs_T1)).unsqueeze(1)
+    return _clipped_objective(_one_without_advantage(ratio_T1, inputs), inputs)
+
+
+def _clipped_objective(ratio: Tensor, inputs: Inputs) -> LossTerms:
+    """-min(r * A, clip(r, low, high) * A) of a ratio with d r / d logp = r.
+
+    low and high are the ratio's bounds themselves (0.8 and 1.2, not 0.2). The gradient is that of the unclipped
+    term where it is the smaller or equal one, else 0. Tokens whose clip is active are counted as clipped.
+    """
+    advantages = inputs["advantages"]
+    free = ratio * advantages
+    clipped = _bounded(ratio, inputs) * advantages
+    is_clipped = clipped < free
+    return LossTerms(
+        loss=-torch.minimum(free, clipped),
+        grad=torch.where(is_clipped, torch.zeros_like(free), -free),
+        metrics={"clipped_tokens:sum": is_clipped.sum()},
+    )
+
+
+def _bounded(ratio: Tensor, inputs: Inputs) -> Tensor:
+    """clip(r, low, high), per token. Admission refuses low > high."""
+    return torch.minimum(torch.maximum(ratio, inputs[CLIP_LOW]), inputs[CLIP_HIGH])
+
+
+def _ratio(logprobs: Tensor, inputs: Inputs) -> Tensor:
+    """r_t = exp(logp_t - log q_t), and 1 where A_t is 0: such a token adds nothing, whatever placeholder its q_t is."""
+    difference = logprobs - inputs["logprobs"]
+    return torch.exp(torch.where(inputs["advantages"] == 0, torch.zeros_like(difference), difference))
+
+
+def _one_without_advantage(ratio: Tensor, inputs: Inputs) -> Tensor:
+    """The ratio, and 1 where A_t is 0: infinity times 0 would be NaN."""
+    return torch.where(inputs["advantages"] == 0, torch.ones_like(ratio), ratio)
+
+
+TOKEN_LOSSES: Mapping[str, TokenLoss] = {
     "cross_entropy": cross_entropy,
     "importance_sampling": importance_sampling,
     "ppo": ppo,
+    "cispo": cispo,
+    "dro": dro,
 }
-assert LOSS_FUNCTIONS.keys() == LOSSES.keys(), "admission and engine know different losses"
+SEQUENCE_LOSSES: Mapping[str, SequenceLoss] = {"gspo": gspo}
+assert not TOKEN_LOSSES.keys() & SEQUENCE_LOSSES.keys()
+assert TOKEN_LOSSES.keys() | SEQUENCE_LOSSES.keys() == LOSSES.keys(), "admission and engine know different losses"
 
 
-def rows_with_gradient(name: str, inputs: Mapping[str, NDArray[np.float32]]) -> NDArray[np.bool_]:
+def rows_with_gradient(loss: Loss, inputs: Mapping[str, NDArray[np.float32]]) -> NDArray[np.bool_]:
     """Rows [T] whose gradient can be other than 0, from inputs [T] or [T, K].
 
     Known before anything is computed, so that nothing waits for the device.
     """
-    weights = inputs["weights" if name == "cross_entropy" else "advantages"]
-    is_nonzero: NDArray[np.bool_] = (weights != 0).reshape(len(weights), -1).any(axis=1)
+    signal = inputs["weights" if loss.name == "cross_entropy" else "advantages"]
+    if loss.name == "dro" and loss.config["beta"] != 0:
+        return np.ones(len(signal), dtype=np.bool_)
+    is_nonzero: NDArray[np.bool_] = (signal != 0).reshape(len(signal), -1).any(axis=1)
     return is_nonzero

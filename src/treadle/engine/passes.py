@@ -1,7 +1,7 @@
 """One micro-batch: quanta of any number of runs, packed into one forward and one backward of the base model.
 
 Gradients go into each op's scratch arena, and from there into the run's open gradient when the whole op is done
-(`commit_scratch`); an op that fails drops its scratch and has left no trace. This module knows no requests,
+(`state.commit_scratch`); an op that fails drops its scratch and has left no trace. This module knows no requests,
 plans or tenants: a quantum is datums, a loss, a state and a scratch.
 Invariant: a quantum's numbers depend on its content and its run's weights alone, not on what shares the pass.
 
@@ -20,14 +20,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from treadle.domain.limits import PACK_MULTIPLE
-from treadle.domain.losses import LOSSES, PER_TOKEN_CLIPS, Loss
+from treadle.domain.losses import LOSSES, PER_TOKEN_CLIPS, SEQUENCE_RATIO_MASK, Loss
 from treadle.domain.ops import Datum
-from treadle.engine.adapter import AdapterArena, TrainingState
-from treadle.engine.attention import PackedCausalAttention
+from treadle.engine.adapter import AdapterArena
+from treadle.engine.attention import packed_attention
 from treadle.engine.base_model import BaseModel
+from treadle.engine.context import Recompute
 from treadle.engine.head import HeadResult, HeadTask, run_head
-from treadle.engine.kernels import LoraSegment
+from treadle.engine.kernels.base import LoraSegment
 from treadle.engine.losses import rows_with_gradient
+from treadle.engine.state import TrainingState
 from treadle.errors import NonFiniteResult
 
 FloatArray = NDArray[np.float32]
@@ -60,21 +62,25 @@ class QuantumResult:
     failure: NonFiniteResult | None = None
 
 
-def run_micro_batch(base: BaseModel, quanta: Sequence[QuantumInput]) -> list[QuantumResult]:
+def run_micro_batch(
+    base: BaseModel, quanta: Sequence[QuantumInput], *, recompute: Recompute = Recompute.NONE
+) -> list[QuantumResult]:
     """One result per quantum, from ONE forward of the base model (and one backward if any quantum trains).
 
     Quanta of one op must come in order, here and over micro-batches. Shapes, tokens and inputs were checked at
-    admission. A quantum whose result is not finite fails alone; its op must then drop the scratch.
+    admission. A quantum whose result is not finite fails alone; its op must then drop the scratch. recompute changes
+    memory and time, no number.
     """
     assert quanta, "a micro-batch has at least one quantum"
     wants_grad = any(quantum.scratch is not None for quantum in quanta)
     pack = _Pack(base, quanta)
+    # Before the forward, so that an id that slipped through breaks the pass before the device has worked for it.
+    tasks = [_head_task(base, quantum, segment) for quantum, segment in zip(quanta, pack.segments, strict=True)]
     with torch.set_grad_enabled(wants_grad):
         hidden_TD = base.forward_hidden(
-            pack.tokens_T, pack.positions_T, attention=pack.attention, segments=pack.segments
+            pack.tokens_T, pack.positions_T, attention=pack.attention, segments=pack.segments, recompute=recompute
         )
     d_hidden_TD = torch.zeros_like(hidden_TD, requires_grad=False) if wants_grad else None
-    tasks = [_head_task(base, quantum, segment) for quantum, segment in zip(quanta, pack.segments, strict=True)]
     outputs = _to_host(run_head(base, hidden_TD.detach(), tasks, d_hidden_TD), pack.segments, d_hidden_TD)
     results = [_result_of(quantum, output) for quantum, output in zip(quanta, outputs, strict=True)]
     if d_hidden_TD is not None:
@@ -83,21 +89,6 @@ def run_micro_batch(base: BaseModel, quanta: Sequence[QuantumInput]) -> list[Qua
         if hidden_TD.requires_grad and any(segment.grads is not None for segment in pack.segments):
             hidden_TD.backward(d_hidden_TD)  # type: ignore[no-untyped-call]  # torch types backward as untyped
     return results
-
-
-def commit_scratch(state: TrainingState, scratch: AdapterArena) -> None:
-    """Add a whole op's gradient to the open gradient. Takes over the scratch: use it no more.
-
-    Ops are committed in seq order. Raises NonFiniteResult, with the state unchanged, when the gradient or its sum
-    with the open one is not finite.
-    """
-    assert scratch.layout == state.layout
-    # Adding to an explicit zero would turn -0.0 into 0.0; the first op's scratch simply becomes the open gradient.
-    total = scratch.flat if state.grads is None else state.grads.flat + scratch.flat
-    if not all(math.isfinite(bound) for bound in torch.stack(torch.aminmax(total)).tolist()):
-        raise NonFiniteResult("the gradient of this request is not finite; nothing of it was applied")
-    state.grads = AdapterArena(state.layout, total)
-    state.num_open_passes += 1
 
 
 def sum_metrics(results: Sequence[QuantumResult]) -> dict[str, float]:
@@ -128,10 +119,18 @@ class _Pack:
         assert 0 <= tokens.min() <= tokens.max() < base.vocab_size, "tokens are checked at admission"
         self.tokens_T = torch.from_numpy(tokens).to(base.device)
         self.positions_T = torch.from_numpy(positions).to(base.device)
-        self.attention = PackedCausalAttention(lengths, num_rows)
+        self.attention = packed_attention(
+            lengths,
+            num_rows,
+            device=base.device,
+            dtype=base.dtype,
+            num_heads=base.num_heads,
+            head_dim=base.head_dim,
+        )
         self.segments: list[LoraSegment] = []
         start = 0
         for quantum in quanta:
+            assert not quantum.state.is_released
             stop = start + sum(datum.num_tokens for datum in quantum.datums)
             self.segments.append(LoraSegment(quantum.state.weights, start, stop, quantum.scratch))
             start = stop
@@ -139,20 +138,21 @@ class _Pack:
 
 
 def _head_task(base: BaseModel, quantum: QuantumInput, segment: LoraSegment) -> HeadTask:
-    targets, inputs = _aligned_inputs(quantum)
+    targets, inputs = _aligned_inputs(quantum, base.vocab_size)
     return HeadTask(
         start=segment.start,
         stop=segment.stop,
         targets=torch.from_numpy(targets).to(base.device),
         inputs={name: torch.from_numpy(array).to(base.device) for name, array in inputs.items()},
-        has_gradient=rows_with_gradient(quantum.loss.name, inputs),
+        has_gradient=rows_with_gradient(quantum.loss, inputs),
+        datum_lengths=[datum.num_tokens for datum in quantum.datums],
         loss=quantum.loss,
         adapter=quantum.state.weights,
         grads=segment.grads,
     )
 
 
-def _aligned_inputs(quantum: QuantumInput) -> tuple[NDArray[np.int64], dict[str, FloatArray]]:
+def _aligned_inputs(quantum: QuantumInput, vocab_size: int) -> tuple[NDArray[np.int64], dict[str, FloatArray]]:
     """The quantum's targets [T, K] and float inputs [T, K], with defaults for what datums did not send.
 
     Datums may differ in K: short rows are filled up with target 0 at weight 0, which adds exactly nothing.
@@ -172,16 +172,21 @@ def _aligned_inputs(quantum: QuantumInput) -> tuple[NDArray[np.int64], dict[str,
         aligned_targets[block] = target
         for name in names:
             given = datum.inputs.get(name)
-            aligned[name][block] = _default_input(quantum.loss, name) if given is None else _columns(given)
+            aligned[name][block] = _columns(_default_input(quantum.loss, datum, name) if given is None else given)
         row += length
+    assert 0 <= aligned_targets.min() <= aligned_targets.max() < vocab_size, "targets are checked at admission"
     return aligned_targets, aligned
 
 
-def _default_input(loss: Loss, name: str) -> float:
+def _default_input(loss: Loss, datum: Datum, name: str) -> NDArray[np.generic]:
+    """What an optional input that the datum does not have stands for."""
     if name in PER_TOKEN_CLIPS:
-        return loss.config[name]
+        return np.full(datum.num_tokens, loss.config[name], dtype=np.float32)
+    if name == SEQUENCE_RATIO_MASK:
+        mask: FloatArray = (datum.inputs["advantages"] != 0).astype(np.float32)
+        return mask
     assert name == "weights", f"{name} is required and was checked at admission"
-    return 1.0
+    return np.ones(datum.inputs["target_tokens"].shape, dtype=np.float32)
 
 
 def _columns(array: NDArray[np.generic]) -> NDArray[np.generic]:
@@ -229,17 +234,10 @@ def _to_host(
 
 def _result_of(quantum: QuantumInput, output: _HostOutput) -> QuantumResult:
     """The quantum's result, or the failure that names its first datum that is not finite."""
-    is_finite_T = np.isfinite(output.logprobs).all(axis=1) & np.isfinite(output.losses).all(axis=1)
-    is_finite_T &= output.has_finite_gradient
     bounds = np.cumsum([datum.num_tokens for datum in quantum.datums])
-    if not is_finite_T.all():
-        index = int(np.searchsorted(bounds, int(np.argmin(is_finite_T)), side="right"))
-        return QuantumResult(
-            failure=NonFiniteResult(
-                f"datum {quantum.first_datum_index + index}: loss, logprobs or their gradient are not finite "
-                f"(loss_fn {quantum.loss.name}); nothing of this request was applied"
-            )
-        )
+    failure = _failure_of(quantum, output, bounds)
+    if failure is not None:
+        return QuantumResult(failure=failure)
     per_datum = []
     for datum, stop in zip(quantum.datums, bounds, strict=True):
         target = datum.inputs["target_tokens"]
@@ -248,6 +246,39 @@ def _result_of(quantum: QuantumInput, output: _HostOutput) -> QuantumResult:
         per_datum.append(rows[:, 0].copy() if target.ndim == 1 else rows[:, : target.shape[1]].copy())
     metrics = {"loss:sum": float(output.losses.sum(dtype=np.float64)), **output.metrics}
     return QuantumResult(logprobs=tuple(per_datum), metrics=metrics)
+
+
+def _failure_of(quantum: QuantumInput, output: _HostOutput, bounds: NDArray[np.int64]) -> NonFiniteResult | None:
+    """What is not finite in the first row that is not, with the inputs that led to it; None when all is finite."""
+    is_finite_logprob_T, is_finite_loss_T = _finite_rows(output.logprobs), _finite_rows(output.losses)
+    is_finite_T = is_finite_logprob_T & is_finite_loss_T & output.has_finite_gradient
+    if is_finite_T.all():
+        return None
+    row = int(np.argmin(is_finite_T))
+    place = int(np.searchsorted(bounds, row, side="right"))
+    datum = quantum.datums[place]
+    position = row - (int(bounds[place]) - datum.num_tokens)
+    if not is_finite_logprob_T[row]:
+        what = "the log-probability of target_tokens"
+    elif not is_finite_loss_T[row]:
+        what = "the loss"
+    else:
+        what = "the gradient"
+    spec = LOSSES[quantum.loss.name]
+    given = ", ".join(
+        f"{name}[{position}] = {datum.inputs[name][position].tolist()!s:.80}"
+        for name in (*spec.required_inputs, *spec.optional_inputs)
+        if name in datum.inputs
+    )
+    return NonFiniteResult(
+        f"datum {quantum.first_datum_index + place}: {what} at position {position} is not finite "
+        f"(loss_fn {spec.name}; {given}); nothing of this request was applied"
+    )
+
+
+def _finite_rows(values_TK: FloatArray) -> NDArray[np.bool_]:
+    rows: NDArray[np.bool_] = np.isfinite(values_TK).min(axis=1)
+    return rows
 
 
 def _isolate_failures(segments: Sequence[LoraSegment], results: Sequence[QuantumResult], d_hidden_TD: Tensor) -> None:

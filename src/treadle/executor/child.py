@@ -11,6 +11,7 @@ import queue
 import sys
 import threading
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import assert_never
 
 from treadle.blobs import open_blobs
@@ -66,6 +67,9 @@ class ChildProcess:
                 max_running_samples=config.max_running_samples,
                 max_cached_tokens=config.max_cached_tokens,
                 micro_batch_tokens=config.micro_batch_tokens,
+                parking_dir=None if config.parking_dir is None else Path(config.parking_dir),
+                park_after_s=config.park_after_s,
+                max_resident_bytes=config.max_resident_bytes,
             )
         except Exception as error:  # noqa: BLE001 (worker entry: whatever stops the load must reach the operator)
             log.error("base model failed to load", base_model=config.base_model, error=repr(error))
@@ -76,7 +80,11 @@ class ChildProcess:
             self._send(LoadFailed(message=message, is_config=is_config))
             return 1
         self._send(Loaded(worker.facts))
-        self._serve(worker)
+        try:
+            self._serve(worker)
+        except Exception as error:  # noqa: BLE001 (worker entry: the device is lost, or we are; the server starts anew)
+            log.error("worker gives up", base_model=config.base_model, exc=error)
+            return 1
         return 0
 
     def _read_forever(self) -> None:
@@ -93,7 +101,7 @@ class ChildProcess:
     def _serve(self, worker: Worker) -> None:
         loop = ComputeLoop(worker)
         while True:
-            for message in self._pending(block=not loop.has_work):
+            for message in self._pending(loop):
                 if isinstance(message, Stop):
                     return
                 self._accept(loop, message)
@@ -103,9 +111,14 @@ class ChildProcess:
             if finished.samples:
                 self._send(SamplesDone(encode_samples(finished.samples)))
 
-    def _pending(self, *, block: bool) -> list[ToWorker]:
-        """All messages that wait, at least one of them when `block`."""
-        messages = [self._inbox.get()] if block else []
+    def _pending(self, loop: ComputeLoop) -> list[ToWorker]:
+        """All messages that wait. Without work at hand: once there is one, or a run is due to be parked."""
+        messages = []
+        if not loop.has_work:
+            try:
+                messages.append(self._inbox.get(timeout=loop.idle_s))
+            except queue.Empty:
+                return []
         while not self._inbox.empty():
             messages.append(self._inbox.get())
         return messages

@@ -48,13 +48,16 @@ Args = TypeVarTuple("Args")
 
 # How long a worker may take to leave after Stop before it is killed.
 STOP_TIMEOUT_S = 10.0
+# What is started as a worker, followed by the number of its end of the pipe.
+WORKER_COMMAND = (sys.executable, "-m", "treadle.executor.child")
 
 
 class LocalExecutor:
     """One worker process. `start` may be called once; after a death make a new executor."""
 
-    def __init__(self, config: WorkerConfig) -> None:
+    def __init__(self, config: WorkerConfig, *, command: Sequence[str] = WORKER_COMMAND) -> None:
         self._config = config
+        self._command = command
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
         self._outbox: queue.SimpleQueue[ToWorker | None] = queue.SimpleQueue()
@@ -77,7 +80,7 @@ class LocalExecutor:
         ours, theirs = Pipe(duplex=True)
         # A session of its own: Ctrl-C reaches the server only, which then drains before it stops the worker.
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "treadle.executor.child", str(theirs.fileno())],
+            [*self._command, str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             start_new_session=True,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from treadle.domain.ids import ModelId, RequestId
+from treadle.domain.limits import PARK_AFTER_S
 from treadle.domain.outcome import CycleOutcome, PoolFacts, SampleOutcome
 from treadle.domain.plan import CycleWork, SampleWork, StateTag
 
@@ -19,7 +20,8 @@ from treadle.domain.plan import CycleWork, SampleWork, StateTag
 class WorkerConfig:
     """Everything a worker process needs to know; sent as the first message.
 
-    num_threads and micro_batch_tokens 0 mean: choose from the model and the device.
+    num_threads and micro_batch_tokens 0 mean: choose from the model and the device. parking_dir: a directory of this
+    host for runs without work, None to keep them in memory; max_resident_bytes: of runs, 0 for no limit.
     """
 
     base_model: str
@@ -32,6 +34,9 @@ class WorkerConfig:
     max_running_samples: int
     max_cached_tokens: int
     micro_batch_tokens: int = 0
+    parking_dir: str | None = None
+    park_after_s: float = PARK_AFTER_S
+    max_resident_bytes: int = 0
     hub: str = "huggingface"
     log_level: str = "info"
     log_format: Literal["console", "json"] = "console"

@@ -7,16 +7,13 @@ Invariant: nothing leaves this file that does not belong to the caller's tenant.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Hashable
-from typing import Generic, TypeVar
-
 from treadle.domain.ids import ModelId, SamplingSessionId, SessionId
 from treadle.domain.limits import MAX_SEQ_ID_LEAD
 from treadle.domain.records import ModelRecord, SamplingSessionRecord, SessionRecord
 from treadle.domain.states import SessionState
 from treadle.errors import NotFound, SessionFinished
 from treadle.gateway.auth import Principal
+from treadle.gateway.caches import ConfirmedRows, RecentRows
 from treadle.gateway.deps import Clock
 from treadle.store import Store
 
@@ -25,32 +22,6 @@ SESSION_CACHE_S = 1.0
 # Rows remembered per kind, least recently used first out; about 1 KB each, 17 KB with the largest metadata.
 MAX_CACHED_ROWS = 8_192
 
-K = TypeVar("K", bound=Hashable)
-V = TypeVar("V")
-
-
-class RecentRows(Generic[K, V]):
-    """A bounded map that forgets what was used least recently."""
-
-    def __init__(self, capacity: int = MAX_CACHED_ROWS) -> None:
-        self._capacity = capacity
-        self._rows: OrderedDict[K, V] = OrderedDict()
-
-    def get(self, key: K) -> V | None:
-        value = self._rows.get(key)
-        if value is not None:
-            self._rows.move_to_end(key)
-        return value
-
-    def put(self, key: K, value: V) -> None:
-        self._rows[key] = value
-        self._rows.move_to_end(key)
-        if len(self._rows) > self._capacity:
-            self._rows.popitem(last=False)
-
-    def forget(self, key: K) -> None:
-        self._rows.pop(key, None)
-
 
 class Access:
     """Looks rows up for a principal."""
@@ -58,9 +29,11 @@ class Access:
     def __init__(self, *, store: Store, clock: Clock) -> None:
         self._store = store
         self._clock = clock
-        self._sessions: RecentRows[SessionId, tuple[float, SessionRecord]] = RecentRows()
-        self._models: RecentRows[ModelId, ModelRecord] = RecentRows()
-        self._samplers: RecentRows[SamplingSessionId, SamplingSessionRecord] = RecentRows()
+        self._sessions: ConfirmedRows[SessionId, SessionRecord] = ConfirmedRows(
+            capacity=MAX_CACHED_ROWS, lifetime_s=SESSION_CACHE_S, clock=clock, ended=store.sessions.finished_among
+        )
+        self._models: RecentRows[ModelId, ModelRecord] = RecentRows(MAX_CACHED_ROWS)
+        self._samplers: RecentRows[SamplingSessionId, SamplingSessionRecord] = RecentRows(MAX_CACHED_ROWS)
 
     async def session(self, principal: Principal, session_id: SessionId) -> SessionRecord:
         """The caller's session in whatever state. Raises NotFound."""
@@ -71,14 +44,14 @@ class Access:
 
     async def active_session(self, principal: Principal, session_id: SessionId) -> SessionRecord:
         """The caller's session, open for new work. Raises NotFound or SessionFinished."""
-        now = self._clock.monotonic()
-        cached = self._sessions.get(session_id)
-        if cached is not None and now < cached[0] and cached[1].tenant_id == principal.tenant_id:
-            return cached[1]
+        cached = await self._sessions.get(session_id)
+        if cached is not None and cached.tenant_id == principal.tenant_id:
+            return cached
+        read_at = self._clock.monotonic()
         record = await self.session(principal, session_id)
         if record.state is SessionState.FINISHED:
             raise SessionFinished(f"session {session_id} is finished; create a new session")
-        self._sessions.put(session_id, (now + SESSION_CACHE_S, record))
+        self._sessions.put(session_id, record, read_at=read_at)
         return record
 
     def session_finished(self, session_id: SessionId) -> None:

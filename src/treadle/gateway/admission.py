@@ -84,10 +84,11 @@ class Admission:
     async def submit_checked(self, place: NewRequest, draft: Draft) -> RequestId:
         """`submit` for content that was checked already."""
         row = await self._filled(place, draft)
-        request_id = await self._store.requests.enqueue(row)
-        if row.payload_key is not None:
-            await self._drop_unused(row.payload_key, request_id)
-        return request_id
+        is_new = await self._store.requests.add(row)
+        if row.payload_key is not None and not is_new:
+            # The row names the first one's blob, and nobody would ever find this one.
+            await asyncio.get_running_loop().run_in_executor(self._threads, self._blobs.delete, row.payload_key)
+        return row.request_id
 
     async def submit_refused(self, place: NewRequest, refusal: UserError) -> RequestId:
         """The id of a request that fails with `refusal` through its future."""
@@ -127,13 +128,6 @@ class Admission:
         key = BlobKey(f"payloads/{uuid.uuid4().hex}")
         await asyncio.get_running_loop().run_in_executor(self._threads, self._blobs.write, key, draft.payload)
         return replace(row, payload=b"", payload_key=key)
-
-    async def _drop_unused(self, key: BlobKey, request_id: RequestId) -> None:
-        """Delete the blob of a replay: the row names the first one's, and nobody would ever find this one."""
-        row = await self._store.requests.get(request_id)
-        assert row is not None, "an enqueued request has a row"
-        if row.payload_key != key:
-            await asyncio.get_running_loop().run_in_executor(self._threads, self._blobs.delete, key)
 
 
 def refused(place: NewRequest, refusal: UserError) -> NewRequest:

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from fastapi import FastAPI
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -23,28 +24,28 @@ from treadle.gateway.middleware import ErrorMiddleware
 from treadle.gateway.routes import futures, models, runs, sampling, service, sessions, tokenizers, training
 
 
-def create_app(deps: GatewayDeps) -> FastAPI:
+def create_app(deps: GatewayDeps) -> Starlette:
     """The app over `deps`, ready for any ASGI server. Its lifespan must run: it starts and stops the futures hub."""
     gateway = Gateway(deps)
 
     @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
         await gateway.start()
         try:
             yield
         finally:
             await gateway.stop()
 
-    # No interactive docs: their pages load scripts from elsewhere, and the API's client is the SDK.
-    app = FastAPI(
-        title="treadle", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False
-    )
-    app.state.gateway = gateway
     # Routes are tried in order; the busy ones come first.
-    for resource in (training, futures, sampling, models, sessions, service, runs, tokenizers):
-        app.include_router(resource.router)
-    app.add_exception_handler(HTTPException, _http_error)
-    app.add_middleware(ErrorMiddleware, metrics=deps.metrics)
+    resources = (training, futures, sessions, sampling, models, service, runs, tokenizers)
+    app = Starlette(
+        routes=[route for resource in resources for route in resource.router.routes],
+        middleware=[Middleware(ErrorMiddleware, metrics=deps.metrics)],
+        exception_handlers={HTTPException: _http_error},
+        lifespan=lifespan,
+    )
+    app.router.redirect_slashes = False
+    app.state.gateway = gateway
     return app
 
 

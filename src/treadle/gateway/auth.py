@@ -14,10 +14,11 @@ from starlette.datastructures import Headers
 from treadle.domain.ids import TenantId
 from treadle.domain.keys import KEY_PREFIX, key_digest
 from treadle.errors import Unauthenticated
+from treadle.gateway.caches import ConfirmedRows
 from treadle.gateway.deps import Clock, GatewaySettings
 from treadle.store import Store
 
-# How long a known key is believed without asking the store: one read per second and key, not per request.
+# How long a known key is believed without asking the store: one read per second for all keys, not one per request.
 KEY_CACHE_S = 1.0
 # How long "no key was ever created" is believed; creating the first key must end open mode within a second.
 OPEN_CACHE_S = 0.5
@@ -41,7 +42,9 @@ class Authenticator:
         self._store = store
         self._settings = settings
         self._clock = clock
-        self._known: dict[str, tuple[float, Principal]] = {}
+        self._known: ConfirmedRows[str, Principal] = ConfirmedRows(
+            capacity=MAX_CACHED_KEYS, lifetime_s=KEY_CACHE_S, clock=clock, ended=store.keys.revoked_among
+        )
         self._any_key = False
         self._any_key_checked_at = float("-inf")
 
@@ -50,20 +53,17 @@ class Authenticator:
         digest = key_digest(_key_of(headers))
         if await self._is_open():
             return Principal(tenant_id=TenantId(f"open:{digest[:16]}"))
-        now = self._clock.monotonic()
-        cached = self._known.get(digest)
-        if cached is not None and now < cached[0]:
-            return cached[1]
+        cached = await self._known.get(digest)
+        if cached is not None:
+            return cached
+        read_at = self._clock.monotonic()
         record = await self._store.keys.find(digest)
         if record is None or record.revoked_at is not None:
-            self._known.pop(digest, None)
             raise Unauthenticated(
                 "this API key is not known to the server, or was revoked: create one with `treadle keys create USER`"
             )
         principal = Principal(tenant_id=record.tenant_id, is_admin=record.is_admin)
-        if len(self._known) >= MAX_CACHED_KEYS:
-            self._known.clear()
-        self._known[digest] = (now + KEY_CACHE_S, principal)
+        self._known.put(digest, principal, read_at=read_at)
         return principal
 
     async def _is_open(self) -> bool:

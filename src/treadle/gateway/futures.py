@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
 
-from treadle.domain.ids import RequestId, SamplingSessionId, TenantId
+from treadle.domain.ids import RequestId, SamplingSessionId, SessionId, TenantId
 from treadle.domain.records import FutureRecord
 from treadle.domain.states import RequestState
 from treadle.errors import NotFound, TreadleError
@@ -60,7 +60,11 @@ class FuturesHub:
         self._metrics = metrics
         self._is_draining = is_draining
         self._waiters: dict[str, set[Waiter]] = {}
+        # The same for those who wait for any completion of a sampling session, and where each stood at the last poll.
+        self._pollers: dict[str, set[Waiter]] = {}
+        self._positions: dict[SamplingSessionId, int] = {}
         self._delivered: set[RequestId] = set()
+        self._beats: set[SessionId] = set()
         self._task: asyncio.Task[None] | None = None
         self._unsubscribe: Callable[[], None] = lambda: None
         self._is_stopped = False
@@ -68,7 +72,7 @@ class FuturesHub:
     @property
     def num_waiters(self) -> int:
         """Calls that are being held now."""
-        return sum(len(waiters) for waiters in self._waiters.values())
+        return sum(len(waiters) for held in (self._waiters, self._pollers) for waiters in held.values())
 
     async def start(self) -> None:
         """Listen and poll, until `stop`. Called once."""
@@ -91,14 +95,14 @@ class FuturesHub:
     def wake_finished(self, request_ids: Iterable[RequestId]) -> None:
         """Wake whoever waits for these committed requests."""
         for request_id in request_ids:
-            self._wake(request_id)
+            _wake(self._waiters, request_id)
             # A sample's id is `{sampling_session_id}:{seq_id}`; its session's poller waits for the former.
-            self._wake(request_id.rpartition(":")[0])
+            _wake(self._pollers, request_id.rpartition(":")[0])
 
     async def future(self, request_id: RequestId, tenant_id: TenantId, *, hold_s: float) -> FutureRecord:
         """The tenant's request: final, or still queued after `hold_s` seconds. Raises NotFound."""
         deadline = self._deadline(hold_s)
-        with self._subscribed(request_id) as waiter:
+        with self._subscribed(self._waiters, request_id) as waiter:
             while True:
                 record = await self._store.requests.future(request_id)
                 if record is None or record.tenant_id != tenant_id:
@@ -111,7 +115,7 @@ class FuturesHub:
     ) -> list[Completion]:
         """Finished samples behind position `after`, as soon as there are any; none after `hold_s` seconds."""
         deadline = self._deadline(hold_s)
-        with self._subscribed(sampling_session_id) as waiter:
+        with self._subscribed(self._pollers, sampling_session_id) as waiter:
             while True:
                 completions = await self._store.sampling.completions(
                     sampling_session_id, after=after, cloned_sampler_id=cloned_sampler_id, limit=limit
@@ -122,6 +126,10 @@ class FuturesHub:
     def delivered(self, request_id: RequestId) -> None:
         """A result went out; the store hears of it with the next poll, which costs no write per result."""
         self._delivered.add(request_id)
+
+    def beat(self, session_id: SessionId) -> None:
+        """A session's client is there; the store hears of it with the next poll, like of deliveries."""
+        self._beats.add(session_id)
 
     def _deadline(self, hold_s: float) -> float:
         held_s = min(hold_s, DRAIN_HOLD_S) if self._is_draining() else hold_s
@@ -136,29 +144,26 @@ class FuturesHub:
         return not (self._is_stopped or waiter.is_released)
 
     @contextlib.contextmanager
-    def _subscribed(self, key: str) -> Iterator[Waiter]:
+    def _subscribed(self, held: dict[str, set[Waiter]], key: str) -> Iterator[Waiter]:
         """A waiter that is woken for `key` from now on."""
         waiter = Waiter(is_brief=self._is_draining())
-        self._waiters.setdefault(key, set()).add(waiter)
+        held.setdefault(key, set()).add(waiter)
         try:
             yield waiter
         finally:
-            waiters = self._waiters[key]
+            waiters = held[key]
             waiters.discard(waiter)
             if not waiters:
-                del self._waiters[key]
-
-    def _wake(self, key: str) -> None:
-        for waiter in self._waiters.get(key, ()):
-            waiter.wake()
+                del held[key]
 
     def _wake_all(self) -> None:
-        for key in tuple(self._waiters):
-            self._wake(key)
+        for held in (self._waiters, self._pollers):
+            for key in held:
+                _wake(held, key)
 
     def _release_all(self) -> None:
         """Everybody who waits now is answered now; who comes later is held for a moment only."""
-        for waiters in self._waiters.values():
+        for waiters in (*self._waiters.values(), *self._pollers.values()):
             for waiter in waiters:
                 if not waiter.is_brief:
                     waiter.is_released = True
@@ -187,14 +192,30 @@ class FuturesHub:
                 self._metrics.caught_errors.labels(boundary="sweep").inc()
 
     async def poll(self) -> None:
-        """One look at the truth: wake whose request is final, and note what was delivered."""
+        """One look at the truth: wake whose request is final, and note what was delivered and who is there."""
+        beats, self._beats = self._beats, set()
+        if beats:
+            await self._store.sessions.touch(sorted(beats))
         delivered, self._delivered = self._delivered, set()
         if delivered:
             await self._store.requests.mark_delivered(sorted(delivered))
         if self._waiters:
             states = await self._store.requests.futures_state([RequestId(key) for key in self._waiters])
-            for key in tuple(self._waiters):
-                state = states.get(RequestId(key))
-                # Sampling sessions are no requests; their pollers look for themselves.
-                if state is None or state is not RequestState.QUEUED:
-                    self._wake(key)
+            for request_id, state in states.items():
+                if state is not RequestState.QUEUED:
+                    _wake(self._waiters, request_id)
+        if self._pollers:
+            await self._poll_positions()
+
+    async def _poll_positions(self) -> None:
+        """Wake the pollers of sampling sessions that moved since the last poll, and those seen for the first time."""
+        before = self._positions
+        self._positions = await self._store.sampling.newest_positions([SamplingSessionId(key) for key in self._pollers])
+        for sampling_session_id, position in self._positions.items():
+            if before.get(sampling_session_id) != position:
+                _wake(self._pollers, sampling_session_id)
+
+
+def _wake(held: dict[str, set[Waiter]], key: str) -> None:
+    for waiter in held.get(key, ()):
+        waiter.wake()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from treadle.domain.limits import PACK_MULTIPLE
 from treadle.engine.adapter import AdapterWeights
-from treadle.engine.kernels import LoraSegment
+from treadle.engine.kernels.base import LoraSegment
 
 # Measured on CPU: a row of a GEMM has the same bits in any number of rows from 8 up, and other bits below.
 GROUP_MULTIPLE = 8

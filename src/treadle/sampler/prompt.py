@@ -20,7 +20,7 @@ from treadle.domain.outcome import TopkLogprobs
 from treadle.engine import head
 from treadle.engine.adapter import AdapterWeights
 from treadle.engine.base_model import BaseModel
-from treadle.engine.kernels import LoraSegment
+from treadle.engine.kernels.base import LoraSegment
 from treadle.errors import NonFiniteResult
 from treadle.sampler.layout import round_up
 

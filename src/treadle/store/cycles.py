@@ -16,6 +16,7 @@ from treadle.store.checkpoints import CheckpointUpserts
 from treadle.store.engine import Database
 from treadle.store.events import Events
 from treadle.store.leases import Leases, fence
+from treadle.store.recent import RecentFutures
 from treadle.store.request_rows import RequestRows, checked_new
 from treadle.store.runlog import RunLogInserts
 from treadle.store.sampling import SamplingInserts
@@ -69,6 +70,7 @@ class Cycles:
         events: Events,
         leases: Leases,
         rows: RequestRows,
+        recent: RecentFutures,
         sampling: SamplingInserts,
         clock: Callable[[], float],
     ) -> None:
@@ -77,6 +79,7 @@ class Cycles:
         self._events = events
         self._leases = leases
         self._rows = rows
+        self._recent = recent
         self._sampling = sampling
         self._clock = clock
         self._checkpoints = CheckpointUpserts(database.dialect)
@@ -114,7 +117,7 @@ class Cycles:
             self._count_usage(conn, cycle.trained_tokens)
             return (*finished, *(r.request_id for r in cycle.never_received if r.request_id in added))
 
-        await self._writer.run(write, after_commit=self._events.announce_finished)
+        await self._writer.run(write, after_commit=lambda ids: self._announce(cycle.finished, ids))
 
     async def finish_samples(self, lease: LeaseRecord, finished: Sequence[FinishedRequest]) -> None:
         """Commit finished samples. Raises Fenced. Rows that are final already are left alone."""
@@ -123,13 +126,17 @@ class Cycles:
             fence(conn, lease, ends_cycle=False)
             return self._rows.finish(conn, finished, self._clock())
 
-        await self._writer.run(write, after_commit=self._events.announce_finished)
+        await self._writer.run(write, after_commit=lambda ids: self._announce(finished, ids))
 
     async def trained_tokens(self, tenant_id: TenantId) -> int:
         """Tokens of all passes that were committed for a tenant."""
         values = {"of_tenant": tenant_id}
         total = await self._database.read(lambda conn: conn.execute(_USAGE, values).scalar_one_or_none())
         return total or 0
+
+    def _announce(self, outcomes: Sequence[FinishedRequest], request_ids: Sequence[RequestId]) -> None:
+        self._recent.finished(outcomes, request_ids)
+        self._events.announce_finished(request_ids)
 
     def _advance(self, conn: sa.Connection, lease: LeaseRecord, advances: Sequence[ModelAdvance], now: float) -> None:
         if not advances:

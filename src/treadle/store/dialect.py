@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.engine import URL, AdaptedConnection, make_url
+from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
 from treadle.errors import ConfigError, StoreUnavailable
@@ -24,6 +24,9 @@ _BUSY_TIMEOUT_MS = 5_000
 _WAL_BYTES_MAX = 64 * 2**20
 # Any number that no other user of the same PostgreSQL database takes as an advisory lock.
 _MIGRATION_LOCK = 7_308_327_215
+# The driver that is used for each name that a URL may give. aiosqlite is what older configurations say; the store runs
+# synchronous drivers in its own threads.
+_DRIVERS = {"sqlite+aiosqlite": "sqlite+pysqlite", "postgresql+psycopg": "postgresql+psycopg"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +47,9 @@ class Dialect:
         """Options of create_async_engine for connections that only this store uses."""
         if self.is_sqlite:
             # The driver would else begin deferred transactions by itself; the engine says BEGIN IMMEDIATE instead.
-            return {"connect_args": {"isolation_level": None, "timeout": _BUSY_TIMEOUT_MS / 1_000}}
+            # A pool hands connections from thread to thread, one thread at a time.
+            options = {"isolation_level": None, "timeout": _BUSY_TIMEOUT_MS / 1_000, "check_same_thread": False}
+            return {"connect_args": options}
         return {"pool_pre_ping": True}
 
     def on_connect(self, dbapi_connection: Any) -> None:
@@ -69,15 +74,14 @@ class Dialect:
     def on_begin(self, conn: sa.Connection) -> None:
         """Open a write transaction. A deferred one could fail half-way when it first writes.
 
-        Handed straight to the driver: as a SQLAlchemy statement it takes three hops to the connection's thread
-        instead of one, a sixth of the cost of a small write. Raises StoreUnavailable when the lock is not free.
+        Raises StoreUnavailable when the lock is not free.
         """
         if not self.is_sqlite:
             return
         connection: Any = conn.connection.dbapi_connection
-        assert isinstance(connection, AdaptedConnection)
+        assert isinstance(connection, sqlite3.Connection)
         try:
-            connection.run_async(lambda driver: driver.execute("BEGIN IMMEDIATE"))
+            connection.execute("BEGIN IMMEDIATE")
         except sqlite3.Error as error:
             raise StoreUnavailable("the database is locked or cannot be written") from error
 
@@ -93,9 +97,9 @@ def parse_url(url: str) -> tuple[URL, Dialect]:
         parsed = make_url(url)
     except ArgumentError as error:
         raise ConfigError("the database URL cannot be parsed; use sqlite+aiosqlite:////ABSOLUTE/PATH") from error
-    if parsed.drivername not in ("sqlite+aiosqlite", "postgresql+asyncpg", "postgresql+psycopg"):
+    if parsed.drivername not in _DRIVERS:
         raise ConfigError(f"database {parsed.drivername!r} is not supported; use sqlite+aiosqlite:////ABSOLUTE/PATH")
     if parsed.get_backend_name() == "sqlite" and parsed.database in (None, "", ":memory:"):
         # Readers and the writer are separate connections, and each would see an empty database of its own.
         raise ConfigError("an in-memory database is not supported; name a file in the database URL")
-    return parsed, Dialect(parsed.get_backend_name())
+    return parsed.set(drivername=_DRIVERS[parsed.drivername]), Dialect(parsed.get_backend_name())

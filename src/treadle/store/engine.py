@@ -1,7 +1,9 @@
-"""Connections: one engine for the writer, one for readers, and what a database error means to the layers above.
+"""Connections: one for the writer, some for readers, and what a database error means to the layers above.
 
-It refuses to know tables. Invariants: a read never waits for the writer, and sees every write whose caller was
-answered; no exception of SQLAlchemy leaves the store.
+Drivers are synchronous and run in threads of their own (see lanes.py): an asynchronous one hops to its thread for each
+call of the driver, five times for one query, which costs more than the query. It refuses to know tables. Invariants:
+a read never waits for the writer, and sees every write whose caller was answered; no exception of SQLAlchemy leaves
+the store.
 """
 
 from __future__ import annotations
@@ -14,64 +16,84 @@ from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
+from treadle.domain.limits import MAX_PENDING_WRITES
 from treadle.errors import ServerError, StoreUnavailable, TreadleError
 from treadle.store.dialect import Dialect, parse_url
+from treadle.store.lanes import Lanes
 from treadle.telemetry.logs import get_logger
 
 log = get_logger(__name__)
 
 T = TypeVar("T")
 
-# Connections for reads. Each costs a thread with SQLite; more would only queue at the same two cores.
-_MAX_READERS = 4
-# How long a read waits for one of them.
-_READER_TIMEOUT_S = 10.0
+# Threads for reads, each with a connection. One long listing holds up none but its own; more than two would only
+# take turns with the event loop at Python's lock.
+_NUM_READERS = 2
+# Reads that may wait for one of them: seconds of their work.
+_MAX_PENDING_READS = 10_000
 
 
 class Database:
-    """The two engines of one store, on one event loop."""
+    """The connections of one store, on one event loop."""
 
-    def __init__(self, *, dialect: Dialect, writing: AsyncEngine, reading: AsyncEngine) -> None:
+    def __init__(self, *, dialect: Dialect, writing: sa.Engine, reading: sa.Engine) -> None:
         self.dialect = dialect
         self.writing = writing
         self._reading = reading
+        self._readers: Lanes[sa.Connection] = Lanes(
+            "store-read", count=_NUM_READERS, max_waiting=_MAX_PENDING_READS, call=self._on_reader
+        )
+        self._writer: Lanes[sa.Connection] = Lanes(
+            "store-write", count=1, max_waiting=MAX_PENDING_WRITES, call=self._in_transaction
+        )
 
     @staticmethod
     def of(url: str) -> Database:
-        """Engines for `url`; nothing is connected yet. Raises ConfigError for a URL that is not supported."""
+        """Connections to `url`; nothing is connected yet. Raises ConfigError for a URL that is not supported."""
         parsed, dialect = parse_url(url)
         options = dialect.engine_options() | {"json_serializer": _json, "max_overflow": 0}
         # Errors are logged, and bound values are prompts and digests of keys.
         options["hide_parameters"] = True
-        writing = create_async_engine(parsed, pool_size=1, **options)
-        reading = create_async_engine(
+        writing = sa.create_engine(parsed, pool_size=1, **options)
+        reading = sa.create_engine(
             parsed,
-            pool_size=_MAX_READERS,
-            pool_timeout=_READER_TIMEOUT_S,
-            # Nothing to roll back when a connection returns, which would be one more hop to its thread.
+            pool_size=_NUM_READERS,
+            # Nothing to roll back when a connection returns.
             isolation_level="AUTOCOMMIT",
             pool_reset_on_return=None,
             skip_autocommit_rollback=True,
             **options,
         )
         for engine in (writing, reading):
-            sa.event.listen(engine.sync_engine, "connect", lambda connection, _record: dialect.on_connect(connection))
-        sa.event.listen(writing.sync_engine, "begin", dialect.on_begin)
+            sa.event.listen(engine, "connect", lambda connection, _record: dialect.on_connect(connection))
+        sa.event.listen(writing, "begin", dialect.on_begin)
         return Database(dialect=dialect, writing=writing, reading=reading)
 
     async def read(self, query: Callable[[sa.Connection], T]) -> T:
         """What `query` returns. Each of its statements sees the newest commits; they share no snapshot."""
         with translated():
-            async with self._reading.connect() as conn:
-                return await conn.run_sync(query)
+            return await self._readers.run(query)
+
+    async def write(self, work: Callable[[sa.Connection], T]) -> T:
+        """What `work` returned in a transaction of its own, once that is durable. Raises what `work` raises."""
+        return await self._writer.run(work)
 
     async def close(self) -> None:
         """Close every connection. Idempotent."""
+        await self._readers.close()
+        await self._writer.close()
         with translated():
-            await self._reading.dispose()
-            await self.writing.dispose()
+            self._reading.dispose()
+            self.writing.dispose()
+
+    def _on_reader(self, query: Callable[[sa.Connection], T]) -> T:
+        with self._reading.connect() as conn:
+            return query(conn)
+
+    def _in_transaction(self, work: Callable[[sa.Connection], T]) -> T:
+        with self.writing.connect() as conn, conn.begin():
+            return work(conn)
 
 
 @contextmanager

@@ -3,7 +3,7 @@ creating one key ends open mode for good."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import sqlalchemy as sa
 
@@ -11,6 +11,7 @@ from treadle.domain.ids import TenantId
 from treadle.domain.limits import MAX_PAGE_ROWS
 from treadle.domain.records import KeyRecord
 from treadle.store.engine import Database
+from treadle.store.request_rows import chunks
 from treadle.store.tables import AnyRow, keys
 from treadle.store.writer import Writer
 
@@ -23,6 +24,9 @@ _COLUMNS = (
     keys.c.revoked_at,
 )
 _FIND = sa.select(*_COLUMNS).where(keys.c.digest == sa.bindparam("digest"))
+_REVOKED = sa.select(keys.c.digest).where(
+    keys.c.digest.in_(sa.bindparam("digests", expanding=True)), keys.c.revoked_at.is_not(None)
+)
 _LIST = sa.select(*_COLUMNS).order_by(keys.c.key_id.desc()).limit(MAX_PAGE_ROWS)
 _ANY = sa.select(sa.literal(1)).select_from(keys).limit(1)
 _ADD = keys.insert().returning(*_COLUMNS)
@@ -67,6 +71,15 @@ class Keys:
         """The key with this SHA-256 (hex); check `revoked_at`."""
         row = await self._database.read(lambda conn: conn.execute(_FIND, {"digest": digest}).one_or_none())
         return None if row is None else _record_of(row)
+
+    async def revoked_among(self, digests: Sequence[str]) -> set[str]:
+        """Those of these digests whose keys were revoked."""
+
+        def revoked(conn: sa.Connection) -> set[str]:
+            rows = (conn.execute(_REVOKED, {"digests": chunk}).scalars() for chunk in chunks(digests))
+            return {digest for found in rows for digest in found}
+
+        return await self._database.read(revoked)
 
     async def any_ever(self) -> bool:
         """Whether a key was ever created, revoked or not."""

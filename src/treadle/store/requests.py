@@ -20,6 +20,7 @@ from treadle.domain.states import Category, RequestState
 from treadle.store.engine import Database
 from treadle.store.events import Events
 from treadle.store.pages import checked_limit
+from treadle.store.recent import RecentFutures
 from treadle.store.request_rows import RequestRows, checked_new, chunks
 from treadle.store.tables import IS_IN_LINE, IS_QUEUED, IS_SAMPLE, AnyRow, payloads, requests, results
 from treadle.store.writer import Writer
@@ -136,16 +137,29 @@ class Requests:
     """See the module."""
 
     def __init__(
-        self, *, database: Database, writer: Writer, events: Events, rows: RequestRows, clock: Callable[[], float]
+        self,
+        *,
+        database: Database,
+        writer: Writer,
+        events: Events,
+        rows: RequestRows,
+        recent: RecentFutures,
+        clock: Callable[[], float],
     ) -> None:
         self._database = database
         self._writer = writer
         self._events = events
         self._rows = rows
+        self._recent = recent
         self._clock = clock
 
     async def enqueue(self, request: NewRequest) -> RequestId:
-        """The request's id, once its row is durable. A replay changes nothing and gets the same id.
+        """The request's id, once its row is durable. A replay changes nothing and gets the same id. Raises as `add`."""
+        await self.add(request)
+        return request.request_id
+
+    async def add(self, request: NewRequest) -> bool:
+        """Whether the request is new, once its row is durable. False for a replay, which changes nothing.
 
         With a failure set the row is FAILED from the start. Raises InvalidRequest for a seq_id out of range and
         ServerError when its model or sampling session has no row, or another request has its (model, seq_id).
@@ -155,8 +169,7 @@ class Requests:
             if is_new:
                 self.announce_new(request)
 
-        await self._writer.run_batched(self._insert_all, checked_new(request), after_commit=announce)
-        return request.request_id
+        return await self._writer.run_batched(self._insert_all, checked_new(request), after_commit=announce)
 
     async def get(self, request_id: RequestId) -> RequestRecord | None:
         """The narrow row."""
@@ -164,7 +177,13 @@ class Requests:
         return None if row is None else _record_of(row)
 
     async def future(self, request_id: RequestId) -> FutureRecord | None:
-        """State and, once final, result or failure. A result that was dropped is reported as expired."""
+        """State and, once final, result or failure. A result that was dropped is reported as expired.
+
+        What another process finished may be reported as queued until the next `futures_state` of it.
+        """
+        known = self._recent.get(request_id)
+        if known is not None:
+            return known
         row = await self._database.read(lambda conn: conn.execute(_FUTURE, {"id": request_id}).one_or_none())
         if row is None:
             return None
@@ -187,7 +206,9 @@ class Requests:
             rows = (row for chunk in chunks(request_ids) for row in conn.execute(_STATES, {"ids": chunk}))
             return {RequestId(request_id): RequestState(state) for request_id, state in rows}
 
-        return await self._database.read(states)
+        found = await self._database.read(states)
+        self._recent.correct(found)
+        return found
 
     async def payload(self, request_id: RequestId) -> tuple[bytes, BlobKey | None]:
         """The stored payload, or b"" and the key of the blob that holds it; b"" and None when it has none."""
@@ -245,6 +266,7 @@ class Requests:
                 conn.execute(_DROP_RESULTS, {"ids": chunk})
 
         await self._writer.run(drop)
+        self._recent.forget(request_ids)
 
     async def mark_delivered(self, request_ids: Sequence[RequestId]) -> None:
         """Start the shorter retention of results that were sent once. The first delivery counts."""
@@ -266,10 +288,13 @@ class Requests:
             "undelivered_before": undelivered_before,
             "max_rows": MAX_ROWS_PER_SWEEP,
         }
-        return await self._writer.run(lambda conn: conn.execute(_DROP_STALE_RESULTS, values).rowcount)
+        num_dropped = await self._writer.run(lambda conn: conn.execute(_DROP_STALE_RESULTS, values).rowcount)
+        self._recent.forget_final()
+        return num_dropped
 
     def announce_new(self, request: NewRequest) -> None:
         """Tell listeners of a committed new row. For the store's own modules."""
+        self._recent.admitted(request)
         is_sample = request.kind is OpKind.SAMPLE
         if request.failure is None or not is_sample:
             self._events.announce_enqueued(request.pool, request.kind)

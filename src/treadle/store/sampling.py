@@ -6,6 +6,7 @@ client that remembers the last one it saw misses nothing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
@@ -18,6 +19,7 @@ from treadle.errors import NotFound
 from treadle.store.dialect import ConflictInsert, Dialect
 from treadle.store.engine import Database
 from treadle.store.pages import checked_limit
+from treadle.store.request_rows import chunks
 from treadle.store.tables import AnyRow, requests, sampling_sessions
 from treadle.store.writer import Writer
 
@@ -47,6 +49,9 @@ _COUNT_CLIENT = (
     .where(sampling_sessions.c.sampling_session_id == sa.bindparam("id"))
     .values(client_counter=sampling_sessions.c.client_counter + 1)
     .returning(sampling_sessions.c.client_counter)
+)
+_COUNTERS = sa.select(sampling_sessions.c.sampling_session_id, sampling_sessions.c.finished_counter).where(
+    sampling_sessions.c.sampling_session_id.in_(sa.bindparam("ids", expanding=True))
 )
 COMPLETIONS = (
     sa.select(requests.c.finished_order, requests.c.request_id, requests.c.state, requests.c.result_bytes)
@@ -118,6 +123,15 @@ class Sampling:
         if counter is None:
             raise NotFound(f"sampling session {sampling_session_id} does not exist")
         return counter
+
+    async def newest_positions(self, ids: Sequence[SamplingSessionId]) -> dict[SamplingSessionId, int]:
+        """The position of the newest completion of each of these sessions that exists; 0 without one."""
+
+        def counters(conn: sa.Connection) -> dict[SamplingSessionId, int]:
+            rows = (row for chunk in chunks(ids) for row in conn.execute(_COUNTERS, {"ids": chunk}))
+            return {SamplingSessionId(id_): counter for id_, counter in rows}
+
+        return await self._database.read(counters)
 
     async def completions(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -12,6 +12,7 @@ from treadle.domain.records import SessionRecord
 from treadle.domain.states import SessionState
 from treadle.store.engine import Database
 from treadle.store.pages import checked_page, read_page
+from treadle.store.request_rows import chunks
 from treadle.store.tables import AnyRow, sessions
 from treadle.store.writer import Writer
 
@@ -29,6 +30,9 @@ _COLUMNS = (
 _GET = sa.select(*_COLUMNS).where(sessions.c.session_id == sa.bindparam("id"))
 _FIND_BY_KEY = sa.select(*_COLUMNS).where(
     sessions.c.tenant_id == sa.bindparam("of_tenant"), sessions.c.idempotency_key == sa.bindparam("key")
+)
+_FINISHED = sa.select(sessions.c.session_id).where(
+    sessions.c.session_id.in_(sa.bindparam("ids", expanding=True)), sessions.c.state == SessionState.FINISHED.value
 )
 _TOUCH = (
     sessions.update().where(sessions.c.session_id == sa.bindparam("id")).values(last_heartbeat_at=sa.bindparam("now"))
@@ -79,9 +83,20 @@ class Sessions:
         row = await self._database.read(lambda conn: conn.execute(_GET, {"id": session_id}).one_or_none())
         return None if row is None else _record_of(row)
 
-    async def touch(self, session_id: SessionId) -> None:
-        """Record a heartbeat now. Unknown sessions are ignored."""
-        await self._writer.run_batched(self._touch_all, session_id)
+    async def finished_among(self, session_ids: Sequence[SessionId]) -> set[SessionId]:
+        """Those of these sessions that are finished."""
+
+        def finished(conn: sa.Connection) -> set[SessionId]:
+            rows = (conn.execute(_FINISHED, {"ids": chunk}).scalars() for chunk in chunks(session_ids))
+            return {SessionId(session_id) for found in rows for session_id in found}
+
+        return await self._database.read(finished)
+
+    async def touch(self, session_ids: Collection[SessionId]) -> None:
+        """Record a heartbeat of these sessions now. Unknown sessions are ignored."""
+        rows = [{"id": session_id, "now": self._clock()} for session_id in session_ids]
+        if rows:
+            await self._writer.run(lambda conn: conn.execute(_TOUCH, rows).rowcount)
 
     async def finish(self, session_id: SessionId, reason: str, detail: str | None = None) -> bool:
         """Whether this call finished the session: the first reason stays."""
@@ -96,11 +111,6 @@ class Sessions:
         page = checked_page(query, limit=limit, offset=offset)
         rows, total = await self._database.read(lambda conn: read_page(conn, page))
         return [_record_of(row) for row in rows], total
-
-    def _touch_all(self, conn: sa.Connection, session_ids: Sequence[SessionId]) -> Sequence[None]:
-        now = self._clock()
-        conn.execute(_TOUCH, [{"id": session_id, "now": now} for session_id in dict.fromkeys(session_ids)])
-        return [None] * len(session_ids)
 
 
 def _row_of(record: SessionRecord) -> dict[str, Any]:

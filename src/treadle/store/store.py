@@ -21,6 +21,7 @@ from treadle.store.events import Events
 from treadle.store.keys import Keys
 from treadle.store.leases import Leases
 from treadle.store.models import Models
+from treadle.store.recent import RecentFutures
 from treadle.store.request_rows import RequestRows
 from treadle.store.requests import Requests
 from treadle.store.runlog import RunLog
@@ -40,7 +41,10 @@ class Store:
         self.events = Events()
         self.keys = Keys(database=database, writer=writer, clock=clock)
         self.sessions = Sessions(database=database, writer=writer, clock=clock)
-        self.requests = Requests(database=database, writer=writer, events=self.events, rows=rows, clock=clock)
+        recent = RecentFutures()
+        self.requests = Requests(
+            database=database, writer=writer, events=self.events, rows=rows, recent=recent, clock=clock
+        )
         self.models = Models(database=database, writer=writer, rows=rows, requests=self.requests, clock=clock)
         self.sampling = Sampling(database=database, writer=writer, inserts=sampling_inserts)
         self.checkpoints = Checkpoints(database=database, writer=writer, clock=clock)
@@ -51,6 +55,7 @@ class Store:
             events=self.events,
             leases=self.leases,
             rows=rows,
+            recent=recent,
             sampling=sampling_inserts,
             clock=clock,
         )
@@ -92,5 +97,4 @@ class Store:
 
 async def _upgrade(database: Database) -> None:
     with translated():
-        async with database.writing.begin() as conn:
-            await conn.run_sync(migrate.upgrade, database.dialect)
+        await database.write(lambda conn: migrate.upgrade(conn, database.dialect))

@@ -105,13 +105,17 @@ class Writer:
     async def _commit(self, group: Sequence[_Pending]) -> None:
         """Commit the group as one; when a write of it fails, each of them alone."""
         must_isolate = False
+
+        def apply(conn: sa.Connection) -> list[Any]:
+            nonlocal must_isolate
+            try:
+                return _apply(conn, group)
+            except Exception:
+                must_isolate = len(group) > 1
+                raise
+
         try:
-            async with self._database.writing.connect() as conn, conn.begin():
-                try:
-                    values = await conn.run_sync(_apply, group)
-                except Exception:
-                    must_isolate = len(group) > 1
-                    raise
+            values = await self._database.write(apply)
         except Exception as error:  # noqa: BLE001 (handed to the callers whose writes failed)
             if must_isolate:
                 for pending in group:

@@ -44,10 +44,13 @@ def _from_zstd(body: bytes, limit: int) -> bytes:
         # The declared size may refuse a body early; it is never trusted to admit one.
         if declared > limit:
             raise _too_large(limit)
+        if 0 < declared <= _PIECE_BYTES:
+            # One call for the usual small body. It ends at the declared size, and with an error when that was wrong.
+            return zstandard.ZstdDecompressor().decompress(body, allow_extra_data=False)
         data = _bounded_zstd(body, limit)
         is_whole = len(data) == declared if declared >= 0 else _is_one_whole_frame(body)
     except zstandard.ZstdError:
-        raise UnreadableBody("the body is not valid zstd") from None
+        raise UnreadableBody("the body is not valid zstd, is truncated, or holds more than one frame") from None
     if not is_whole:
         raise UnreadableBody("the zstd body is truncated, or holds more than one frame")
     return data

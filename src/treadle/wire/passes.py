@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from treadle.domain.ids import ModelId
 from treadle.domain.limits import MAX_DATUMS_PER_REQUEST, MAX_DECOMPRESSED_BYTES, MAX_ID_CHARS
-from treadle.domain.losses import LOSSES, LossSpec, resolve_loss
+from treadle.domain.losses import CLIP_HIGH, CLIP_LOW, LOSSES, Loss, LossSpec, resolve_loss
 from treadle.domain.ops import Datum, PassOp
 from treadle.errors import InvalidRequest, NotSupported, UnreadableBody
 from treadle.wire import treadle_pb2 as pb
@@ -120,6 +120,9 @@ def _decode(message: pb.PassRequest, limits: PassLimits | None) -> PassOp:
     for column in inputs:
         for datum_index, array in zip(column.datum_indexes, column.arrays(), strict=True):
             inputs_of[datum_index][column.name] = array
+    if limits is not None:
+        for datum_index, given in enumerate(inputs_of):
+            _check_clips(datum_index, given, loss)
     datums = tuple(Datum(tokens=t, inputs=i) for t, i in zip(tokens.arrays(), inputs_of, strict=True))
     return PassOp(head.model_id, head.seq_id, datums, loss, message.forward_only)
 
@@ -285,3 +288,20 @@ def _check_columns(datum_index: int, shapes: Mapping[str, tuple[int, ...]], spec
                 f"datum {datum_index}: loss_fn_inputs {name!r} has shape {list(shape)}, "
                 f"but {TARGET_TOKENS!r} has {list(target_shape)}"
             )
+
+
+def _check_clips(datum_index: int, inputs: Mapping[str, NDArray[Any]], loss: Loss) -> None:
+    """Refuses per-token bounds of which the lower is above the upper one, be that a tensor or the setting."""
+    if CLIP_LOW not in inputs and CLIP_HIGH not in inputs:
+        return
+    # Compared as the engine sees them: a setting becomes float32 like the tensors.
+    low, high = (inputs.get(name, np.float32(loss.config[name])) for name in (CLIP_LOW, CLIP_HIGH))
+    is_crossed = low > high
+    if not is_crossed.any():
+        return
+    index = int(np.argmax(is_crossed))
+
+    def bound(name: str) -> str:
+        return f"{name}[{index}] = {inputs[name][index]}" if name in inputs else f"{name} = {loss.config[name]}"
+
+    raise InvalidRequest(f"datum {datum_index}: {bound(CLIP_LOW)} is above {bound(CLIP_HIGH)}")

@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from treadle.domain.limits import QUANTUM_TOKENS
-from treadle.engine.base_model import BaseModel, load_base_model, numerics_profile
+from treadle.domain.limits import PARK_AFTER_S
+from treadle.engine.base_model import BaseModel, load_base_model
+from treadle.engine.memory import available_host_bytes, measure_pass_cost, pass_limits
 from treadle.sampler.base import SamplerLimits
 from treadle.sampler.builtin import open_sampler
+from treadle.telemetry.logs import get_logger
 from treadle.worker.blob_io import BlobIO
 from treadle.worker.guarded_sampler import GuardedSampler
 from treadle.worker.modelscope_hub import fetch_from_modelscope
+from treadle.worker.parking import FileShelf, PinnedShelf, Shelf
+from treadle.worker.slots import ParkingRules
 from treadle.worker.worker import Worker
+
+log = get_logger(__name__)
 
 # A small model's matrices are too small to share between cores: a second thread mostly waits and burns its core.
 SMALL_MODEL_PARAMETERS = 50_000_000
 MAX_AUTO_THREADS = 8
-# Memory that the activations of one micro-batch may take when nobody set micro_batch_tokens.
-ACTIVATION_BYTES_CPU = 1 * 2**30
-ACTIVATION_BYTES_GPU = 8 * 2**30
-MAX_AUTO_MICRO_BATCH_TOKENS = 16_384
+# The share of free host memory that parked runs may take beside a GPU, page-locked; beyond it they go to the file.
+PINNED_SHARE = 0.25
 # Keys and values of running samples.
 CACHE_BYTES = 1 * 2**30
 
@@ -41,9 +46,14 @@ def build_worker(
     max_running_samples: int,
     max_cached_tokens: int,
     micro_batch_tokens: int,
+    parking_dir: Path | None = None,
+    park_after_s: float = PARK_AFTER_S,
+    max_resident_bytes: int = 0,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Worker:
     """A worker with its base model loaded. 0 for the three sizes means: choose from model and device.
 
+    parking_dir: where idle runs are parked, None for nowhere; max_resident_bytes: of runs, 0 for no limit.
     Raises ConfigError when the model cannot be loaded or its architecture is not supported.
     """
     device = _chosen_device(device)
@@ -61,11 +71,16 @@ def build_worker(
     if num_threads == 0:
         _choose_threads(base)
     limits = SamplerLimits(max_running=max_running_samples, max_cached_tokens=max_cached_tokens or _cached_tokens(base))
+    cost = measure_pass_cost(base)
+    passes = pass_limits(base, cost, micro_batch_tokens=micro_batch_tokens)
+    log.info("pass limits", limits=passes, bytes_per_token=dict(cost.bytes_per_token), fixed_bytes=cost.fixed_bytes)
     return Worker(
         base=base,
         sampler=GuardedSampler(lambda: open_sampler(base, limits=limits)),
         blobs=blobs,
-        micro_batch_tokens=micro_batch_tokens or _micro_batch_tokens(base),
+        limits=passes,
+        parking=_parking_rules(base, parking_dir, park_after_s, max_resident_bytes),
+        clock=clock,
     )
 
 
@@ -85,16 +100,16 @@ def _choose_threads(base: BaseModel) -> None:
     """Intra-op threads for a model of this size on this machine's cores; part of the numerics profile."""
     is_small = base.facts.num_parameters < SMALL_MODEL_PARAMETERS
     torch.set_num_threads(1 if is_small else min(os.cpu_count() or 1, MAX_AUTO_THREADS))
-    base.facts = replace(base.facts, numerics_profile=numerics_profile(base.device, base.facts.dtype))
+    base.note_profile()
 
 
-def _micro_batch_tokens(base: BaseModel) -> int:
-    """Tokens whose activations fit: per layer about 16 vectors of the hidden and 4 of the MLP's size are kept."""
-    element = base.dtype.itemsize
-    per_layer = 16 * base.hidden_size + 4 * int(base.config.intermediate_size)
-    room = ACTIVATION_BYTES_CPU if base.device.type == "cpu" else ACTIVATION_BYTES_GPU
-    fitting = room // (element * base.num_layers * per_layer)
-    return max(QUANTUM_TOKENS, min(MAX_AUTO_MICRO_BATCH_TOKENS, fitting))
+def _parking_rules(base: BaseModel, directory: Path | None, after_s: float, max_resident_bytes: int) -> ParkingRules:
+    shelves: list[Shelf] = []
+    if base.device.type != "cpu":
+        shelves.append(PinnedShelf(int(PINNED_SHARE * available_host_bytes())))
+    if directory is not None:
+        shelves.append(FileShelf(directory))
+    return ParkingRules(shelves=tuple(shelves), after_s=after_s, max_resident_bytes=max_resident_bytes)
 
 
 def _cached_tokens(base: BaseModel) -> int:

@@ -1,7 +1,8 @@
 """One compute thread, two kinds of work: training cycles and samples share the device here.
 
 Each call of `run_unit` runs one bounded piece (a micro-batch, a prefill chunk, a decode burst) of the side whose
-turn it is; domain/share.py decides whose. Nothing here knows how messages arrive or leave.
+turn it is; domain/share.py decides whose. Idle runs are parked between units. Nothing here knows how messages arrive
+or leave.
 """
 
 from __future__ import annotations
@@ -40,6 +41,11 @@ class ComputeLoop:
     def has_work(self) -> bool:
         return self._cycle is not None or self.worker.has_samples
 
+    @property
+    def idle_s(self) -> float | None:
+        """Without work: how long `run_unit` may wait to be called again. None: until there is some."""
+        return self.worker.seconds_until_parking
+
     def begin_cycle(self, cycle: DecodedCycle) -> None:
         """Take a cycle on. Raises Fenced when a newer leader has spoken to this worker."""
         assert self._cycle is None, "one cycle at a time"
@@ -57,6 +63,7 @@ class ComputeLoop:
         """Run one bounded piece of work, if there is any."""
         side = next_side(self._share, training_waits=self._cycle is not None, sampling_waits=self.worker.has_samples)
         if side is None:
+            self.worker.park_idle()
             return Finished()
         started = time.perf_counter()
         finished = self._train() if side is Side.TRAINING else Finished(samples=self.worker.sample_step(MAX_UNIT_S))
@@ -69,5 +76,6 @@ class ComputeLoop:
             next(self._cycle)
         except StopIteration as done:
             self._cycle = None
+            self.worker.park_idle()
             return Finished(cycle=done.value)
         return Finished()

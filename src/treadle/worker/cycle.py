@@ -8,12 +8,14 @@ Invariant: every planned op gets exactly one outcome, whatever happens to its ne
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
-from typing import assert_never
+from typing import TypeVar, assert_never
 
 from treadle.domain.ids import BlobKey, ModelId, RequestId
 from treadle.domain.ops import (
+    AdamParams,
     CreateModelOp,
     LoadWeightsOp,
     OpKind,
@@ -36,15 +38,17 @@ from treadle.domain.outcome import (
 )
 from treadle.domain.plan import FIRST_INCARNATION, RestoreItem, StateTag, WorkItem
 from treadle.domain.states import Category
-from treadle.engine.adapter import new_training_state
 from treadle.engine.base_model import BaseModel
 from treadle.engine.files import decode_state, encode_state
-from treadle.engine.optim import adamw_step
-from treadle.engine.passes import QuantumResult, run_micro_batch
+from treadle.engine.memory import PassLimits, is_out_of_memory
+from treadle.engine.optim import adamw_steps
+from treadle.engine.state import TrainingState, new_training_state
 from treadle.errors import StaleTag, TreadleError
 from treadle.telemetry.logs import get_logger
 from treadle.worker.blob_io import BlobIO
+from treadle.worker.device_loss import reraise_if_device_is_lost
 from treadle.worker.failures import failure_of, internal_failure
+from treadle.worker.micro_batches import MicroBatches, check_fits
 from treadle.worker.open_pass import OpenPass
 from treadle.worker.slots import Slots
 from treadle.worker.versions import Versions
@@ -52,41 +56,45 @@ from treadle.worker.work import DecodedCycle, DecodedItem
 
 log = get_logger(__name__)
 
-QuantumRef = tuple[OpenPass, int]
+Value = TypeVar("Value")
 
 
 class CycleRunner:
     """Executes cycles one after another; passes that are spread over cycles wait in it for their next part."""
 
-    def __init__(
-        self, *, base: BaseModel, slots: Slots, versions: Versions, blobs: BlobIO, micro_batch_tokens: int
-    ) -> None:
+    def __init__(self, *, base: BaseModel, slots: Slots, versions: Versions, blobs: BlobIO, limits: PassLimits) -> None:
         self._base = base
         self._slots = slots
         self._versions = versions
         self._blobs = blobs
-        self._micro_batch_tokens = micro_batch_tokens
+        self._micro_batches = MicroBatches(base, limits, make_room=self._park_idle_runs)
         self._open_passes: dict[RequestId, OpenPass] = {}
         self._outcomes: dict[RequestId, OpOutcome] = {}
         self._lost: dict[ModelId, Failure] = {}
-        self._num_forwards = 0
+
+    @property
+    def busy_runs(self) -> frozenset[ModelId]:
+        """Runs with a pass on its way, whose state must stay where it is."""
+        return frozenset(part.op.model_id for part in self._open_passes.values())
 
     def forget_parts(self) -> None:
         """Drop passes that are only partly done: a new leader starts them again from their first part."""
-        self._open_passes.clear()
+        for model_id in self.busy_runs:
+            self.forget_run(model_id)
 
     def forget_run(self, model_id: ModelId) -> None:
         """Drop what is partly done of one run."""
-        self._open_passes = {
-            request_id: part for request_id, part in self._open_passes.items() if part.op.model_id != model_id
-        }
+        parts = {name: part for name, part in self._open_passes.items() if part.op.model_id == model_id}
+        for request_id, part in parts.items():
+            del self._open_passes[request_id]
+            part.fail(internal_failure(f"a pass on run {model_id}, whose state was dropped"))
 
     def execute(self, cycle: DecodedCycle) -> Generator[None, None, CycleOutcome]:
         """Run the cycle in bounded pieces and return its outcome, in plan order."""
         started = time.perf_counter()
         self._outcomes = {}
         self._lost = {}
-        self._num_forwards = 0
+        self._micro_batches.num_forwards = 0
         for restore in cycle.restores:
             self._restore(restore)
             yield
@@ -95,7 +103,7 @@ class CycleRunner:
             by_phase[phase_of(item.item.planned.kind)].append(item)
         yield from self._run_alone(by_phase[Phase.SETUP])
         yield from self._run_passes(by_phase[Phase.PASS])
-        yield from self._run_alone(by_phase[Phase.STEP])
+        yield from self._run_steps(by_phase[Phase.STEP])
         yield from self._run_alone(by_phase[Phase.PUBLISH])
         outcomes = tuple(self._outcomes[item.item.planned.request_id] for item in cycle.items)
         return CycleOutcome(
@@ -103,19 +111,14 @@ class CycleRunner:
             cycle=cycle.cycle,
             outcomes=outcomes,
             compute_s=time.perf_counter() - started,
-            num_forwards=self._num_forwards,
+            num_forwards=self._micro_batches.num_forwards,
         )
 
     def _restore(self, restore: RestoreItem) -> None:
         """Rebuild a run; when that fails, its ops in this cycle fail with the reason, as an error of ours."""
-        self._slots.drop(restore.model_id)
-        # A pass begun on the state before must not go on adding to it.
-        self.forget_run(restore.model_id)
+        self._drop(restore.model_id)
         try:
-            if restore.blob_key is None:
-                state = new_training_state(self._base, restore.lora)
-            else:
-                state = decode_state(self._blobs.read(restore.blob_key), self._base)
+            state = self._with_room(lambda: self._restored(restore))
         except TreadleError as error:
             log.error("restore failed", model_id=restore.model_id, reason=error.message)
             self._lost[restore.model_id] = Failure(
@@ -123,20 +126,55 @@ class CycleRunner:
             )
             return
         except Exception as error:  # noqa: BLE001 (worker entry: no memory for one run must not end the others)
+            reraise_if_device_is_lost(error)
             log.error("restore failed", model_id=restore.model_id, exc=error)
             self._lost[restore.model_id] = internal_failure(f"the restore of run {restore.model_id}")
             return
         self._slots.put(state, restore.tag)
 
+    def _drop(self, model_id: ModelId) -> None:
+        """Forget a run's state, and first the passes on it: one begun on the state before must not go on."""
+        self.forget_run(model_id)
+        self._slots.drop(model_id)
+
+    def _restored(self, restore: RestoreItem) -> TrainingState:
+        if restore.blob_key is None:
+            return new_training_state(self._base, restore.lora)
+        return decode_state(self._blobs.read(restore.blob_key), self._base)
+
+    def _with_room(self, make: Callable[[], Value]) -> Value:
+        """What `make` gives, tried again without the idle runs in memory when it ran out."""
+        try:
+            return make()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            log.warning("memory ran out; idle runs are parked", exc=error)
+        # Behind the handler, where the failed try's frames are gone.
+        self._park_idle_runs()
+        return make()
+
+    def _park_idle_runs(self) -> None:
+        self._slots.park_all(busy=self.busy_runs)
+
+    def _state(self, model_id: ModelId) -> TrainingState:
+        """The run's state, on the device. Raises as Slots.state does."""
+        return self._with_room(lambda: self._slots.state(model_id))
+
+    def _state_of(self, item: DecodedItem) -> TrainingState:
+        return self._state(item.item.planned.model_id)
+
     def _run_alone(self, items: Sequence[DecodedItem]) -> Iterator[None]:
         """Ops that are not passes, one per piece."""
         for item in items:
             self._run_one(item)
+            self._slots.park_over_limit(busy=self.busy_runs)
             yield
 
     def _run_one(self, item: DecodedItem) -> None:
         planned = item.item.planned
-        result = self._refusal(item) or self._guarded(item, self._apply)
+        refusal = self._refusal(item)
+        result = self._guarded(item, self._apply) if refusal is None else refusal
         if isinstance(result, Failure):
             if item.item.starts_from is None:
                 message = f"run {planned.model_id} does not exist: its creation failed: {result.message}"
@@ -144,10 +182,10 @@ class CycleRunner:
             self._settle(item.item, failure=result)
             return
         if planned.kind is OpKind.UNLOAD_MODEL:
-            self._slots.drop(planned.model_id)
+            self._drop(planned.model_id)
         self._settle(item.item, result=result)
 
-    def _guarded(self, item: DecodedItem, apply: Callable[[DecodedItem], OpResult]) -> OpResult | Failure:
+    def _guarded(self, item: DecodedItem, apply: Callable[[DecodedItem], Value]) -> Value | Failure:
         """What `apply` gives, or why it failed. Ops are atomic in the engine, so a failure has left no trace."""
         planned = item.item.planned
         try:
@@ -155,6 +193,7 @@ class CycleRunner:
         except TreadleError as error:
             return failure_of(error)
         except Exception as error:  # noqa: BLE001 (worker entry: a bug in one op must not end the others)
+            reraise_if_device_is_lost(error)
             log.error("op failed", request_id=planned.request_id, kind=planned.kind, exc=error)
             return internal_failure(planned.request_id)
 
@@ -163,19 +202,17 @@ class CycleRunner:
         match op:
             case CreateModelOp():
                 tag = StateTag(op.model_id, incarnation=FIRST_INCARNATION, applied_seq=0)
-                self._slots.put(new_training_state(self._base, op.lora), tag)
+                self._slots.put(self._with_room(lambda: new_training_state(self._base, op.lora)), tag)
                 return ModelResult(op.model_id)
             case LoadWeightsOp():
                 return self._load(op, item.item)
             case OptimStepOp():
-                metrics = adamw_step(self._slots.state(op.model_id), op.adam)
-                num_skipped = self._slots.take_skipped_passes(op.model_id) + item.item.num_refused_passes
-                return StepResult({**metrics, "skipped_passes": float(num_skipped)})
+                raise AssertionError("steps are taken together, not alone")
             case SaveWeightsOp():
                 return self._save(op.model_id, op.seq_id, item.item.blob_key, with_optimizer=True)
             case SaveForSamplerOp():
                 saved = self._save(op.model_id, op.seq_id, item.item.blob_key, with_optimizer=False)
-                self._versions.publish(saved.blob_key, self._slots.state(op.model_id).weights)
+                self._versions.publish(saved.blob_key, self._state(op.model_id).weights)
                 return saved
             case UnloadModelOp():
                 return ModelResult(op.model_id)
@@ -187,35 +224,32 @@ class CycleRunner:
                 assert_never(op)
 
     def _load(self, op: LoadWeightsOp, item: WorkItem) -> ModelResult:
-        state = decode_state(self._blobs.read(op.blob_key), self._base, with_optimizer=op.with_optimizer)
+        data = self._blobs.read(op.blob_key)
+        state = self._with_room(lambda: decode_state(data, self._base, with_optimizer=op.with_optimizer))
         incarnation = FIRST_INCARNATION if item.starts_from is None else item.starts_from.incarnation
         self._slots.put(state, StateTag(op.model_id, incarnation=incarnation, applied_seq=op.seq_id))
         return ModelResult(op.model_id)
 
     def _save(self, model_id: ModelId, seq_id: int, key: BlobKey | None, *, with_optimizer: bool) -> BlobResult:
         assert key is not None, "the scheduler assigns a key to every save"
-        state = self._slots.state(model_id)
+        state = self._state(model_id)
         data = encode_state(state, self._base, with_optimizer=with_optimizer, applied_seq=seq_id)
         return BlobResult(blob_key=key, num_bytes=self._blobs.write(key, data), lora=state.spec)
 
     def _run_passes(self, items: Sequence[DecodedItem]) -> Iterator[None]:
         """All runs' quanta in plan order, packed into as few forwards as memory allows."""
-        parts = [(item.item, self._open(item)) for item in items]
-        refs: list[QuantumRef] = [
+        waiting = deque((item.item, self._open(item)) for item in items)
+        refs = [
             (part, index)
-            for item, part in parts
+            for item, part in waiting
             if isinstance(part, OpenPass)
             for index in range(item.planned.quantum_start, item.planned.quantum_stop)
         ]
-        for batch in self._micro_batches(refs):
-            self._run_batch(batch)
+        for _ in self._micro_batches.run(refs):
+            self._close_parts(waiting)
             yield
-        # Refusals are settled here too, so that a run's numbers are consumed in order.
-        for item, part in parts:
-            if isinstance(part, Failure):
-                self._settle(item, failure=part)
-            else:
-                self._close_part(item, part)
+        self._close_parts(waiting)
+        assert not waiting, "every planned quantum ran or its op failed"
 
     def _open(self, item: DecodedItem) -> OpenPass | Failure:
         """The pass with what earlier cycles did of it, or why it may not run."""
@@ -228,8 +262,57 @@ class CycleRunner:
             return failure
         assert isinstance(item.op, PassOp)
         assert planned.quantum_start == 0, "a pass that this worker has not seen starts from its first part"
-        open_pass = self._open_passes[request_id] = OpenPass(item.op, self._slots.state(planned.model_id))
+        try:
+            open_pass = OpenPass(item.op, self._state(planned.model_id))
+            check_fits(open_pass, self._micro_batches.limits)
+        except TreadleError as error:
+            return failure_of(error)
+        except Exception as error:  # noqa: BLE001 (worker entry: no memory for one run must not end the others)
+            reraise_if_device_is_lost(error)
+            log.error("run not brought back", model_id=planned.model_id, exc=error)
+            return internal_failure("this request")
+        self._open_passes[request_id] = open_pass
         return open_pass
+
+    def _run_steps(self, items: Sequence[DecodedItem]) -> Iterator[None]:
+        """All runs' steps together; should a run have several, each behind the one before."""
+        while items:
+            first: dict[ModelId, DecodedItem] = {}
+            for item in items:
+                first.setdefault(item.item.planned.model_id, item)
+            self._step_together(list(first.values()))
+            yield
+            items = [item for item in items if item is not first[item.item.planned.model_id]]
+
+    def _step_together(self, items: Sequence[DecodedItem]) -> None:
+        """One step of each of these runs, in one call of the optimiser."""
+        due: list[tuple[DecodedItem, TrainingState, AdamParams]] = []
+        for item in items:
+            refusal = self._refusal(item)
+            state = self._guarded(item, self._state_of) if refusal is None else refusal
+            if isinstance(state, Failure):
+                self._settle(item.item, failure=state)
+                continue
+            assert isinstance(item.op, OptimStepOp)
+            due.append((item, state, item.op.adam))
+        versions = [_versions(state) for _, state, _ in due]
+        try:
+            taken = adamw_steps([(state, adam) for _, state, adam in due])
+        except Exception as error:  # noqa: BLE001 (worker entry: a bug in steps must not end all runs)
+            reraise_if_device_is_lost(error)
+            log.error("steps failed", runs=len(due), exc=error)
+            for (item, state, _), version in zip(due, versions, strict=True):
+                # A run that was written to may be half a step further: it must be restored.
+                if _versions(state) != version:
+                    self._drop(item.item.planned.model_id)
+                self._settle(item.item, failure=internal_failure(item.item.planned.request_id))
+            return
+        for (item, _, _), metrics in zip(due, taken, strict=True):
+            if isinstance(metrics, TreadleError):
+                self._settle(item.item, failure=failure_of(metrics))
+                continue
+            num_skipped = self._slots.take_skipped_passes(item.item.planned.model_id) + item.item.num_refused_passes
+            self._settle(item.item, result=StepResult({**metrics, "skipped_passes": float(num_skipped)}))
 
     def _refusal(self, item: DecodedItem) -> Failure | None:
         """Why an op may not start here. A state that is not the one the leader means is dropped, for a restore."""
@@ -242,55 +325,26 @@ class CycleRunner:
             self._slots.check(planned.model_id, item.item.starts_from, planned.seq_id)
         except StaleTag as error:
             log.error("stale tag", request_id=planned.request_id, reason=error.message)
-            self._slots.drop(planned.model_id)
+            self._drop(planned.model_id)
             return failure_of(error)
         return None
 
-    def _micro_batches(self, refs: Sequence[QuantumRef]) -> Iterator[list[QuantumRef]]:
-        """Whole quanta in order, up to the token limit together; a larger one alone."""
-        batch: list[QuantumRef] = []
-        num_tokens = 0
-        for open_pass, index in refs:
-            size = open_pass.num_tokens(index)
-            if batch and num_tokens + size > self._micro_batch_tokens:
-                yield batch
-                batch, num_tokens = [], 0
-            batch.append((open_pass, index))
-            num_tokens += size
-        if batch:
-            yield batch
+    def _close_parts(self, waiting: deque[tuple[WorkItem, OpenPass | Failure]]) -> None:
+        """Settle what is through, in plan order, so that a run's numbers are consumed in order.
 
-    def _run_batch(self, batch: Sequence[QuantumRef]) -> None:
-        """One forward and backward. If it breaks, its ops start again one by one, so that only the guilty one fails."""
-        live = [ref for ref in batch if ref[0].failure is None]
-        if not live:
-            return
-        try:
-            results = self._forward_backward(live)
-        except Exception as error:  # noqa: BLE001 (worker entry: any breakage is retried op by op)
-            log.error("micro-batch failed", quanta=len(live), exc=error)
-            self._run_separately(live)
-            return
-        for (open_pass, index), result in zip(live, results, strict=True):
-            open_pass.take(index, result)
-
-    def _forward_backward(self, refs: Sequence[QuantumRef]) -> list[QuantumResult]:
-        self._num_forwards += 1
-        return run_micro_batch(self._base, [open_pass.quantum(index) for open_pass, index in refs])
-
-    def _run_separately(self, refs: Sequence[QuantumRef]) -> None:
-        """Each op of a broken batch again, from its first quantum: half a gradient may be in its scratch."""
-        stops: dict[OpenPass, int] = {open_pass: index + 1 for open_pass, index in refs}
-        for open_pass, stop in stops.items():
-            open_pass.restart()
-            for index in range(stop):
-                try:
-                    (result,) = self._forward_backward([(open_pass, index)])
-                except Exception as error:  # noqa: BLE001 (worker entry: this op alone is to blame)
-                    log.error("quantum failed", model_id=open_pass.op.model_id, seq_id=open_pass.op.seq_id, exc=error)
-                    open_pass.fail(internal_failure("this request"))
-                    break
-                open_pass.take(index, result)
+        At once, and not at the end of the phase: then a run's ops hold one gradient arena between them.
+        """
+        while waiting:
+            item, part = waiting[0]
+            if isinstance(part, Failure):
+                if item.planned.kind is OpKind.FORWARD_BACKWARD:
+                    self._slots.note_skipped_pass(item.planned.model_id)
+                self._settle(item, failure=part)
+            elif part.is_done or part.num_done == item.planned.quantum_stop:
+                self._close_part(item, part)
+            else:
+                return
+            waiting.popleft()
 
     def _close_part(self, item: WorkItem, open_pass: OpenPass) -> None:
         """Settle a pass whose last quantum ran or that failed; leave the others open for their next part."""
@@ -341,3 +395,8 @@ class CycleRunner:
             tag_after=self._slots.tag(planned.model_id),
             num_tokens=planned.num_tokens if failure is None else 0,
         )
+
+
+def _versions(state: TrainingState) -> tuple[int, ...]:
+    """Changes whenever one of the state's tensors is written to (torch counts writes; arenas of a page together)."""
+    return tuple(tensor._version for tensor in (state.weights.flat, state.exp_avg, state.exp_avg_sq))

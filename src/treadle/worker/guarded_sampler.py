@@ -15,6 +15,7 @@ from treadle.domain.ids import RequestId
 from treadle.domain.outcome import SampleOutcome
 from treadle.sampler.base import Sampler, SampleRequest
 from treadle.telemetry.logs import get_logger
+from treadle.worker.device_loss import reraise_if_device_is_lost
 from treadle.worker.failures import internal_failure
 
 log = get_logger(__name__)
@@ -64,6 +65,7 @@ class GuardedSampler:
         try:
             finished = self._inner.step(max_seconds)
         except Exception as error:  # noqa: BLE001 (worker entry: a bug in one sample must not end the others)
+            reraise_if_device_is_lost(error)
             return self._after_breakage(error)
         for outcome in finished:
             self._inside.pop(outcome.request_id, None)

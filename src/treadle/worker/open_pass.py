@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from treadle.domain.ops import PassOp
 from treadle.domain.outcome import Failure, PassResult
-from treadle.domain.quanta import cut_quanta
-from treadle.engine.adapter import TrainingState
-from treadle.engine.passes import QuantumInput, QuantumResult, commit_scratch, sum_metrics
+from treadle.domain.quanta import cut_quanta, quantum_tokens
+from treadle.engine.arenas import GradientArena
+from treadle.engine.passes import QuantumInput, QuantumResult, sum_metrics
+from treadle.engine.state import TrainingState, commit_scratch
 from treadle.worker.failures import failure_of
 
 
@@ -20,9 +21,12 @@ class OpenPass:
     def __init__(self, op: PassOp, state: TrainingState) -> None:
         self.op = op
         self.state = state
-        self.quanta = cut_quanta([datum.num_tokens for datum in op.datums])
+        datum_tokens = [datum.num_tokens for datum in op.datums]
+        self.quanta = cut_quanta(datum_tokens)
+        self._quantum_tokens = quantum_tokens(datum_tokens, self.quanta)
         self.failure: Failure | None = None
-        self._scratch = None if op.forward_only else state.new_scratch()
+        # Made for the first quantum: of the passes in a cycle only those that have begun hold one.
+        self._scratch: GradientArena | None = None
         self._results: list[QuantumResult] = []
 
     @property
@@ -36,6 +40,8 @@ class OpenPass:
     def quantum(self, index: int) -> QuantumInput:
         """What the engine needs to run quantum `index`."""
         start, stop = self.quanta[index]
+        if self._scratch is None and not self.op.forward_only:
+            self._scratch = self.state.new_scratch()
         return QuantumInput(
             state=self.state,
             datums=self.op.datums[start:stop],
@@ -47,12 +53,11 @@ class OpenPass:
     @property
     def total_tokens(self) -> int:
         """Tokens of the whole op."""
-        return sum(datum.num_tokens for datum in self.op.datums)
+        return sum(self._quantum_tokens)
 
     def num_tokens(self, index: int) -> int:
         """Tokens of quantum `index`."""
-        start, stop = self.quanta[index]
-        return sum(datum.num_tokens for datum in self.op.datums[start:stop])
+        return self._quantum_tokens[index]
 
     def take(self, index: int, result: QuantumResult) -> None:
         """Book one quantum's result, in order. A failure ends the op; what it had gathered is dropped."""
@@ -65,21 +70,26 @@ class OpenPass:
 
     def restart(self) -> None:
         """Forget every quantum that ran; the op starts again from nothing, to the same bits."""
-        self._scratch = None if self.op.forward_only else self.state.new_scratch()
+        if self._scratch is not None:
+            self._scratch.flat.zero_()
         self._results.clear()
 
     def fail(self, failure: Failure) -> None:
         """End the op without a trace."""
         self.failure = failure
-        self._scratch = None
         self._results.clear()
+        if self._scratch is not None:
+            self._scratch.release()
+            self._scratch = None
 
     def finish(self) -> PassResult:
         """Apply the op; its result. Raises NonFiniteResult, with nothing applied, when its gradient is not finite."""
         assert self.failure is None
         assert self.is_done
-        if self._scratch is not None:
-            commit_scratch(self.state, self._scratch)
+        if not self.op.forward_only:
+            scratch, self._scratch = self._scratch, None
+            assert scratch is not None, "a pass has at least one quantum"
+            commit_scratch(self.state, scratch)
         logprobs = tuple(array for result in self._results for array in result.logprobs)
         assert len(logprobs) == len(self.op.datums)
         return PassResult(logprobs=logprobs, metrics=sum_metrics(self._results))

@@ -6,20 +6,23 @@ Invariant: a run's state and its tag change together, by whole ops only.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+import time
+from collections.abc import Callable, Generator, Sequence
 
 from treadle.domain.ids import BlobKey, ModelId, RequestId
 from treadle.domain.outcome import CycleOutcome, PoolFacts, SampleOutcome
 from treadle.domain.plan import StateTag
 from treadle.engine.base_model import BaseModel
 from treadle.engine.files import encode_state
+from treadle.engine.memory import PassLimits
 from treadle.errors import Fenced, TreadleError
 from treadle.sampler.base import Sampler, SampleRequest
 from treadle.telemetry.logs import get_logger
 from treadle.worker.blob_io import BlobIO
 from treadle.worker.cycle import CycleRunner
+from treadle.worker.device_loss import reraise_if_device_is_lost
 from treadle.worker.failures import failure_of, internal_failure
-from treadle.worker.slots import Slots
+from treadle.worker.slots import ParkingRules, Slots
 from treadle.worker.versions import Versions
 from treadle.worker.work import DecodedCycle, DecodedSample
 
@@ -29,11 +32,20 @@ log = get_logger(__name__)
 class Worker:
     """Owned by one compute thread; nothing here is thread-safe."""
 
-    def __init__(self, *, base: BaseModel, sampler: Sampler, blobs: BlobIO, micro_batch_tokens: int) -> None:
+    def __init__(
+        self,
+        *,
+        base: BaseModel,
+        sampler: Sampler,
+        blobs: BlobIO,
+        limits: PassLimits,
+        parking: ParkingRules | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._base = base
         self._sampler = sampler
         self._blobs = blobs
-        self._slots = Slots()
+        self._slots = Slots(base, parking, clock=clock)
         self._versions = Versions(base, blobs)
         self._token = 0
         self._runner = CycleRunner(
@@ -41,7 +53,7 @@ class Worker:
             slots=self._slots,
             versions=self._versions,
             blobs=blobs,
-            micro_batch_tokens=micro_batch_tokens,
+            limits=limits,
         )
         self._refused: list[SampleOutcome] = []
 
@@ -72,19 +84,31 @@ class Worker:
         for tag, key in targets:
             if self._slots.tag(tag.model_id) != tag:
                 continue
-            state = self._slots.state(tag.model_id)
             try:
+                state = self._slots.state(tag.model_id)
                 data = encode_state(state, self._base, with_optimizer=True, applied_seq=tag.applied_seq)
                 written[tag.model_id] = self._blobs.write(key, data)
             except Exception as error:  # noqa: BLE001 (worker entry: one run must not cost the others theirs)
+                reraise_if_device_is_lost(error)
                 log.error("snapshot failed", model_id=tag.model_id, exc=error)
         return written
 
     def evict(self, model_ids: Sequence[ModelId]) -> None:
         """Forget runs and free their memory. Idempotent."""
         for model_id in model_ids:
-            self._slots.drop(model_id)
             self._runner.forget_run(model_id)
+            self._slots.drop(model_id)
+
+    @property
+    def seconds_until_parking(self) -> float | None:
+        """When `park_idle` has something to do; None: not before new work."""
+        return self._slots.seconds_until_due(busy=self._runner.busy_runs)
+
+    def park_idle(self) -> None:
+        """Between units of work: park runs over the limit in bytes, and one that has been idle for long enough."""
+        busy = self._runner.busy_runs
+        self._slots.park_over_limit(busy=busy)
+        self._slots.park_one_due(busy=busy)
 
     @property
     def has_samples(self) -> bool:
@@ -101,6 +125,7 @@ class Worker:
                 self._refused.append(SampleOutcome(request_id=sample.request_id, failure=failure_of(error)))
                 continue
             except Exception as error:  # noqa: BLE001 (worker entry: no memory for one adapter must not end them all)
+                reraise_if_device_is_lost(error)
                 log.error("adapter not loaded", request_id=sample.request_id, exc=error)
                 failure = internal_failure("this sample")
                 self._refused.append(SampleOutcome(request_id=sample.request_id, failure=failure))

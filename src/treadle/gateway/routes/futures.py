@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import assert_never
 
-from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -16,11 +15,12 @@ from treadle.errors import InvalidRequest, ResultExpired
 from treadle.gateway.answers import JSON, json_response
 from treadle.gateway.bodies import MAX_JSON_BYTES, read_body
 from treadle.gateway.context import Gateway, gateway_of
+from treadle.gateway.routing import Resource
 from treadle.store import Completion
 from treadle.wire.bodies import RetrieveFutureBody, RetrieveFuturesBody, parse_body
 from treadle.wire.results import failure_body, queue_state_body
 
-router = APIRouter(prefix="/api/v1")
+router = Resource("/api/v1")
 
 # A clone numbers its samples from clone * 1e9 on (tinker 0.38), and seq_ids end at 2**63.
 MAX_CLONED_SAMPLER_ID = 2**63 // 10**9 - 2

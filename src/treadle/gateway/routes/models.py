@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -21,6 +20,7 @@ from treadle.gateway.checkpoints import check_fits, readable_checkpoint
 from treadle.gateway.context import Gateway, gateway_of, loaded_facts
 from treadle.gateway.deps import PoolView
 from treadle.gateway.intake import Submission, admit_training_op, check_lead, checked_pool, future_of, op_place
+from treadle.gateway.routing import Resource
 from treadle.wire.bodies import (
     CreateModelBody,
     GetInfoBody,
@@ -33,7 +33,7 @@ from treadle.wire.bodies import (
 from treadle.wire.ops import create_model_op, load_weights_op, unload_model_op
 from treadle.wire.payloads import encode_payload
 
-router = APIRouter(prefix="/api/v1")
+router = Resource("/api/v1")
 
 # A run whose creation was refused before a pool or a shape was known; its row says why.
 NO_POOL = PoolName("")

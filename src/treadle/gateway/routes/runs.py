@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -14,10 +13,11 @@ from treadle.gateway.bodies import MAX_JSON_BYTES, read_body
 from treadle.gateway.checkpoints import readable_checkpoint
 from treadle.gateway.context import gateway_of
 from treadle.gateway.paging import page_of
+from treadle.gateway.routing import Resource
 from treadle.store import Store
 from treadle.wire.bodies import WeightsInfoBody, parse_body
 
-router = APIRouter(prefix="/api/v1")
+router = Resource("/api/v1")
 
 CHECKPOINT_TYPES = {
     CheckpointKind.TRAINING: "training",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import orjson
-from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -25,6 +24,7 @@ from treadle.gateway.checkpoints import readable_checkpoint
 from treadle.gateway.context import Gateway, gateway_of
 from treadle.gateway.deps import PoolView
 from treadle.gateway.intake import future_of, pool_limits, read_plain_body
+from treadle.gateway.routing import Resource
 from treadle.wire.bodies import (
     CreateSamplingSessionBody,
     JoinSamplingSessionBody,
@@ -36,7 +36,7 @@ from treadle.wire.ops import sample_op
 from treadle.wire.passes import PassLimits
 from treadle.wire.payloads import encode_payload
 
-router = APIRouter(prefix="/api/v1")
+router = Resource("/api/v1")
 
 # The SDK does not check which kind it passes on, and its own example uses a training checkpoint (protocol trap 20).
 SAMPLEABLE = (CheckpointKind.SAMPLER, CheckpointKind.TRAINING)

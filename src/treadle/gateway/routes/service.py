@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -12,10 +11,11 @@ from treadle.gateway.answers import json_response
 from treadle.gateway.bodies import MAX_JSON_BYTES, read_body
 from treadle.gateway.context import gateway_of
 from treadle.gateway.deps import PoolView
+from treadle.gateway.routing import Resource
 from treadle.telemetry.metrics import METRICS_CONTENT_TYPE
 from treadle.wire.bodies import ClientConfigBody, parse_body
 
-router = APIRouter()
+router = Resource()
 
 # The first SDK that can compress passes.
 ZSTD_SINCE = (0, 22, 1)
@@ -85,7 +85,7 @@ async def telemetry(request: Request) -> Response:
 
 
 @router.get("/api/v1/healthz")
-async def healthz() -> Response:
+async def healthz(_: Request) -> Response:
     """The process is alive. It says nothing about models: see /readyz."""
     return json_response({"status": "ok"})
 

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
 from treadle.domain.ids import SessionId, new_session_id
 from treadle.domain.records import SessionRecord
 from treadle.domain.states import SessionState
-from treadle.errors import InvalidRequest, SessionFinished
+from treadle.errors import InvalidRequest
 from treadle.gateway.answers import json_response
 from treadle.gateway.bodies import MAX_JSON_BYTES, read_body
 from treadle.gateway.context import gateway_of
 from treadle.gateway.paging import page_of
+from treadle.gateway.routing import Resource
 from treadle.wire.bodies import CreateSessionBody, FinishBody, HeartbeatBody, parse_body
 
-router = APIRouter(prefix="/api/v1")
+router = Resource("/api/v1")
 
 # The SDK sends "stainless-python-retry-" and a UUID.
 MAX_IDEMPOTENCY_KEY_CHARS = 256
@@ -53,10 +53,8 @@ async def session_heartbeat(request: Request) -> Response:
     gateway = gateway_of(request)
     principal = await gateway.caller(request)
     body = parse_body(HeartbeatBody, await read_body(request, limit_bytes=MAX_JSON_BYTES))
-    session = await gateway.access.session(principal, body.session_id)
-    if session.state is SessionState.FINISHED:
-        raise SessionFinished(f"session {session.session_id} is finished")
-    await gateway.store.sessions.touch(session.session_id)
+    session = await gateway.access.active_session(principal, body.session_id)
+    gateway.hub.beat(session.session_id)
     return json_response({"type": "session_heartbeat"})
 
 

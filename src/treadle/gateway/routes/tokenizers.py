@@ -11,14 +11,14 @@ import io
 import tarfile
 from pathlib import Path
 
-from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
 from treadle.errors import NotFound
 from treadle.gateway.context import gateway_of, loaded_facts
+from treadle.gateway.routing import Resource
 
-router = APIRouter(prefix="/api/v1/tokenizers")
+router = Resource("/api/v1/tokenizers")
 
 # What transformers reads to build a tokenizer without the network; config.json tells it the model's type.
 TOKENIZER_FILES = (

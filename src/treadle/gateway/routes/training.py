@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -20,11 +19,12 @@ from treadle.gateway.intake import (
     read_plain_body,
     submit_training_op,
 )
+from treadle.gateway.routing import Resource
 from treadle.wire.bodies import OptimStepBody, SaveForSamplerBody, SaveWeightsBody, parse_body
 from treadle.wire.ops import optim_step_op, save_for_sampler_op, save_weights_op
 from treadle.wire.passes import decode_pass, read_pass_head
 
-router = APIRouter(prefix="/api/v1")
+router = Resource("/api/v1")
 
 
 @router.post("/forward_backward")

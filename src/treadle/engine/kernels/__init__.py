@@ -1,0 +1,1 @@
+"""How LoRA terms are added to packed projections, and how their gradients are formed. base.py is the seam."""

@@ -1,0 +1,43 @@
+"""Routes as decorated functions: a request and the path's parameters in, a response out.
+
+Starlette's routes and nothing on top of them: bodies are read and checked by the handlers themselves, so a framework
+that resolves dependencies and validates answers would spend half of a small request on finding that there are none.
+It refuses to know what any route does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import TypeAlias
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+Handler: TypeAlias = Callable[..., Awaitable[Response]]
+
+
+class Resource:
+    """The routes of one resource, in the order in which they are tried."""
+
+    def __init__(self, prefix: str = "") -> None:
+        self._prefix = prefix
+        self.routes: list[Route] = []
+
+    def get(self, path: str) -> Callable[[Handler], Handler]:
+        """Register a handler for GET and HEAD of prefix + `path`; `{name}` in it becomes a parameter of the handler."""
+        return self._register(path, "GET")
+
+    def post(self, path: str) -> Callable[[Handler], Handler]:
+        """Like `get`, for POST."""
+        return self._register(path, "POST")
+
+    def _register(self, path: str, method: str) -> Callable[[Handler], Handler]:
+        def register(handler: Handler) -> Handler:
+            async def endpoint(request: Request) -> Response:
+                return await handler(request, **request.path_params)
+
+            self.routes.append(Route(self._prefix + path, endpoint, methods=[method]))
+            return handler
+
+        return register
