@@ -4,7 +4,8 @@
 
 Starts `treadle serve` on the 1M model, runs clients of 4 x 128 tokens at rank 8 (forward_backward and optim_step
 submitted together), and beside it, in the same run, the bare PEFT loop as the ceiling to compare with.
-Server CPU-seconds are those of all its processes; losses must fall, or the run is void.
+Server CPU-seconds are those of all its processes; losses must fall, or the run is void. Two waits are measured on the
+idle server: what a step takes beyond its compute, and how long after a step the first token of its weights comes.
 """
 
 from __future__ import annotations
@@ -28,11 +29,17 @@ from typing import Any
 os.environ.setdefault("TINKER_TELEMETRY", "0")
 
 import httpx
+import numpy as np
 import psutil
 import report
 import tinker
 from models import make_model
 from tinker import types
+
+from treadle.domain.ids import ModelId
+from treadle.domain.losses import resolve_loss
+from treadle.domain.ops import Datum, PassOp
+from treadle.wire.passes import encode_pass
 
 MODEL = "bench/model"
 VOCAB = 4096
@@ -179,7 +186,10 @@ def create_model_s(server: BenchServer, repetitions: int) -> list[float]:
 
 
 def idle_overhead_s(server: BenchServer, repetitions: int) -> list[float]:
-    """Wall seconds of one small step on an idle server minus what its worker computed, step by step."""
+    """Wall seconds of one small step on an idle server minus what its worker computed, step by step.
+
+    The SDK's own time is in it. The gather window is not waited for, because the optim_step is there at once.
+    """
     load = Load(batch=1, seqlen=16, rank=8, steps=repetitions, warmup=3)
     client = Client(90, server, load, threading.Barrier(1))
     overheads = []
@@ -188,6 +198,53 @@ def idle_overhead_s(server: BenchServer, repetitions: int) -> list[float]:
         client._step()
         overheads.append(client.step_s[-1] - (_computed_s(server) - computed))
     return overheads[load.warmup :]
+
+
+def idle_request_overhead_s(server: BenchServer, repetitions: int) -> list[float]:
+    """The same over raw HTTP, without the SDK: from the first byte of the pass to the result of the step."""
+    overheads = []
+    with httpx.Client(base_url=f"{server.url}/api/v1/", headers={"X-API-Key": "tml-bench-raw"}, timeout=60) as http:
+
+        def result_of(submitted: httpx.Response) -> dict[str, Any]:
+            body = {"request_id": submitted.raise_for_status().json()["request_id"]}
+            while (answer := http.post("retrieve_future", json=body)).status_code == 408:
+                pass
+            return answer.json() if "json" in answer.headers["content-type"] else {}
+
+        session_id = http.post("create_session", json={"sdk_version": "0.38.0"}).json()["session_id"]
+        body = {"session_id": session_id, "model_seq_id": 0, "base_model": MODEL, "lora_config": {"rank": 8}}
+        model_id = result_of(http.post("create_model", json=body))["model_id"]
+        tokens = np.arange(10, 26, dtype=np.int32)
+        datum = Datum(tokens=tokens, inputs={"target_tokens": tokens.astype(np.int64)})
+        for seq_id in range(1, 2 * repetitions, 2):
+            op = PassOp(ModelId(model_id), seq_id, (datum,), resolve_loss("cross_entropy", {}), forward_only=False)
+            step = {"model_id": model_id, "seq_id": seq_id + 1, "adam_params": {"learning_rate": 1e-3}}
+            computed, started = _computed_s(server), time.monotonic()
+            passed = http.post("forward_backward", content=encode_pass(op))
+            stepped = http.post("optim_step", json=step)
+            for submitted in (passed, stepped):
+                assert "error" not in result_of(submitted)
+            overheads.append(time.monotonic() - started - (_computed_s(server) - computed))
+    return overheads
+
+
+def first_token_s(server: BenchServer, repetitions: int) -> list[float]:
+    """Seconds from an optim_step's result to the first token sampled from the weights it made, with the SDK.
+
+    That is save_weights_and_get_sampling_client, and a sample of one token.
+    """
+    client = Client(91, server, Load(batch=1, seqlen=16, rank=8, steps=repetitions, warmup=1), threading.Barrier(1))
+    prompt = types.ModelInput.from_ints(list(range(10, 26)))
+    params = types.SamplingParams(max_tokens=1, seed=1, stop=[])
+    taken = []
+    for _ in range(1 + repetitions):
+        client._step()
+        started = time.monotonic()
+        sampler = client.trainer.save_weights_and_get_sampling_client().result(timeout=RESULT_S)
+        response = sampler.sample(prompt=prompt, num_samples=1, sampling_params=params).result(timeout=RESULT_S)
+        taken.append(time.monotonic() - started)
+        assert len(response.sequences[0].tokens) == 1
+    return taken[1:]
 
 
 def _computed_s(server: BenchServer) -> float:
@@ -251,6 +308,8 @@ def main() -> int:
             result["peft_tokens_per_cpu_s"] = report.spread(peft)
             result["create_model_s"] = report.spread(create_model_s(server, 10))
             result["idle_overhead_s"] = report.spread(idle_overhead_s(server, 20))
+            result["idle_request_overhead_s"] = report.spread(idle_request_overhead_s(server, 20))
+            result["first_token_s"] = report.spread(first_token_s(server, 10))
             result["clients"] = {
                 str(count): repeated(lambda count=count: train(server, load, count), args.repetitions)  # type: ignore[misc]
                 for count in args.clients
@@ -272,13 +331,15 @@ def show(result: dict[str, Any], peft: float) -> None:
     rows = []
     for count, figures in result["clients"].items():
         medians = [figures[name]["median"] for name in names]
-        rows.append([count, *medians, medians[0] / peft])
-    columns = ["clients", "tok/CPU-s", "tok/s", "steps/s", "p50 s", "p95 s", "x bare PEFT"]
+        rows.append([count, *medians, medians[0] / peft, peft / medians[0]])
+    columns = ["clients", "tok/CPU-s", "tok/s", "steps/s", "p50 s", "p95 s", "x bare PEFT", "CPU-s / bare PEFT's"]
     report.print_table("Training, 4 x 128 tokens per step, rank 8 (medians)", columns, rows)
     facts = [
         ["bare PEFT, tokens per CPU-second", peft],
         ["create_model to get_info, s", result["create_model_s"]["median"]],
-        ["idle overhead of a step (gather window included), s", result["idle_overhead_s"]["median"]],
+        ["idle step beyond its compute, with the SDK, s", result["idle_overhead_s"]["median"]],
+        ["idle step beyond its compute, raw HTTP, s", result["idle_request_overhead_s"]["median"]],
+        ["optim_step done to first token of its weights, SDK, s", result["first_token_s"]["median"]],
         ["ready, s", result["ready_s"]],
         ["peak RSS of all processes, MB", result["peak_rss_mb"]],
         *[[f"sampled tokens/s, {count} at once", value] for count, value in result["sampled_tokens_per_s"].items()],
