@@ -282,7 +282,7 @@ async def add_keys(data: Path, count: int) -> list[str]:
     """Keys in the store of a server that does not run yet."""
     keys = [f"tml-bench-{index:04d}-{'0' * 32}" for index in range(count)]
     await asyncio.to_thread(data.mkdir, parents=True)
-    store = await Store.open(f"sqlite+aiosqlite:///{data / 'treadle.db'}")
+    store = await Store.open(f"sqlite:///{data / 'treadle.db'}")
     await asyncio.gather(*(store.keys.add(f"user-{i}", key_digest(key), is_admin=False) for i, key in enumerate(keys)))
     await store.close()
     return keys

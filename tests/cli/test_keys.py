@@ -17,7 +17,7 @@ RUNNER = CliRunner(env={"COLUMNS": "200"})
 
 def find(data: Path, key: str) -> KeyRecord | None:
     async def look() -> KeyRecord | None:
-        store = await Store.open(f"sqlite+aiosqlite:///{data}/treadle.db")
+        store = await Store.open(f"sqlite:///{data}/treadle.db")
         try:
             return await store.keys.find(key_digest(key))
         finally:

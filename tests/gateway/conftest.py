@@ -26,7 +26,7 @@ def settings() -> GatewaySettings:
 @pytest.fixture
 async def gateway(settings: GatewaySettings, tmp_path: Path) -> AsyncIterator[Harness]:
     clock = ManualClock()
-    store = await Store.open(f"sqlite+aiosqlite:///{tmp_path}/treadle.db", clock=clock.now)
+    store = await Store.open(f"sqlite:///{tmp_path}/treadle.db", clock=clock.now)
     harness = Harness(
         store=store,
         blobs=LocalBlobs(tmp_path / "blobs"),

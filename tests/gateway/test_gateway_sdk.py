@@ -114,7 +114,7 @@ def _result_of(op: Op) -> EncodedResult:
 
 async def _serve(directory: Path, started: threading.Event, server_box: list[uvicorn.Server]) -> None:
     clock = ManualClock()
-    store = await Store.open(f"sqlite+aiosqlite:///{directory}/treadle.db", clock=clock.now)
+    store = await Store.open(f"sqlite:///{directory}/treadle.db", clock=clock.now)
     harness = Harness(
         store=store,
         blobs=LocalBlobs(directory / "blobs"),

@@ -66,7 +66,7 @@ class Cluster:
     async def open(folder: Path) -> Cluster:
         """An empty store with one session in it; the pool is not started."""
         clock = ManualClock()
-        store = await Store.open(f"sqlite+aiosqlite:///{folder / 'test.db'}", clock=clock.now)
+        store = await Store.open(f"sqlite:///{folder / 'test.db'}", clock=clock.now)
         now = clock.now()
         await store.sessions.create(SessionRecord(SESSION, TENANT, SessionState.ACTIVE, now, now), None)
         await store.sampling.create(SamplingSessionRecord(SAMPLER, SESSION, TENANT, POOL, POOL, now))

@@ -158,8 +158,10 @@ async def test_large_payloads_survive_a_crash_and_go_with_their_requests(cluster
     await cluster.result(sampled)
     late, late_key = await cluster.submit_large(backward(4))
     await cluster.result(late)
+    # Payloads go after the commit that makes the result visible, and before the loop's next cycle.
+    await cluster.run(backward(5))
     await cluster.crash()
-    doomed, doomed_key = await cluster.submit_large(backward(5))
+    doomed, doomed_key = await cluster.submit_large(backward(6))
     cluster.start()
     assert "lost" in (await cluster.failure(doomed)).message
     await cluster.drain()

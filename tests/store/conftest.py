@@ -13,7 +13,7 @@ from treadle.testing.clock import ManualClock
 
 @pytest.fixture
 def sqlite_url(tmp_path: Path) -> str:
-    return f"sqlite+aiosqlite:///{tmp_path}/treadle.db"
+    return f"sqlite:///{tmp_path}/treadle.db"
 
 
 @pytest.fixture(params=["sqlite"])

@@ -33,7 +33,7 @@ async def test_migrated_ddl_is_the_declared_one(sqlite_store: Store, tmp_path: P
 
 async def test_directory_that_is_missing_is_reported(tmp_path: Path) -> None:
     with pytest.raises(StoreUnavailable):
-        await Store.open(f"sqlite+aiosqlite:///{tmp_path}/missing/treadle.db")
+        await Store.open(f"sqlite:///{tmp_path}/missing/treadle.db")
 
 
 async def test_sqlite_is_set_up_to_survive_a_power_cut(sqlite_store: Store) -> None:

@@ -267,7 +267,7 @@ async def test_closed_store_refuses(database_url: str) -> None:
 
 @pytest.mark.parametrize(
     "url",
-    ["mysql://localhost/x", "sqlite:////tmp/x.db", "sqlite+aiosqlite://", "sqlite+aiosqlite:///:memory:", "no url"],
+    ["mysql://localhost/x", "sqlite+other:////tmp/x.db", "sqlite://", "sqlite:///:memory:", "no url"],
 )
 async def test_unsupported_url_is_a_configuration_error(url: str) -> None:
     with pytest.raises(ConfigError, match="database"):

@@ -25,7 +25,7 @@ def write(path: Path, text: str) -> Path:
 
 def test_defaults_need_no_service_and_no_gpu() -> None:
     settings = load_settings()
-    assert settings.database_url.startswith("sqlite+aiosqlite:///")
+    assert settings.database_url.startswith("sqlite:///")
     assert settings.database_url.endswith("/treadle-data/treadle.db")
     assert [model.name for model in settings.models] == ["treadle/tiny"]
     assert settings.server.host == "127.0.0.1"

@@ -198,7 +198,7 @@ class Settings(BaseSettings):
     @property
     def database_url(self) -> str:
         """`store.url`, or the SQLite file in the data directory."""
-        return self.store.url or f"sqlite+aiosqlite:///{self.database_file}"
+        return self.store.url or f"sqlite:///{self.database_file}"
 
     @property
     def database_file(self) -> Path:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from starlette.applications import Starlette
+from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
@@ -24,12 +24,12 @@ from treadle.gateway.middleware import ErrorMiddleware
 from treadle.gateway.routes import futures, models, runs, sampling, service, sessions, tokenizers, training
 
 
-def create_app(deps: GatewayDeps) -> Starlette:
+def create_app(deps: GatewayDeps) -> FastAPI:
     """The app over `deps`, ready for any ASGI server. Its lifespan must run: it starts and stops the futures hub."""
     gateway = Gateway(deps)
 
     @asynccontextmanager
-    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await gateway.start()
         try:
             yield
@@ -38,13 +38,18 @@ def create_app(deps: GatewayDeps) -> Starlette:
 
     # Routes are tried in order; the busy ones come first.
     resources = (training, futures, sessions, sampling, models, service, runs, tokenizers)
-    app = Starlette(
+    # No interactive docs: their pages load scripts from elsewhere, and the API's client is the SDK.
+    app = FastAPI(
+        title="treadle",
+        version=__version__,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
         routes=[route for resource in resources for route in resource.router.routes],
         middleware=[Middleware(ErrorMiddleware, metrics=deps.metrics)],
         exception_handlers={HTTPException: _http_error},
         lifespan=lifespan,
     )
-    app.router.redirect_slashes = False
     app.state.gateway = gateway
     return app
 

@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from treadle.errors import TreadleError
 from treadle.gateway.answers import json_response
+from treadle.gateway.routing import ROUTE_TEMPLATE
 from treadle.telemetry.logs import get_logger
 from treadle.telemetry.metrics import Metrics
 
@@ -79,4 +80,4 @@ class ErrorMiddleware:
 
 def _template(scope: Scope) -> str:
     """The route's template, never the path itself, which a client chooses."""
-    return str(getattr(scope.get("route"), "path", "unmatched"))
+    return str(scope.get(ROUTE_TEMPLATE, "unmatched"))

@@ -1,8 +1,8 @@
-"""Routes as decorated functions: a request and the path's parameters in, a response out.
+"""Routes of the SDK's endpoints as decorated functions: a request and the path's parameters in, a response out.
 
-Starlette's routes and nothing on top of them: bodies are read and checked by the handlers themselves, so a framework
-that resolves dependencies and validates answers would spend half of a small request on finding that there are none.
-It refuses to know what any route does.
+Plain routes of the FastAPI app, which find no dependencies to resolve and no models to validate: these handlers read
+and check their bodies themselves (protobuf, bounded), and FastAPI's own routes cost twice as much per call (measured:
+50 against 28 us). It refuses to know what any route does.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from typing import TypeAlias
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
+
+# Where metrics find which route answered, without what the client put into its path.
+ROUTE_TEMPLATE = "treadle.route"
 
 Handler: TypeAlias = Callable[..., Awaitable[Response]]
 
@@ -35,6 +38,7 @@ class Resource:
     def _register(self, path: str, method: str) -> Callable[[Handler], Handler]:
         def register(handler: Handler) -> Handler:
             async def endpoint(request: Request) -> Response:
+                request.scope[ROUTE_TEMPLATE] = self._prefix + path
                 return await handler(request, **request.path_params)
 
             self.routes.append(Route(self._prefix + path, endpoint, methods=[method]))

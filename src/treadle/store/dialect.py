@@ -24,9 +24,8 @@ _BUSY_TIMEOUT_MS = 5_000
 _WAL_BYTES_MAX = 64 * 2**20
 # Any number that no other user of the same PostgreSQL database takes as an advisory lock.
 _MIGRATION_LOCK = 7_308_327_215
-# The driver that is used for each name that a URL may give. aiosqlite is what older configurations say; the store runs
-# synchronous drivers in its own threads.
-_DRIVERS = {"sqlite+aiosqlite": "sqlite+pysqlite", "postgresql+psycopg": "postgresql+psycopg"}
+# The driver that is used for each name that a URL may give: synchronous ones, which the store runs in its own threads.
+_DRIVERS = {"sqlite": "sqlite+pysqlite", "postgresql+psycopg": "postgresql+psycopg"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +43,7 @@ class Dialect:
         return sqlite.insert(table) if self.is_sqlite else postgresql.insert(table)
 
     def engine_options(self) -> dict[str, Any]:
-        """Options of create_async_engine for connections that only this store uses."""
+        """Options of create_engine for connections that only this store uses."""
         if self.is_sqlite:
             # The driver would else begin deferred transactions by itself; the engine says BEGIN IMMEDIATE instead.
             # A pool hands connections from thread to thread, one thread at a time.
@@ -96,9 +95,9 @@ def parse_url(url: str) -> tuple[URL, Dialect]:
     try:
         parsed = make_url(url)
     except ArgumentError as error:
-        raise ConfigError("the database URL cannot be parsed; use sqlite+aiosqlite:////ABSOLUTE/PATH") from error
+        raise ConfigError("the database URL cannot be parsed; use sqlite:////ABSOLUTE/PATH") from error
     if parsed.drivername not in _DRIVERS:
-        raise ConfigError(f"database {parsed.drivername!r} is not supported; use sqlite+aiosqlite:////ABSOLUTE/PATH")
+        raise ConfigError(f"database {parsed.drivername!r} is not supported; use sqlite:////ABSOLUTE/PATH")
     if parsed.get_backend_name() == "sqlite" and parsed.database in (None, "", ":memory:"):
         # Readers and the writer are separate connections, and each would see an empty database of its own.
         raise ConfigError("an in-memory database is not supported; name a file in the database URL")

@@ -1,6 +1,6 @@
 """The store: one object, one part per resource.
 
-    store = await Store.open("sqlite+aiosqlite:////data/treadle.db")
+    store = await Store.open("sqlite:////data/treadle.db")
     await store.requests.enqueue(request)
 
 It belongs to the event loop it was opened on. See writer.py for what a write promises and engine.py for reads.
@@ -64,7 +64,7 @@ class Store:
 
     @staticmethod
     async def open(url: str, *, clock: Callable[[], float] = time.time, migrate: bool = True) -> Store:
-        """An open store on `url`, like sqlite+aiosqlite:////ABSOLUTE/PATH (the directory must exist).
+        """An open store on `url`, like sqlite:////ABSOLUTE/PATH (the directory must exist).
 
         `clock` gives seconds since the epoch. `migrate` brings the schema to the newest version first. Raises
         ConfigError for a URL that is not supported or a database of a newer treadle, and StoreUnavailable.
