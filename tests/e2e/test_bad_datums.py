@@ -121,8 +121,8 @@ def test_bad_datums_fail_by_name_and_the_run_trains_on(server: ServerProcess) ->
 
 
 ODD_BUT_GOOD = {
-    "huge advantages": ("ppo", policy(advantages=[1e30, 0.0, -1e30, 1.0])),
-    "huge weights": ("cross_entropy", weights([1e30, -1e30, 0.5, 0.0])),
+    "huge advantages": ("ppo", policy(advantages=[1e15, 0.0, -1e15, 1.0])),
+    "huge weights": ("cross_entropy", weights([1e15, -1e15, 0.5, 0.0])),
     "all-zero weights": ("cross_entropy", weights([0.0] * 4)),
     "negative and fractional weights": ("cross_entropy", weights([-1.5, 0.25, 1.0, -0.125])),
     "integer weights": ("cross_entropy", weights(torch.tensor([0, 1, 2, -1]))),
@@ -140,19 +140,22 @@ def test_odd_datums_that_mean_something_are_honoured(server: ServerProcess, name
     client = server.training_client()
     output = client.forward_backward([datum], loss_fn).result(timeout=QUICK_S)  # type: ignore[arg-type]
     assert math.isfinite(output.metrics["loss:sum"])
-    step = failure_of(client.optim_step(types.AdamParams(learning_rate=1e-3)), timeout_s=QUICK_S)
-    if "huge" in name:
-        # The pass is as good as any; AdamW's second moment of it is not a float32.
-        assert "gradient norm" in str(step)
-    else:
-        assert step is None
-        assert math.isfinite(train_step(client, batch()))
+    metrics = client.optim_step(types.AdamParams(learning_rate=1e-3)).result(timeout=QUICK_S).metrics
+    assert metrics is not None
+    assert math.isfinite(metrics["update_norm"])
+    assert math.isfinite(train_step(client, batch()))
 
 
-def test_a_gradient_that_no_step_can_take_is_refused_with_its_request(server: ServerProcess) -> None:
+@pytest.mark.parametrize(
+    ("loss_fn", "datum"),
+    [("ppo", policy(advantages=[1e30, 0.0, -1e30, 1.0])), ("cross_entropy", weights([1e30, -1e30, 0.5, 0.0]))],
+)
+def test_a_gradient_that_no_step_can_take_is_refused_with_its_request(
+    server: ServerProcess, loss_fn: str, datum: types.Datum
+) -> None:
     client = server.training_client()
     with pytest.raises(tinker.RequestFailedError, match=r"norm .* over 1e\+18"):
-        client.forward_backward([policy(advantages=[1e30, 0.0, -1e30, 1.0])], "ppo").result(timeout=QUICK_S)
+        client.forward_backward([datum], loss_fn).result(timeout=QUICK_S)  # type: ignore[arg-type]
     assert math.isfinite(train_step(client, batch()))
 
 

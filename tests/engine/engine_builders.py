@@ -61,12 +61,12 @@ _KINDS: Mapping[str, tuple[type, type, Mapping[str, object]]] = {
 }
 
 
-def make_model_dir(directory: Path, architecture: str, *, tied: bool, seed: int = 0) -> Path:
-    """A saved random model of one of the kinds above, in float32."""
+def make_model_dir(directory: Path, architecture: str, *, tied: bool, seed: int = 0, **sizes: object) -> Path:
+    """A saved random model of one of the kinds above, in float32. sizes: settings other than above."""
     config_class, model_class, extra = _KINDS[architecture]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = model_class(config_class(**_SIZES, **extra, tie_word_embeddings=tied))
+        model = model_class(config_class(**{**_SIZES, **extra, **sizes}, tie_word_embeddings=tied))
         # Norm weights start at 1 and biases at 0; other values show whether they are honoured.
         for name, parameter in model.named_parameters():
             if "norm" in name:

@@ -10,9 +10,10 @@ from engine_builders import load_tiny, make_model_dir
 from torch import Tensor
 
 from treadle.engine.base_model import BaseModel
+from treadle.engine.buckets import bucket_of
 from treadle.engine.kernels.base import LoraSegment
 from treadle.engine.kernels.segment_loop import SegmentLoop
-from treadle.engine.strict import BucketReport, StrictReport, bucket_of, enable_strict, probe, strict_settings
+from treadle.engine.strict import BucketReport, StrictReport, enable_strict, probe, strict_settings
 from treadle.errors import ConfigError
 
 CUDA = torch.device("cuda")

@@ -51,13 +51,25 @@ def run_reference(
 
 
 def reference_loss(logprobs: torch.Tensor, datum: Datum, loss: str, config: Mapping[str, float]) -> torch.Tensor:
+    """The documented formula, differentiated by autograd. Optional inputs are not looked at."""
     if loss == "cross_entropy":
         return -(torch.from_numpy(datum.inputs["weights"]) * logprobs).sum()
-    ratio = (logprobs - torch.from_numpy(datum.inputs["logprobs"])).exp()
     advantages = torch.from_numpy(datum.inputs["advantages"])
+    difference = logprobs - torch.from_numpy(datum.inputs["logprobs"])
+    if loss == "dro":
+        return (config["beta"] / 2 * difference**2 - logprobs * advantages).sum()
+    if loss == "gspo":
+        counted = advantages != 0
+        of_sequence = difference[counted].mean().exp() if counted.any() else torch.ones(())
+        ratio = of_sequence.detach() * (logprobs - logprobs.detach()).exp()
+    else:
+        ratio = difference.exp()
     if loss == "importance_sampling":
         return -(ratio * advantages).sum()
     bounded = ratio.clamp(config["clip_low_threshold"], config["clip_high_threshold"])
+    if loss == "cispo":
+        return -(bounded.detach() * logprobs * advantages).sum()
+    assert loss in ("ppo", "gspo")
     return -torch.minimum(ratio * advantages, bounded * advantages).sum()
 
 

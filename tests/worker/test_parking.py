@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,15 @@ from torch import Tensor
 from worker_support import Driver, MemoryBlobs, create, datums, item, metrics_of, model_id, passed, publish, save, step
 
 from treadle.config import bundled_model_dir
-from treadle.domain.ids import ModelId
+from treadle.domain.ids import BlobKey, ModelId
 from treadle.domain.limits import PARK_AFTER_S
-from treadle.domain.ops import LoraSpec, UnloadModelOp
-from treadle.domain.plan import StateTag
+from treadle.domain.ops import LoadWeightsOp, LoraSpec, UnloadModelOp
+from treadle.domain.plan import RestoreItem, StateTag
 from treadle.engine.base_model import BaseModel, load_base_model
 from treadle.engine.state import TrainingState, commit_scratch, new_training_state
 from treadle.errors import StaleTag
 from treadle.testing.clock import ManualClock
+from treadle.worker import micro_batches, parking
 from treadle.worker.compute import ComputeLoop
 from treadle.worker.parking import FileShelf, ParkedRun, PinnedShelf, park, unpark
 from treadle.worker.slots import ParkingRules, Slots
@@ -358,3 +360,155 @@ def test_idle_runs_make_room_for_one_that_does_not_fit(
     monkeypatch.setattr(cycle, "new_training_state", tight)
     driver.run_ops(create(model_id(2)))
     driver.run_ops(*(passed(model_id(index), 1, datums(1, 8)) for index in range(3)))
+
+
+def test_a_pass_longer_than_runs_may_idle_does_not_park_its_own_run(
+    make_driver: Callable[..., Driver], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, run = ManualClock(), model_id()
+    driver = make_driver(parking_dir=tmp_path, clock=clock)
+    driver.run_ops(create(run))
+    real = micro_batches.run_micro_batch
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        clock.advance(2 * PARK_AFTER_S)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(micro_batches, "run_micro_batch", slow)
+    driver.run_ops(passed(run, 1, datums(1, 8)))
+    driver.worker.park_idle()
+    assert not driver.worker._slots.is_parked(run)
+    assert driver.worker.seconds_until_parking == PARK_AFTER_S
+
+
+def test_runs_are_parked_between_samples_that_never_end(
+    make_driver: Callable[..., Driver], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = ManualClock()
+    driver = make_driver(parking_dir=tmp_path, clock=clock)
+    driver.run_ops(create(model_id()))
+    monkeypatch.setattr(driver.worker, "_sampler", EndlessSampler())
+    loop = ComputeLoop(driver.worker)
+    loop.run_unit()
+    assert not driver.worker._slots.is_parked(model_id())
+    clock.advance(PARK_AFTER_S)
+    loop.run_unit()
+    assert driver.worker._slots.is_parked(model_id())
+
+
+class EndlessSampler:
+    has_work = True
+
+    def step(self, _max_s: float) -> list[Any]:
+        return []
+
+
+def test_a_drain_snapshots_parked_runs_without_bringing_them_all_back(
+    make_driver: Callable[..., Driver], blobs: MemoryBlobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory holds one run; the one that is there makes room for those that are read back."""
+    driver, plain = make_driver(parking_dir=tmp_path), make_driver()
+    runs = [model_id(index) for index in range(3)]
+    for one in (driver, plain):
+        one.run_ops(*(create(run, seed=index) for index, run in enumerate(runs)), passed(runs[1], 1, datums(1, 8)))
+    slots, real = driver.worker._slots, parking.placed_state
+    slots.park_all(busy=())
+    driver.run_ops(passed(runs[1], 2, datums(1, 8, seed=1)))
+    plain.run_ops(passed(runs[1], 2, datums(1, 8, seed=1)))
+
+    def crowded(*args: Any, **kwargs: Any) -> TrainingState:
+        if slots._states:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(parking, "placed_state", crowded)
+    tags = [StateTag(runs[0], 1, 0), StateTag(runs[1], 1, 2), StateTag(runs[2], 1, 0)]
+    for one, prefix in ((driver, "crowded"), (plain, "plain")):
+        assert one.worker.snapshot([(tag, f"{prefix}-{tag.model_id}") for tag in tags]).keys() == set(runs)
+    assert slots.is_parked(runs[0])
+    assert slots.is_parked(runs[2])
+    assert all(blobs.blobs[f"crowded-{run}"] == blobs.blobs[f"plain-{run}"] for run in runs)
+
+
+def test_restored_runs_stay_within_the_limit_in_bytes(make_driver: Callable[..., Driver], tmp_path: Path) -> None:
+    driver = make_driver(parking_dir=tmp_path, max_resident_bytes=1)
+    runs = [model_id(index) for index in range(3)]
+    driver.run([], restores=[RestoreItem(run, LoraSpec(4, 1), None, StateTag(run, 2, 0)) for run in runs])
+    assert all(driver.worker._slots.is_parked(run) for run in runs)
+
+
+def test_published_versions_make_room_and_one_without_room_is_read_from_its_blob(
+    make_driver: Callable[..., Driver], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from treadle.engine.adapter import AdapterWeights
+
+    driver, run = make_driver(), model_id()
+    versions, real = driver.worker._versions, AdapterWeights.copy
+    driver.run_ops(create(run))
+    (first,) = driver.run_ops(publish(run, 1))
+
+    def crowded(weights: AdapterWeights) -> AdapterWeights:
+        if len(versions._by_key) >= room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(weights)
+
+    monkeypatch.setattr(AdapterWeights, "copy", crowded)
+    room = 1
+    (second,) = driver.run_ops(publish(run, 2))
+    assert list(versions._by_key) == [second.result.blob_key]  # type: ignore[union-attr]
+    room = 0
+    (third,) = driver.run_ops(publish(run, 3))
+    assert not versions._by_key
+    for outcome in (first, third):
+        version = versions.get(outcome.result.blob_key)  # type: ignore[union-attr]
+        assert version.flat.numpy().tobytes() == weights_of(driver, run)
+
+
+def test_a_driver_without_page_locked_memory_left_hands_on_to_the_file(
+    base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = torch.empty
+
+    def refusing(*args: Any, pin_memory: bool = False, **kwargs: Any) -> Tensor:
+        if pin_memory:
+            raise torch.AcceleratorError("CUDA error: out of memory")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "empty", refusing)
+    state = trained_state(base, seed=1)
+    expected = bits(state)
+    run = park(state, [PinnedShelf(max_bytes=2**40), FileShelf(tmp_path)])
+    assert run is not None
+    assert isinstance(run.shelf, FileShelf)
+    assert bits(unpark(run, base)) == expected
+
+
+def test_nobody_else_may_read_the_file(base: BaseModel, tmp_path: Path) -> None:
+    shelf = FileShelf(tmp_path / "parked")
+    assert park(trained_state(base, seed=1), [shelf]) is not None
+    assert shelf._file is not None
+    status = os.fstat(shelf._file.fileno())
+    assert stat.S_IMODE(status.st_mode) == 0o600
+    assert status.st_nlink == 0, "a name would outlive a killed worker"
+    assert status.st_size > 0
+
+
+def test_restored_and_loaded_runs_lie_where_all_others_do(
+    make_driver: Callable[..., Driver], blobs: MemoryBlobs, tmp_path: Path
+) -> None:
+    """Memory of their own would stay with the process when they are parked."""
+    clock, run = ManualClock(), model_id()
+    driver = make_driver(parking_dir=tmp_path, clock=clock)
+    driver.run_ops(create(run), passed(run, 1, datums(1, 8)), save(run, 2))
+    key = next(iter(blobs.blobs))
+    driver.worker.evict([run])
+    pool = driver.worker._base.arenas
+    assert pool.num_taken_bytes == 0
+    restore = RestoreItem(run, LoraSpec(8, 1), BlobKey(key), StateTag(run, 2, 2))
+    load = LoadWeightsOp(model_id(1), 0, "tinker://x", BlobKey(key), LoraSpec(8, 1), True, True)
+    driver.run([item(load)], restores=[restore])
+    for one in (run, model_id(1)):
+        assert driver.worker._slots.state(one).slot is not None
+    assert pool.num_taken_bytes == driver.worker._slots.resident_bytes > 0
+    park_everything(driver, clock)
+    assert pool.num_taken_bytes == 0

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from worker_support import Driver, create, datums, item, metrics_of, model_id, passed, step
 
+from treadle.domain.ids import ModelId
 from treadle.domain.outcome import Failure
 from treadle.domain.plan import StateTag
 from treadle.domain.states import Category
-from treadle.worker import cycle
+from treadle.worker import cycle, parking
 from treadle.worker.work import DecodedItem
 
 
@@ -74,22 +77,75 @@ def test_a_broken_optimiser_costs_only_runs_that_it_had_written_to(
         *(create(run, rank=4 * (index + 1)) for index, run in enumerate(runs)),
         *(passed(run, 1, datums(1, 8)) for run in runs),
     )
+    real = cycle.adamw_steps
 
     def half(due: Sequence[Any]) -> Any:
+        if len(due) == 1:
+            return real(due)
         due[0][0].exp_avg.mul_(0.9)
         raise RuntimeError("broken amid the first run")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(cycle, "adamw_steps", half)
-        touched, untouched = driver.run([item(step(run, 2)) for run in runs]).outcomes
-    for one in (touched, untouched):
-        assert one.failure is not None
-        assert one.failure.category is Category.SERVER
-        assert "broken" not in one.failure.message
+    monkeypatch.setattr(cycle, "adamw_steps", half)
+    touched, untouched = driver.run([item(step(run, 2)) for run in runs]).outcomes
+    assert touched.failure is not None
+    assert touched.failure.category is Category.SERVER
+    assert "broken" not in touched.failure.message
     assert touched.tag_after is None, "it must be restored"
+    assert untouched.failure is None
     assert untouched.tag_after == StateTag(runs[1], 1, 2)
-    (stepped,) = driver.run_ops(step(runs[1], 3))
-    assert metrics_of(stepped)["step"] == 1
+
+
+def test_a_step_that_breaks_the_optimiser_fails_alone_and_its_run_goes_on(
+    driver: Driver, make_driver: Callable[..., Driver], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = [model_id(index) for index in range(3)]
+    driver.run_ops(*(create(run) for run in runs), *(passed(run, 1, datums(1, 8)) for run in runs))
+    real, guilty = cycle.adamw_steps, driver.worker._slots.state(runs[1])
+
+    def breaking(due: Sequence[Any]) -> Any:
+        if any(state is guilty for state, _ in due):
+            raise torch.OutOfMemoryError("no memory for its copies")
+        return real(due)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cycle, "adamw_steps", breaking)
+        outcomes = driver.run([item(step(run, 2)) for run in runs]).outcomes
+    assert [one.failure is None for one in outcomes] == [True, False, True]
+    assert [one.tag_after for one in outcomes] == [StateTag(run, 1, 2) for run in runs]
+    driver.run_ops(step(runs[1], 3))
+    alone = make_driver()
+    alone.run_ops(create(runs[1]), passed(runs[1], 1, datums(1, 8)), step(runs[1], 2))
+    assert weights_of(driver, runs[0]) == weights_of(driver, runs[1]) == weights_of(alone, runs[1])
+
+
+@pytest.mark.parametrize("holds", [1, 2])
+def test_steps_of_more_runs_than_memory_holds_are_taken_in_turns(
+    make_driver: Callable[..., Driver], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: list[int], holds: int
+) -> None:
+    """A run that was brought back for its step must not be parked to make room for the next one's."""
+    driver, plain = make_driver(parking_dir=tmp_path), make_driver()
+    runs = [model_id(index) for index in range(4)]
+    for one in (driver, plain):
+        one.run_ops(*(create(run, seed=index) for index, run in enumerate(runs)))
+        one.run_ops(*(passed(run, 1, datums(1, 8)) for run in runs))
+    slots, real = driver.worker._slots, parking.placed_state
+    slots.park_all(busy=())
+
+    def crowded(*args: Any, **kwargs: Any) -> Any:
+        if len(slots._states) >= holds:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(parking, "placed_state", crowded)
+        driver.run_ops(*(step(run, 2) for run in runs))
+    assert calls == [holds] * (4 // holds)
+    plain.run_ops(*(step(run, 2) for run in runs))
+    assert [weights_of(driver, run) for run in runs] == [weights_of(plain, run) for run in runs]
+
+
+def weights_of(driver: Driver, run: ModelId) -> bytes:
+    return driver.worker._slots.state(run).weights.flat.numpy().tobytes()
 
 
 def test_passes_that_only_look_are_not_counted_as_skipped(driver: Driver) -> None:

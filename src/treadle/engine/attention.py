@@ -1,8 +1,8 @@
 """Attention over a packed batch: the seam between the base model's layers and whoever owns keys and values.
 
 Training attends within each packed sequence without a cache; sampling brings its own `Attention` with cached keys.
-On a CPU, and on a GPU in float32, sequences go through SDPA, one call per run of equal lengths; on a GPU in
-bfloat16 one call of torch's variable-length flash attention takes them all. Nothing here knows adapters or losses.
+On a CPU, and on a GPU in float32, sequences go through SDPA; on a GPU in bfloat16 one call of torch's variable-length
+flash attention takes them all. Nothing here knows adapters or losses.
 State: the variable-length path has not been run on a GPU yet; its choice and its metadata are tested on a CPU.
 Invariant: the rows of a sequence depend on that sequence alone, bit for bit, whatever else is in the pack. (On a GPU
 that needs strict.enable_strict for the backward, and is measured there.)
@@ -200,7 +200,9 @@ class PackedCausalAttention:
     """Causal attention within each packed sequence by SDPA, one call per run of equal lengths.
 
     Sequences lie one after another from row 0, without holes; rows behind the last one are padding and get zeros.
-    Neighbouring sequences of equal length share one call, which keeps the bits (tests/numerics says so).
+    In float32 neighbouring sequences of equal length share one call, which keeps the bits (tests/numerics says so).
+    Below float32 it does not: with one key head and two threads d query of the first row then depends on how many
+    share it (torch 2.13), and whether keys are packed is decided by the size of the call; so each has its own.
     """
 
     def __init__(self, sequence_lengths: Sequence[int], num_rows: int) -> None:
@@ -208,22 +210,24 @@ class PackedCausalAttention:
         num_padding = num_rows - sum(sequence_lengths)
         assert num_padding >= 0, "more tokens than rows"
         self._runs = _runs_of_equal_length(sequence_lengths)
-        self._sizes = [count * length for count, length in self._runs]
+        self._single_runs = [(1, length) for length in sequence_lengths]
         self._num_padding = num_padding
-        if num_padding:
-            self._sizes.append(num_padding)
 
     def attend(
         self, layer_index: int, query_1HTd: Tensor, key_1KTd: Tensor, value_1KTd: Tensor, scaling: float
     ) -> Tensor:
         """See Attention.attend."""
         num_groups = query_1HTd.shape[1] // key_1KTd.shape[1]
+        runs = self._runs if query_1HTd.dtype == torch.float32 else self._single_runs
+        sizes = [count * length for count, length in runs]
+        if self._num_padding:
+            sizes.append(self._num_padding)
         # Splitting once makes the backward one concatenation; slicing would make one full-size zero tensor per slice.
-        queries = torch.split(query_1HTd, self._sizes, dim=2)
-        keys = torch.split(key_1KTd, self._sizes, dim=2)
-        values = torch.split(value_1KTd, self._sizes, dim=2)
+        queries = torch.split(query_1HTd, sizes, dim=2)
+        keys = torch.split(key_1KTd, sizes, dim=2)
+        values = torch.split(value_1KTd, sizes, dim=2)
         mixed = []
-        for index, (count, length) in enumerate(self._runs):
+        for index, (count, length) in enumerate(runs):
             mixed_NHLd = functional.scaled_dot_product_attention(
                 _by_sequence(queries[index], count, length),
                 _by_sequence(keys[index], count, length),

@@ -25,7 +25,7 @@ from treadle.engine.arenas import ArenaPool
 from treadle.engine.attention import Attention, device_attention_path
 from treadle.engine.context import PassContext, Recompute, trained_groups
 from treadle.engine.decoder import PackedDecoder
-from treadle.engine.head import head_profile
+from treadle.engine.head import head_profile, piece_rows
 from treadle.engine.kernels.base import LoraKernel, LoraSegment, PassSegments
 from treadle.engine.kernels.choose import AUTO, choose_kernel
 from treadle.engine.kernels.experts import ExpertLoop
@@ -38,6 +38,7 @@ class BaseModel:
     """One loaded base model. Not thread-safe: its passes run one at a time.
 
     arenas: the device memory of all adapters on it. kernel: what computes their terms; facts.numerics_profile names it.
+    pack_buckets: lengths that passes are padded to, see use_buckets; none unless set.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class BaseModel:
         self.transformer = PackedDecoder(model)
         self.groups: tuple[ProjectionGroup, ...] = self.transformer.groups
         self.kernel = kernel or choose_kernel(device)
+        self.pack_buckets: tuple[int, ...] = ()
         self.has_experts = any(group.num_experts for group in self.groups)
         self.arenas = ArenaPool(device)
         self._anchor = torch.empty(0, device=device, requires_grad=True)
@@ -73,6 +75,17 @@ class BaseModel:
     def note_profile(self) -> None:
         """Write into the facts what the numbers depend on now; again when the number of threads has changed."""
         self.facts = replace(self.facts, numerics_profile=numerics_profile(self))
+
+    def use_buckets(self, buckets: Sequence[int]) -> None:
+        """Pad every pass to one of these ascending lengths, and the head's products to one; () for as short as can be.
+
+        For devices that choose a product's kernel by its number of rows (strict.py); a CPU's bits are the same either
+        way. Each is a multiple of PACK_MULTIPLE and holds a whole piece of the head. The profile names them.
+        """
+        assert list(buckets) == sorted(set(buckets)), "buckets ascend"
+        assert all(b % PACK_MULTIPLE == 0 and b >= piece_rows(self.vocab_size) for b in buckets), buckets
+        self.pack_buckets = tuple(buckets)
+        self.note_profile()
 
     def forward_hidden(
         self,
@@ -158,7 +171,7 @@ def numerics_profile(base: BaseModel) -> str:
             str(device_attention_path(base.device, base.dtype, base.head_dim)),
             head_profile(base.vocab_size),
             f"quantum-{QUANTUM_TOKENS}",
-            f"pack-{PACK_MULTIPLE}",
+            f"pack-{'-'.join(map(str, base.pack_buckets)) or PACK_MULTIPLE}",
         )
     )
 

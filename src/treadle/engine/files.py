@@ -18,12 +18,13 @@ import safetensors
 import safetensors.numpy
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from treadle.domain.ops import LoraSpec
 from treadle.engine import peft_export
-from treadle.engine.adapter import AdapterArena, AdapterLayout, AdapterWeights, adapter_layout
+from treadle.engine.adapter import AdapterWeights, adapter_layout
 from treadle.engine.base_model import BaseModel
-from treadle.engine.state import TrainingState
+from treadle.engine.state import TrainingState, placed_state
 from treadle.errors import InvalidRequest
 
 # 2: the arenas of moments and gradient hold the A's of a group side by side.
@@ -81,7 +82,7 @@ def encode_state(state: TrainingState, base: BaseModel, *, with_optimizer: bool,
 
 
 def decode_state(data: bytes, base: BaseModel, *, with_optimizer: bool = True) -> TrainingState:
-    """The run of a file, on the base model's device.
+    """The run of a file, in a slot of the base model's arenas.
 
     with_optimizer False takes the weights alone and starts moments, step count and gradient afresh.
     Raises InvalidRequest when the file is malformed, was made for another base model, revision or shape, or lacks
@@ -89,29 +90,27 @@ def decode_state(data: bytes, base: BaseModel, *, with_optimizer: bool = True) -
     """
     header, tensors = _read(data)
     weights = _weights_of(header, tensors, base)
-    state = TrainingState(
-        spec=header.lora,
-        weights=weights,
-        exp_avg=torch.zeros_like(weights.flat),
-        exp_avg_sq=torch.zeros_like(weights.flat),
-    )
     if not with_optimizer:
-        return state
+        return placed_state(base, header.lora, weights)
     if not header.has_optimizer:
         raise InvalidRequest("the checkpoint holds weights only, no optimizer state; load it without the optimizer")
-    state.exp_avg = _flat_of(tensors, _EXP_AVG, state.layout, base.device)
-    state.exp_avg_sq = _flat_of(tensors, _EXP_AVG_SQ, state.layout, base.device)
-    if _GRADS in tensors:
-        state.grads = AdapterArena(state.layout, _flat_of(tensors, _GRADS, state.layout, base.device))
-    state.step = header.step
-    state.num_open_passes = header.num_open_passes
-    return state
+    return placed_state(
+        base,
+        header.lora,
+        weights,
+        exp_avg=_flat_of(tensors, _EXP_AVG, len(weights)),
+        exp_avg_sq=_flat_of(tensors, _EXP_AVG_SQ, len(weights)),
+        grads=_flat_of(tensors, _GRADS, len(weights)) if _GRADS in tensors else None,
+        step=header.step,
+        num_open_passes=header.num_open_passes,
+    )
 
 
 def decode_weights(data: bytes, base: BaseModel) -> AdapterWeights:
     """The adapter of a file, on the base model's device, for sampling. Raises as decode_state."""
     header, tensors = _read(data)
-    return _weights_of(header, tensors, base)
+    flat = _weights_of(header, tensors, base).to(base.device)
+    return AdapterWeights(adapter_layout(base.groups, header.lora), flat, header.lora.alpha / header.lora.rank)
 
 
 def read_header(data: bytes) -> FileHeader:
@@ -162,7 +161,8 @@ def _read(data: bytes) -> tuple[FileHeader, dict[str, NDArray[np.float32]]]:
         raise InvalidRequest("the checkpoint is damaged: its tensors cannot be read") from error
 
 
-def _weights_of(header: FileHeader, tensors: Mapping[str, NDArray[np.float32]], base: BaseModel) -> AdapterWeights:
+def _weights_of(header: FileHeader, tensors: Mapping[str, NDArray[np.float32]], base: BaseModel) -> Tensor:
+    """The adapter's flat arena, on the host."""
     for what, theirs, ours in (
         ("base model", header.base_model, base.facts.base_model),
         ("base model revision", header.revision, base.facts.revision),
@@ -184,14 +184,12 @@ def _weights_of(header: FileHeader, tensors: Mapping[str, NDArray[np.float32]], 
                 f"rank {header.lora.rank} on this base model needs float32 {list(one.shape)}"
             )
         one.view[...] = array.reshape(one.view.shape)
-    return AdapterWeights(layout, torch.from_numpy(flat).to(base.device), header.lora.alpha / header.lora.rank)
+    return torch.from_numpy(flat)
 
 
-def _flat_of(
-    tensors: Mapping[str, NDArray[np.float32]], name: str, layout: AdapterLayout, device: torch.device
-) -> torch.Tensor:
+def _flat_of(tensors: Mapping[str, NDArray[np.float32]], name: str, num_elements: int) -> Tensor:
     array = tensors.get(name)
-    if array is None or array.shape != (layout.num_elements,) or array.dtype != np.float32:
+    if array is None or array.shape != (num_elements,) or array.dtype != np.float32:
         seen = "absent" if array is None else f"{array.dtype} {list(array.shape)}"
-        raise InvalidRequest(f"checkpoint tensor {name} is {seen}; expected float32 [{layout.num_elements}]")
-    return torch.from_numpy(array.copy()).to(device)
+        raise InvalidRequest(f"checkpoint tensor {name} is {seen}; expected float32 [{num_elements}]")
+    return torch.from_numpy(array)

@@ -26,6 +26,7 @@ from torch import Tensor
 from treadle.domain.limits import PACK_MULTIPLE
 from treadle.domain.losses import Loss, resolve_loss
 from treadle.engine.adapter import HEAD_MODULE, AdapterArena, AdapterWeights
+from treadle.engine.buckets import round_up
 from treadle.engine.kernels.base import LoraSegment
 from treadle.engine.kernels.segment_loop import SegmentLoop
 from treadle.engine.losses import SEQUENCE_LOSSES, TOKEN_LOSSES
@@ -37,6 +38,11 @@ _PIECE_ROWS = 256
 _LARGE_VOCABULARY = 65_536
 # Logits are moved up inside a group in blocks of this many columns, so that no second group of logits exists.
 _COLUMN_BLOCK = 8_192
+# Rows of logits start at multiples of this many numbers (64 bytes), whatever the vocabulary: products over a segment's
+# rows sum in another order when its first row does not lie on 16 bytes, and where it lies depends on the neighbours.
+_ROW_ALIGNMENT = 16
+# Indexes go to the device with non_blocking: torch otherwise waits for all work in flight, once per group. The arrays
+# are not pinned, so CUDA has copied them before the call returns (CUDA runtime API, "API synchronization behavior").
 # A group's handful of pieces is what the loop is good at, on every device.
 _ADAPTERS = SegmentLoop()
 _CROSS_ENTROPY = resolve_loss("cross_entropy", {})
@@ -95,6 +101,7 @@ def run_head(
     d_hidden_TD: Tensor | None,
     *,
     group_rows: int | None = None,
+    has_equal_groups: bool = False,
 ) -> list[HeadResult]:
     """Log-probabilities and losses of each task; with gradients where `grads` is set and d_hidden_TD is given.
 
@@ -102,13 +109,14 @@ def run_head(
     d loss / d hidden is written to the rows that have one. A result that is not finite is not noticed here; then
     the rows of its task and its `grads` are worthless, and only they.
     group_rows: most rows whose logits exist at one time, one piece unless given; a multiple of PACK_MULTIPLE, and
-    no part of the numbers.
+    no part of the numbers. has_equal_groups: every product takes exactly that many rows, for devices on which a row's
+    bits depend on their number; hidden_TD has at least as many.
     """
     assert hidden_TD.shape[0] % PACK_MULTIPLE == 0
     results = [_empty_result(task) for task in tasks]
     # The gradient of a loss over whole datums is not known in the first visit.
     first = [replace(task, grads=None) if task.loss.name in SEQUENCE_LOSSES else task for task in tasks]
-    visit = _Visit(base, hidden_TD, d_hidden_TD, group_rows)
+    visit = _Visit(base, hidden_TD, d_hidden_TD, group_rows, has_equal_groups=has_equal_groups)
     visit.run(first, results)
     late: list[tuple[HeadTask, Tensor]] = []
     for task, result in zip(tasks, results, strict=True):
@@ -127,9 +135,25 @@ def logits(base: Unembedding, hidden_TD: Tensor, segments: Sequence[LoraSegment]
     For the sampler's handful of rows: the caller bounds T. No gradients.
     """
     with torch.no_grad():
-        logits_TV = torch.mm(hidden_TD, base.head_weight_VD.t()).float()
+        logits_TV = _empty_logits(hidden_TD.shape[0], base)
+        _times_head(base, hidden_TD, logits_TV)
         _ADAPTERS.add(hidden_TD, logits_TV, segments, HEAD_MODULE)
     return logits_TV
+
+
+def _empty_logits(num_rows: int, base: Unembedding) -> Tensor:
+    """float32 [num_rows, V] whose rows start at aligned addresses; not contiguous when V is not a multiple."""
+    vocab_size = base.head_weight_VD.shape[0]
+    row_size = round_up(vocab_size, _ROW_ALIGNMENT)
+    return torch.empty(num_rows, row_size, dtype=torch.float32, device=base.head_weight_VD.device)[:, :vocab_size]
+
+
+def _times_head(base: Unembedding, hidden_MD: Tensor, logits_MV: Tensor) -> None:
+    """Write the base model's logits."""
+    if hidden_MD.dtype == torch.float32:
+        torch.mm(hidden_MD, base.head_weight_VD.t(), out=logits_MV)
+    else:
+        logits_MV.copy_(torch.mm(hidden_MD, base.head_weight_VD.t()))
 
 
 def _empty_result(task: HeadTask) -> HeadResult:
@@ -159,7 +183,7 @@ def _second_visit_tasks(late: Sequence[tuple[HeadTask, Tensor]]) -> tuple[list[H
         kept = np.flatnonzero(task.has_gradient)
         if task.grads is None or len(kept) == 0:
             continue
-        index = torch.from_numpy(kept).to(grad.device)
+        index = torch.from_numpy(kept).to(grad.device, non_blocking=True)
         tasks.append(
             replace(
                 task,
@@ -222,7 +246,13 @@ class _Visit:
     """
 
     def __init__(
-        self, base: Unembedding, hidden_TD: Tensor, d_hidden_TD: Tensor | None, group_rows: int | None
+        self,
+        base: Unembedding,
+        hidden_TD: Tensor,
+        d_hidden_TD: Tensor | None,
+        group_rows: int | None,
+        *,
+        has_equal_groups: bool,
     ) -> None:
         vocab_size = base.head_weight_VD.shape[0]
         self._base = base
@@ -232,9 +262,11 @@ class _Visit:
         self._group_rows = self._piece_rows if group_rows is None else group_rows
         assert self._group_rows >= self._piece_rows
         assert self._group_rows % PACK_MULTIPLE == 0
+        assert not has_equal_groups or hidden_TD.shape[0] >= self._group_rows, "a pack holds a whole group"
+        self._row_unit = self._group_rows if has_equal_groups else PACK_MULTIPLE
         num_rows = min(self._group_rows, hidden_TD.shape[0])
         self._workspace = _Workspace(
-            torch.empty(num_rows, vocab_size, dtype=torch.float32, device=hidden_TD.device),
+            _empty_logits(num_rows, base),
             torch.empty(num_rows, min(_COLUMN_BLOCK, vocab_size), dtype=torch.float32, device=hidden_TD.device),
         )
 
@@ -244,16 +276,16 @@ class _Visit:
         """Fill the results; write gradients if there is a place for them. rows: those of the pack, None for all."""
         index_S = None
         if rows is not None:
-            padded = np.pad(rows, (0, _round_up(len(rows)) - len(rows)), mode="edge")
-            index_S = torch.from_numpy(padded).to(self._hidden_TD.device)
+            padded = np.pad(rows, (0, round_up(len(rows), self._row_unit) - len(rows)), mode="edge")
+            index_S = torch.from_numpy(padded).to(self._hidden_TD.device, non_blocking=True)
         num_rows = self._hidden_TD.shape[0] if index_S is None else index_S.shape[0]
         for pieces in self._groups(tasks, results):
-            num_group_rows = _round_up(pieces[-1].stop - pieces[0].start)
+            num_group_rows = round_up(pieces[-1].stop - pieces[0].start, self._row_unit)
             first = min(pieces[0].start, num_rows - num_group_rows)
             assert first >= 0
             span = slice(first, first + num_group_rows)
             hidden_MD = self._hidden_TD[span] if index_S is None else self._hidden_TD.index_select(0, index_S[span])
-            group = _Group(self._base, hidden_MD, pieces, self._workspace, first)
+            group = _Group(self._base, hidden_MD, pieces, self._workspace, first, self._row_unit)
             written = None if self._d_hidden_TD is None else group.backward()
             if written is not None:
                 assert self._d_hidden_TD is not None
@@ -283,24 +315,28 @@ class _Visit:
 class _Group:
     """The logits of a few pieces on their way to a gradient; they are overwritten as it goes.
 
-    Its GEMMs take a multiple of PACK_MULTIPLE rows, like the pack itself, so that a row's bits do not depend on
-    their number. The rows beyond the pieces are their neighbours or padding; what comes of them is not used.
+    Its GEMMs take a multiple of row_unit rows (PACK_MULTIPLE, or the group's full size), so that a row's bits do not
+    depend on their number. The rows beyond the pieces are their neighbours or padding; what comes of them is not used.
     hidden_MD: the group's rows, from row `first` of the visit on.
     """
 
     def __init__(
-        self, base: Unembedding, hidden_MD: Tensor, pieces: Sequence[_Piece], workspace: _Workspace, first: int
+        self,
+        base: Unembedding,
+        hidden_MD: Tensor,
+        pieces: Sequence[_Piece],
+        workspace: _Workspace,
+        first: int,
+        row_unit: int,
     ) -> None:
         self._base = base
+        self._row_unit = row_unit
         self._pieces = pieces
         self._first = first
         self._hidden_MD = hidden_MD
         self._workspace = workspace
         logits_MV = workspace.logits[: hidden_MD.shape[0]]
-        if hidden_MD.dtype == torch.float32:
-            torch.mm(hidden_MD, base.head_weight_VD.t(), out=logits_MV)
-        else:
-            logits_MV.copy_(torch.mm(hidden_MD, base.head_weight_VD.t()))
+        _times_head(base, hidden_MD, logits_MV)
         spans = [self._span(piece) for piece in pieces]
         segments = [LoraSegment(p.task.adapter, span.start, span.stop) for p, span in zip(pieces, spans, strict=True)]
         self._s_PR = _ADAPTERS.add(hidden_MD, logits_MV, segments, HEAD_MODULE)
@@ -336,8 +372,8 @@ class _Group:
         starts = [self._span(piece).start for piece in self._pieces]
         if num_kept < self._pieces[-1].stop - self._pieces[0].start:
             chosen = np.concatenate([start + rows for start, rows in zip(starts, kept, strict=True)])
-            padded = np.pad(chosen, (0, _round_up(num_kept) - num_kept), mode="edge")
-            index = torch.from_numpy(padded).to(hidden.device)
+            padded = np.pad(chosen, (0, round_up(num_kept, self._row_unit) - num_kept), mode="edge")
+            index = torch.from_numpy(padded).to(hidden.device, non_blocking=True)
             d_logits = self._workspace.moved_up(index)
             hidden, weight_M1 = hidden.index_select(0, index), weight_M1.index_select(0, index)
             starts = [0, *np.cumsum([len(rows) for rows in kept])[:-1].tolist()]
@@ -361,7 +397,7 @@ class _Group:
                 continue
             targets, s = piece.task.targets[piece.rows], s_PR
             if len(rows) < piece.stop - piece.start:
-                index = torch.from_numpy(rows).to(targets.device)
+                index = torch.from_numpy(rows).to(targets.device, non_blocking=True)
                 targets, grad = targets[index], grad[index]
                 s = None if s is None else s[index]
             segment = LoraSegment(piece.task.adapter, start, start + len(rows), piece.task.grads)
@@ -387,7 +423,3 @@ def _apply_token_loss(piece: _Piece, logprobs_PK: Tensor) -> Tensor:
     for name, value in terms.metrics.items():
         result.metrics[name] = result.metrics[name] + value if name in result.metrics else value
     return terms.grad
-
-
-def _round_up(num_rows: int) -> int:
-    return -(-num_rows // PACK_MULTIPLE) * PACK_MULTIPLE

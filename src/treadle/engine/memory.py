@@ -160,7 +160,7 @@ def measure_pass_cost(base: BaseModel) -> PassCost:
             peaks.append(peak.num_bytes)
         assert peaks[1] > peaks[0] > 0, "a longer pass takes more memory"
         per_token[mode] = _MARGIN * (peaks[1] - peaks[0]) / (more - fewer)
-    return PassCost(per_token, fixed_bytes=_head_bytes(base))
+    return PassCost(per_token, fixed_bytes=_head_bytes(base) + _expert_padding_bytes(base))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -216,6 +216,15 @@ def _head_bytes(base: BaseModel) -> int:
     """The head's float32 logits of one group of rows, and what it casts of them below float32."""
     cast_bytes = 0 if base.dtype == torch.float32 else base.dtype.itemsize
     return piece_rows(base.vocab_size) * base.vocab_size * (torch.float32.itemsize + cast_bytes)
+
+
+def _expert_padding_bytes(base: BaseModel) -> int:
+    """The most that padding each expert's rows can add, read and written side; the probe sends all rows to a few."""
+    num_rows = PACK_MULTIPLE - 1
+    return sum(
+        group.num_experts * num_rows * (group.in_features + group.out_features) * base.dtype.itemsize
+        for group in base.groups
+    )
 
 
 def _room_bytes(device: torch.device) -> int:

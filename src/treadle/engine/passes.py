@@ -19,12 +19,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from treadle.domain.limits import PACK_MULTIPLE
 from treadle.domain.losses import LOSSES, PER_TOKEN_CLIPS, SEQUENCE_RATIO_MASK, Loss
 from treadle.domain.ops import Datum
 from treadle.engine.adapter import AdapterArena
 from treadle.engine.attention import packed_attention
 from treadle.engine.base_model import BaseModel
+from treadle.engine.buckets import packed_length
 from treadle.engine.context import Recompute
 from treadle.engine.head import HeadResult, HeadTask, run_head
 from treadle.engine.kernels.base import LoraSegment
@@ -81,7 +81,8 @@ def run_micro_batch(
             pack.tokens_T, pack.positions_T, attention=pack.attention, segments=pack.segments, recompute=recompute
         )
     d_hidden_TD = torch.zeros_like(hidden_TD, requires_grad=False) if wants_grad else None
-    outputs = _to_host(run_head(base, hidden_TD.detach(), tasks, d_hidden_TD), pack.segments, d_hidden_TD)
+    heads = run_head(base, hidden_TD.detach(), tasks, d_hidden_TD, has_equal_groups=bool(base.pack_buckets))
+    outputs = _to_host(heads, pack.segments, d_hidden_TD)
     results = [_result_of(quantum, output) for quantum, output in zip(quanta, outputs, strict=True)]
     if d_hidden_TD is not None:
         _isolate_failures(pack.segments, results, d_hidden_TD)
@@ -107,7 +108,7 @@ class _Pack:
     def __init__(self, base: BaseModel, quanta: Sequence[QuantumInput]) -> None:
         datums = [datum for quantum in quanta for datum in quantum.datums]
         lengths = [datum.num_tokens for datum in datums]
-        num_rows = -(-sum(lengths) // PACK_MULTIPLE) * PACK_MULTIPLE
+        num_rows = packed_length(sum(lengths), base.pack_buckets)
         tokens = np.zeros(num_rows, dtype=np.int64)
         positions = np.zeros(num_rows, dtype=np.int64)
         row = 0
@@ -117,8 +118,8 @@ class _Pack:
             positions[row : row + length] = np.arange(length)
             row += length
         assert 0 <= tokens.min() <= tokens.max() < base.vocab_size, "tokens are checked at admission"
-        self.tokens_T = torch.from_numpy(tokens).to(base.device)
-        self.positions_T = torch.from_numpy(positions).to(base.device)
+        self.tokens_T = torch.from_numpy(tokens).to(base.device, non_blocking=True)
+        self.positions_T = torch.from_numpy(positions).to(base.device, non_blocking=True)
         self.attention = packed_attention(
             lengths,
             num_rows,
@@ -142,8 +143,8 @@ def _head_task(base: BaseModel, quantum: QuantumInput, segment: LoraSegment) -> 
     return HeadTask(
         start=segment.start,
         stop=segment.stop,
-        targets=torch.from_numpy(targets).to(base.device),
-        inputs={name: torch.from_numpy(array).to(base.device) for name, array in inputs.items()},
+        targets=torch.from_numpy(targets).to(base.device, non_blocking=True),
+        inputs={name: torch.from_numpy(array).to(base.device, non_blocking=True) for name, array in inputs.items()},
         has_gradient=rows_with_gradient(quantum.loss, inputs),
         datum_lengths=[datum.num_tokens for datum in quantum.datums],
         loss=quantum.loss,

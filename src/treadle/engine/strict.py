@@ -133,20 +133,12 @@ def strict_settings(device: torch.device) -> Iterator[None]:
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = was_reduced
 
 
-def bucket_of(num_tokens: int, buckets: Sequence[int]) -> int:
-    """The smallest of the ascending `buckets` that holds the tokens; the largest one's multiple beyond them."""
-    assert num_tokens > 0
-    assert buckets
-    fitting = next((bucket for bucket in buckets if bucket >= num_tokens), None)
-    return fitting if fitting is not None else -(-num_tokens // buckets[-1]) * buckets[-1]
-
-
 def probe(base: BaseModel, *, buckets: Sequence[int] = TOKEN_BUCKETS, seed: int = 0) -> StrictReport:
     """Compare a quantum's logprobs and gradients, bit for bit, over buckets and arrangements, with `base.kernel`.
 
-    buckets: packed lengths, ascending, each at least twice the subject's 127 tokens. Per bucket four arrangements
-    (first, last, twice in between, beside different neighbours) and a few timed passes. Costs about 15 passes a bucket
-    and the memory of the largest one. Raises ConfigError as enable_strict does.
+    buckets: packed lengths, ascending, each at least twice the subject's 127 tokens. Per bucket six arrangements
+    (first, last, twice in between, beside different neighbours, alone, in a pack filled to a third) and a few timed
+    passes. Costs about 17 passes a bucket and the memory of the largest one. Raises ConfigError as enable_strict does.
     """
     assert list(buckets) == sorted(set(buckets))
     assert buckets[0] >= 2 * sum(_SUBJECT_LENGTHS)
@@ -154,8 +146,8 @@ def probe(base: BaseModel, *, buckets: Sequence[int] = TOKEN_BUCKETS, seed: int 
     seen: list[_Bits] = []
     reports = []
     for bucket in buckets:
-        with strict_settings(base.device):
-            found = [workload.subject_bits(bucket, arrangement) for arrangement in range(_NUM_ARRANGEMENTS)]
+        with strict_settings(base.device), _padded_to(base, bucket):
+            found = [workload.subject_bits(bucket, arrangement) for arrangement in _ARRANGEMENTS]
             strict_s = workload.seconds(bucket)
         differences = [found[0].difference(other) for other in found[1:]]
         agreement = next((index for index, bits in enumerate(seen) if bits.equals(found[0])), len(seen))
@@ -191,9 +183,35 @@ class _Bits:
         return max(float(value) for value in apart)
 
 
-# (share of the neighbours' tokens before the subject, seed of the neighbours).
-_ARRANGEMENTS = ((0.0, 1), (1.0, 1), (0.5, 1), (0.3, 2))
-_NUM_ARRANGEMENTS = len(_ARRANGEMENTS)
+@contextmanager
+def _padded_to(base: BaseModel, bucket: int) -> Iterator[None]:
+    """Every pass is padded to the bucket, and the head's groups are of one size; afterwards as before."""
+    before = base.pack_buckets
+    base.use_buckets((bucket,))
+    try:
+        yield
+    finally:
+        base.use_buckets(before)
+
+
+@dataclass(frozen=True, slots=True)
+class _Arrangement:
+    """Where the subject lies: the share of the bucket that neighbours fill, the share of them before it, their seed."""
+
+    filled: float
+    before: float
+    seed: int
+
+
+_ARRANGEMENTS = (
+    _Arrangement(filled=1.0, before=0.0, seed=1),
+    _Arrangement(filled=1.0, before=1.0, seed=1),
+    _Arrangement(filled=1.0, before=0.5, seed=1),
+    _Arrangement(filled=1.0, before=0.3, seed=2),
+    # Alone and in little company: the rest is padding.
+    _Arrangement(filled=0.0, before=0.0, seed=1),
+    _Arrangement(filled=0.3, before=0.7, seed=2),
+)
 
 
 class _Workload:
@@ -206,12 +224,11 @@ class _Workload:
         self._neighbours = [_state(base, rank, seed + 1 + rank) for rank in _NEIGHBOUR_RANKS]
         self._datums = _datums(np.random.default_rng(seed), _SUBJECT_LENGTHS, base.vocab_size)
 
-    def subject_bits(self, bucket: int, arrangement: int) -> _Bits:
-        """What the subject gets out of one pack of exactly `bucket` tokens."""
-        share_before, seed = _ARRANGEMENTS[arrangement]
-        num_others = bucket - sum(_SUBJECT_LENGTHS)
-        num_before = int(num_others * share_before)
-        rng = np.random.default_rng(seed)
+    def subject_bits(self, bucket: int, arrangement: _Arrangement) -> _Bits:
+        """What the subject gets out of one pack of at most `bucket` tokens."""
+        num_others = int((bucket - sum(_SUBJECT_LENGTHS)) * arrangement.filled)
+        num_before = int(num_others * arrangement.before)
+        rng = np.random.default_rng(arrangement.seed)
         before = self._filler(rng, num_before)
         subject = QuantumInput(self._subject, self._datums, self._loss, self._subject.new_scratch())
         results = run_micro_batch(self._base, [*before, subject, *self._filler(rng, num_others - num_before)])

@@ -68,6 +68,9 @@ class ComputeLoop:
         started = time.perf_counter()
         finished = self._train() if side is Side.TRAINING else Finished(samples=self.worker.sample_step(MAX_UNIT_S))
         self._share = charge(self._share, side, time.perf_counter() - started)
+        if self._cycle is None:
+            # Also behind samples, which may never end: an idle run's memory is theirs to use.
+            self.worker.park_idle()
         return finished
 
     def _train(self) -> Finished:
@@ -76,6 +79,5 @@ class ComputeLoop:
             next(self._cycle)
         except StopIteration as done:
             self._cycle = None
-            self.worker.park_idle()
             return Finished(cycle=done.value)
         return Finished()

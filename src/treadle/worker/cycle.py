@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TypeVar, assert_never
 
 from treadle.domain.ids import BlobKey, ModelId, RequestId
@@ -59,6 +59,15 @@ log = get_logger(__name__)
 Value = TypeVar("Value")
 
 
+@dataclass(frozen=True, slots=True)
+class _DueStep:
+    """A step that may be taken now, and the run's state on the device."""
+
+    item: WorkItem
+    state: TrainingState
+    adam: AdamParams
+
+
 class CycleRunner:
     """Executes cycles one after another; passes that are spread over cycles wait in it for their next part."""
 
@@ -67,15 +76,17 @@ class CycleRunner:
         self._slots = slots
         self._versions = versions
         self._blobs = blobs
-        self._micro_batches = MicroBatches(base, limits, make_room=self._park_idle_runs)
+        self._micro_batches = MicroBatches(base, limits, make_room=self._make_room)
         self._open_passes: dict[RequestId, OpenPass] = {}
+        # Steps whose runs are on the device and must stay there until they are taken.
+        self._due_steps: dict[ModelId, _DueStep] = {}
         self._outcomes: dict[RequestId, OpOutcome] = {}
         self._lost: dict[ModelId, Failure] = {}
 
     @property
     def busy_runs(self) -> frozenset[ModelId]:
-        """Runs with a pass on its way, whose state must stay where it is."""
-        return frozenset(part.op.model_id for part in self._open_passes.values())
+        """Runs with a pass or a step on its way, whose state must stay where it is."""
+        return frozenset(part.op.model_id for part in self._open_passes.values()) | self._due_steps.keys()
 
     def forget_parts(self) -> None:
         """Drop passes that are only partly done: a new leader starts them again from their first part."""
@@ -97,6 +108,7 @@ class CycleRunner:
         self._micro_batches.num_forwards = 0
         for restore in cycle.restores:
             self._restore(restore)
+            self._slots.park_over_limit(busy=self.busy_runs)
             yield
         by_phase: dict[Phase, list[DecodedItem]] = {phase: [] for phase in Phase}
         for item in cycle.items:
@@ -118,7 +130,7 @@ class CycleRunner:
         """Rebuild a run; when that fails, its ops in this cycle fail with the reason, as an error of ours."""
         self._drop(restore.model_id)
         try:
-            state = self._with_room(lambda: self._restored(restore))
+            state = self.with_room(lambda: self._restored(restore))
         except TreadleError as error:
             log.error("restore failed", model_id=restore.model_id, reason=error.message)
             self._lost[restore.model_id] = Failure(
@@ -142,8 +154,8 @@ class CycleRunner:
             return new_training_state(self._base, restore.lora)
         return decode_state(self._blobs.read(restore.blob_key), self._base)
 
-    def _with_room(self, make: Callable[[], Value]) -> Value:
-        """What `make` gives, tried again without the idle runs in memory when it ran out."""
+    def with_room(self, make: Callable[[], Value]) -> Value:
+        """What `make` gives, tried again without idle runs and kept versions in memory when it ran out."""
         try:
             return make()
         except Exception as error:
@@ -151,18 +163,17 @@ class CycleRunner:
                 raise
             log.warning("memory ran out; idle runs are parked", exc=error)
         # Behind the handler, where the failed try's frames are gone.
-        self._park_idle_runs()
+        self._make_room()
         return make()
 
-    def _park_idle_runs(self) -> None:
+    def _make_room(self) -> None:
+        """Free what nobody needs at this moment: runs can come back, versions are in their blobs."""
         self._slots.park_all(busy=self.busy_runs)
+        self._versions.forget_all()
 
     def _state(self, model_id: ModelId) -> TrainingState:
         """The run's state, on the device. Raises as Slots.state does."""
-        return self._with_room(lambda: self._slots.state(model_id))
-
-    def _state_of(self, item: DecodedItem) -> TrainingState:
-        return self._state(item.item.planned.model_id)
+        return self.with_room(lambda: self._slots.state(model_id))
 
     def _run_alone(self, items: Sequence[DecodedItem]) -> Iterator[None]:
         """Ops that are not passes, one per piece."""
@@ -202,7 +213,7 @@ class CycleRunner:
         match op:
             case CreateModelOp():
                 tag = StateTag(op.model_id, incarnation=FIRST_INCARNATION, applied_seq=0)
-                self._slots.put(self._with_room(lambda: new_training_state(self._base, op.lora)), tag)
+                self._slots.put(self.with_room(lambda: new_training_state(self._base, op.lora)), tag)
                 return ModelResult(op.model_id)
             case LoadWeightsOp():
                 return self._load(op, item.item)
@@ -212,7 +223,7 @@ class CycleRunner:
                 return self._save(op.model_id, op.seq_id, item.item.blob_key, with_optimizer=True)
             case SaveForSamplerOp():
                 saved = self._save(op.model_id, op.seq_id, item.item.blob_key, with_optimizer=False)
-                self._versions.publish(saved.blob_key, self._state(op.model_id).weights)
+                self._keep_version(op.model_id, saved.blob_key)
                 return saved
             case UnloadModelOp():
                 return ModelResult(op.model_id)
@@ -225,7 +236,7 @@ class CycleRunner:
 
     def _load(self, op: LoadWeightsOp, item: WorkItem) -> ModelResult:
         data = self._blobs.read(op.blob_key)
-        state = self._with_room(lambda: decode_state(data, self._base, with_optimizer=op.with_optimizer))
+        state = self.with_room(lambda: decode_state(data, self._base, with_optimizer=op.with_optimizer))
         incarnation = FIRST_INCARNATION if item.starts_from is None else item.starts_from.incarnation
         self._slots.put(state, StateTag(op.model_id, incarnation=incarnation, applied_seq=op.seq_id))
         return ModelResult(op.model_id)
@@ -235,6 +246,15 @@ class CycleRunner:
         state = self._state(model_id)
         data = encode_state(state, self._base, with_optimizer=with_optimizer, applied_seq=seq_id)
         return BlobResult(blob_key=key, num_bytes=self._blobs.write(key, data), lora=state.spec)
+
+    def _keep_version(self, model_id: ModelId, key: BlobKey) -> None:
+        """Have the first sample find the version in memory; without memory for it, it will read the blob."""
+        try:
+            self.with_room(lambda: self._versions.publish(key, self._state(model_id).weights))
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            log.warning("version not kept in memory", model_id=model_id, exc=error)
 
     def _run_passes(self, items: Sequence[DecodedItem]) -> Iterator[None]:
         """All runs' quanta in plan order, packed into as few forwards as memory allows."""
@@ -275,44 +295,79 @@ class CycleRunner:
         return open_pass
 
     def _run_steps(self, items: Sequence[DecodedItem]) -> Iterator[None]:
-        """All runs' steps together; should a run have several, each behind the one before."""
-        while items:
-            first: dict[ModelId, DecodedItem] = {}
-            for item in items:
-                first.setdefault(item.item.planned.model_id, item)
-            self._step_together(list(first.values()))
+        """All runs' steps together, as far as memory holds them; a run's second step goes behind its first."""
+        waiting = deque(items)
+        while waiting:
+            self._gather_steps(waiting)
+            self._step_together(tuple(self._due_steps.values()))
+            self._due_steps.clear()
             yield
-            items = [item for item in items if item is not first[item.item.planned.model_id]]
 
-    def _step_together(self, items: Sequence[DecodedItem]) -> None:
-        """One step of each of these runs, in one call of the optimiser."""
-        due: list[tuple[DecodedItem, TrainingState, AdamParams]] = []
-        for item in items:
+    def _gather_steps(self, waiting: deque[DecodedItem]) -> None:
+        """Move from `waiting` to the due steps all that can be taken in one call, and settle those that may not run."""
+        assert not self._due_steps
+        later: list[DecodedItem] = []
+        while waiting:
+            item = waiting.popleft()
+            model_id = item.item.planned.model_id
+            if model_id in self._due_steps:
+                later.append(item)
+                continue
             refusal = self._refusal(item)
-            state = self._guarded(item, self._state_of) if refusal is None else refusal
+            state = self._guarded(item, self._state_beside) if refusal is None else refusal
             if isinstance(state, Failure):
                 self._settle(item.item, failure=state)
                 continue
+            if state is None:
+                waiting.appendleft(item)
+                break
             assert isinstance(item.op, OptimStepOp)
-            due.append((item, state, item.op.adam))
-        versions = [_versions(state) for _, state, _ in due]
+            self._due_steps[model_id] = _DueStep(item.item, state, item.op.adam)
+        waiting.extendleft(reversed(later))
+
+    def _state_beside(self, item: DecodedItem) -> TrainingState | None:
+        """The run's state; None when memory holds it only after the steps that are due."""
         try:
-            taken = adamw_steps([(state, adam) for _, state, adam in due])
+            return self._state(item.item.planned.model_id)
+        except Exception as error:
+            if not self._due_steps or not is_out_of_memory(error):
+                raise
+            return None
+
+    def _step_together(self, due: Sequence[_DueStep], *, is_last_try: bool = False) -> None:
+        """One step of each of these runs, in one call of the optimiser.
+
+        When it breaks, runs that it had not written to are tried again, each alone.
+        """
+        versions = [_versions(one.state) for one in due]
+        try:
+            taken = adamw_steps([(one.state, one.adam) for one in due])
         except Exception as error:  # noqa: BLE001 (worker entry: a bug in steps must not end all runs)
             reraise_if_device_is_lost(error)
+            ran_out = is_out_of_memory(error)
             log.error("steps failed", runs=len(due), exc=error)
-            for (item, state, _), version in zip(due, versions, strict=True):
-                # A run that was written to may be half a step further: it must be restored.
-                if _versions(state) != version:
-                    self._drop(item.item.planned.model_id)
-                self._settle(item.item, failure=internal_failure(item.item.planned.request_id))
+        else:
+            for one, metrics in zip(due, taken, strict=True):
+                self._settle_step(one.item, metrics)
             return
-        for (item, _, _), metrics in zip(due, taken, strict=True):
-            if isinstance(metrics, TreadleError):
-                self._settle(item.item, failure=failure_of(metrics))
+        is_touched = [_versions(one.state) != version for one, version in zip(due, versions, strict=True)]
+        if ran_out:
+            self._make_room()
+        for one, touched in zip(due, is_touched, strict=True):
+            if not touched and not is_last_try:
+                self._step_together((one,), is_last_try=True)
                 continue
-            num_skipped = self._slots.take_skipped_passes(item.item.planned.model_id) + item.item.num_refused_passes
-            self._settle(item.item, result=StepResult({**metrics, "skipped_passes": float(num_skipped)}))
+            if touched:
+                # It may be half a step further: it must be restored.
+                self._drop(one.item.planned.model_id)
+            self._settle(one.item, failure=internal_failure(one.item.planned.request_id))
+
+    def _settle_step(self, item: WorkItem, metrics: Mapping[str, float] | TreadleError) -> None:
+        if isinstance(metrics, TreadleError):
+            self._settle(item, failure=failure_of(metrics))
+            return
+        num_skipped = self._slots.take_skipped_passes(item.planned.model_id) + item.num_refused_passes
+        self._settle(item, result=StepResult({**metrics, "skipped_passes": float(num_skipped)}))
 
     def _refusal(self, item: DecodedItem) -> Failure | None:
         """Why an op may not start here. A state that is not the one the leader means is dropped, for a restore."""

@@ -38,12 +38,17 @@ def check_fits(open_pass: OpenPass, limits: PassLimits) -> None:
     """
     if open_pass.op.forward_only:
         return
+    held = f"this server's memory holds {limits.full} in one forward_backward"
     for index, (start, stop) in enumerate(open_pass.quanta):
-        if (num_tokens := open_pass.num_tokens(index)) > limits.full:
-            what = f"datum {start} has" if stop == start + 1 else f"datums {start} to {stop - 1} together have"
-            raise InvalidRequest(
-                f"{what} {num_tokens} tokens; this server's memory holds {limits.full} in one forward_backward"
-            )
+        if (num_tokens := open_pass.num_tokens(index)) <= limits.full:
+            continue
+        for place in range(start, stop):
+            if (length := open_pass.op.datums[place].num_tokens) > limits.full:
+                raise InvalidRequest(f"datum {place} has {length} tokens; {held}")
+        raise InvalidRequest(
+            f"datums {start} to {stop - 1} together have {num_tokens} tokens, and short datums of a request run "
+            f"together; {held}: send fewer datums in a request"
+        )
 
 
 class MicroBatches:

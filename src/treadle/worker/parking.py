@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from treadle.domain.ops import LoraSpec
+from treadle.engine.memory import is_out_of_memory
 from treadle.engine.state import Adaptable, Magnitudes, TrainingState, placed_state
 from treadle.telemetry.logs import get_logger
 
@@ -58,7 +59,13 @@ class PinnedShelf:
         num_bytes = sum(vector.nbytes for vector in vectors)
         if self._num_bytes + num_bytes > self._max_bytes:
             raise MemoryError(f"{self._num_bytes} of {self._max_bytes} bytes are taken")
-        copies = [torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True) for vector in vectors]
+        try:
+            copies = [torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True) for vector in vectors]
+        except RuntimeError as error:
+            # The driver bounds page-locked memory too, and torch has no class of its own for that.
+            if not is_out_of_memory(error):
+                raise
+            raise MemoryError(str(error)) from error
         for copy, vector in zip(copies, vectors, strict=True):
             copy.copy_(vector)
         self._num_bytes += num_bytes

@@ -107,6 +107,10 @@ class Slots:
         assert seq_id >= held.applied_seq, "sequence numbers only grow"
         tag = StateTag(model_id=model_id, incarnation=held.incarnation, applied_seq=seq_id)
         self._tags[model_id] = tag
+        if model_id in self._states:
+            # An op that took longer than runs may idle must not have its run parked as soon as it ends.
+            self._states.move_to_end(model_id)
+            self._last_used[model_id] = self._clock()
         return tag
 
     def drop(self, model_id: ModelId) -> None:
@@ -129,6 +133,10 @@ class Slots:
         num_skipped = self._skipped_passes.get(model_id, 0)
         self._skipped_passes[model_id] = 0
         return num_skipped
+
+    def is_parked(self, model_id: ModelId) -> bool:
+        """Whether the run is held, but not on the device."""
+        return model_id in self._parked
 
     @property
     def resident_bytes(self) -> int:
@@ -166,8 +174,10 @@ class Slots:
 
     def _park_longest_idle(self, busy: Collection[ModelId]) -> bool:
         model_id = self._longest_idle(busy)
-        if model_id is None:
-            return False
+        return model_id is not None and self.park(model_id)
+
+    def park(self, model_id: ModelId) -> bool:
+        """Take a run that is on the device from it; whether there was room for it elsewhere."""
         num_bytes = _num_bytes(self._states[model_id])
         parked = park(self._states[model_id], self._rules.shelves)
         if parked is None:

@@ -45,6 +45,11 @@ class Versions:
         self._by_key.move_to_end(key)
         return weights
 
+    def forget_all(self) -> None:
+        """Drop what is kept, because memory ran out; samples on their way keep theirs."""
+        self._by_key.clear()
+        self._num_bytes = 0
+
     def _keep(self, key: BlobKey, weights: AdapterWeights) -> None:
         assert key not in self._by_key, "blob keys are never reused"
         self._by_key[key] = weights

@@ -85,13 +85,20 @@ class Worker:
             if self._slots.tag(tag.model_id) != tag:
                 continue
             try:
-                state = self._slots.state(tag.model_id)
-                data = encode_state(state, self._base, with_optimizer=True, applied_seq=tag.applied_seq)
-                written[tag.model_id] = self._blobs.write(key, data)
+                written[tag.model_id] = self._write_snapshot(tag, key)
             except Exception as error:  # noqa: BLE001 (worker entry: one run must not cost the others theirs)
                 reraise_if_device_is_lost(error)
                 log.error("snapshot failed", model_id=tag.model_id, exc=error)
         return written
+
+    def _write_snapshot(self, tag: StateTag, key: str) -> int:
+        was_parked = self._slots.is_parked(tag.model_id)
+        state = self._runner.with_room(lambda: self._slots.state(tag.model_id))
+        data = encode_state(state, self._base, with_optimizer=True, applied_seq=tag.applied_seq)
+        if was_parked:
+            # A drain writes all runs, and they may be more than memory holds together.
+            self._slots.park(tag.model_id)
+        return self._blobs.write(key, data)
 
     def evict(self, model_ids: Sequence[ModelId]) -> None:
         """Forget runs and free their memory. Idempotent."""
