@@ -33,6 +33,8 @@ names = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=
 seq_ids = st.integers(1, 2**31 - 1)
 seeds = st.integers(-(2**63), 2**64 - 1)
 finite = st.floats(allow_nan=False, allow_infinity=False)
+# Settings of losses are refused beyond what float32 holds.
+float32s = st.floats(width=32, allow_nan=False, allow_infinity=False)
 ttls = st.none() | st.integers(3_600, 10**9)
 metadata = st.dictionaries(texts, texts, max_size=3)
 loras = st.builds(LoraSpec, st.integers(1, 64), seeds, st.booleans(), st.booleans(), st.booleans())
@@ -52,7 +54,7 @@ params = st.builds(
 
 @st.composite
 def passes(draw):
-    low, high = sorted((draw(finite), draw(finite)))
+    low, high = sorted((draw(float32s), draw(float32s)))
     loss = resolve_loss("ppo", {"clip_low_threshold": low, "clip_high_threshold": high})
     datums = []
     for ids in draw(st.lists(tokens, min_size=1, max_size=4)):
