@@ -202,7 +202,7 @@ class PackedCausalAttention:
     Sequences lie one after another from row 0, without holes; rows behind the last one are padding and get zeros.
     In float32 neighbouring sequences of equal length share one call, which keeps the bits (tests/numerics says so).
     Below float32 it does not: with one key head and two threads d query of the first row then depends on how many
-    share it (torch 2.13), and whether keys are packed is decided by the size of the call; so each has its own.
+    share it (measured, torch 2.13); so each has its own.
     """
 
     def __init__(self, sequence_lengths: Sequence[int], num_rows: int) -> None:
