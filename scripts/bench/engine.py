@@ -17,11 +17,12 @@ from typing import Any
 import engine_side
 import report
 import torch
-from ceilings import ceilings, in_turn
+from ceilings import ceilings, in_turn, timed
 from engine_side import EngineSide
 from models import make_model
 from workload import ModelShape, Workload, even_lengths, useful_flops
 
+from treadle.engine.arenas import GradientArena
 from treadle.engine.base_model import BaseModel
 from treadle.engine.context import Recompute
 from treadle.engine.files import decode_state, encode_state
@@ -33,6 +34,7 @@ RANKS = (8, 16, 32, 64)
 RANK = 16
 LOSSES = ("cross_entropy", "importance_sampling", "ppo")
 MARGIN = 0.10
+_FORWARD, _BACKWARD, _PASSES, _OPTIMIZER = "forward and head", "backward", "forward_backward", "commit and AdamW"
 
 
 def measure_model(base: BaseModel, *, total: int, repetitions: int, pass_tokens: int) -> dict[str, Any]:
@@ -100,21 +102,23 @@ def compare(
 
 def parts(side: EngineSide, repetitions: int) -> dict[str, Any]:
     """Seconds of the parts of a step and their share of it. The backward is what a training pass has over a forward."""
-    device = side.base.device
-    calls: dict[str, Callable[[], object]] = {
-        "step": side.step,
-        "forward_only": lambda: side.run_passes(forward_only=True),
-        "forward_backward": side.run_passes,
-    }
-    seconds = {name: report.spread(values) for name, values in in_turn(calls, repetitions, device).items()}
-    step_s = seconds["step"]["median"]
+    turns = [_parts_of_one_step(side) for _ in range(repetitions + 1)][1:]
+    seconds = {name: report.spread([turn[name] for turn in turns]) for name in turns[0]}
     shares = {
-        "forward and head": seconds["forward_only"]["median"] / step_s,
-        "backward": (seconds["forward_backward"]["median"] - seconds["forward_only"]["median"]) / step_s,
-        "commit and AdamW": (step_s - seconds["forward_backward"]["median"]) / step_s,
+        name: report.spread([turn[name] / (turn[_PASSES] + turn[_OPTIMIZER]) for turn in turns]) for name in turns[0]
     }
-    report.print_table(f"Parts of a step, {side.workload.label}", ["part", "share"], list(shares.items()))
+    rows = [[name, *(share[key] for key in ("median", "min", "max"))] for name, share in shares.items()]
+    report.print_table(f"Parts of a step, {side.workload.label}", ["part", "share", "min", "max"], rows)
     return {"seconds": seconds, "shares": shares, **side.workload.describe()}
+
+
+def _parts_of_one_step(side: EngineSide) -> dict[str, float]:
+    scratches: list[GradientArena] = []
+    device = side.base.device
+    forward_s = timed(lambda: side.run_passes(forward_only=True), device)
+    passes_s = timed(lambda: scratches.extend(side.run_passes()[1]), device)
+    optimizer_s = timed(lambda: side.run_optimizer(scratches), device)
+    return {_FORWARD: forward_s, _PASSES: passes_s, _BACKWARD: passes_s - forward_s, _OPTIMIZER: optimizer_s}
 
 
 def states(base: BaseModel, repetitions: int) -> dict[str, Any]:
