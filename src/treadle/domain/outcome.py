@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 import numpy as np
 from numpy.typing import NDArray
@@ -101,7 +102,8 @@ class OpOutcome:
     Exactly one of result and failure is set, except for a pass with quanta left (`is_partial`), which has neither.
     encoded: set by the executor when result is final and has bytes of its own (passes and steps).
     tag_after: the state the worker holds now (None when it holds none). num_tokens: of the quanta run in this cycle;
-    num_tokens_of_op: of the whole pass, with its final outcome.
+    num_tokens_of_op: of the whole pass, with its final outcome. must_restore: the worker does not hold the state
+    that the op starts from, so nothing of it ran; `failure` says why, and the op runs again behind a restore.
     """
 
     request_id: RequestId
@@ -115,6 +117,32 @@ class OpOutcome:
     tag_after: StateTag | None = None
     num_tokens: int = 0
     num_tokens_of_op: int = 0
+    must_restore: bool = False
+
+
+class RestoreEnd(StrEnum):
+    """How a restore ended. UNREADABLE: this blob will never do; FAILED: it may do another time."""
+
+    DONE = "done"
+    UNREADABLE = "unreadable"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreOutcome:
+    """One restore of a cycle. Unless it is DONE, every op of the run in that cycle comes back with must_restore."""
+
+    model_id: ModelId
+    end: RestoreEnd
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotWritten:
+    """A snapshot that is durable. compute_s: wall seconds that the device's thread spent on it."""
+
+    num_bytes: int
+    compute_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +154,7 @@ class CycleOutcome:
     outcomes: tuple[OpOutcome, ...]
     compute_s: float
     num_forwards: int
+    restores: tuple[RestoreOutcome, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

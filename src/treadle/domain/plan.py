@@ -146,15 +146,18 @@ class WorkItem:
 
 @dataclass(frozen=True, slots=True)
 class RestoreItem:
-    """Rebuild a run's state before the cycle's ops: from its registered snapshot, or fresh from its seed.
+    """Rebuild a run's state before the cycle's ops: from a registered snapshot, or fresh from its seed.
 
-    `blob_key` None means that no op has changed the run since it was created, so `lora` alone makes it again.
+    `blob_key` None means that `lora` alone makes it. tag.applied_seq is the snapshot's seq_id: what was committed
+    behind it follows as ordinary ops of this cycle and the next ones. with_optimizer False: the file's moments, if it
+    has any, are not the run's.
     """
 
     model_id: ModelId
     lora: LoraSpec
     blob_key: BlobKey | None
     tag: StateTag
+    with_optimizer: bool = True
 
 
 @dataclass(frozen=True, slots=True)

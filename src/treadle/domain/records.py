@@ -73,6 +73,24 @@ class ModelRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class SnapshotRecord:
+    """A registered snapshot: a blob that holds a run's whole state right behind its op `seq_id`.
+
+    blob_key None: the run as its seed makes it. with_optimizer False: a checkpoint that was loaded without its
+    optimiser, whose moments therefore start anew. The log that leads from it to the committed state is every DONE
+    forward_backward and optim_step behind seq_id. created_at is set by the store.
+    """
+
+    model_id: ModelId
+    seq_id: int
+    blob_key: BlobKey | None
+    with_optimizer: bool = True
+    num_bytes: int = 0
+    numerics_profile: str = ""
+    created_at: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class NewRequest:
     """A request on its way into the store. `payload` is bytes, or a blob key when it was too large for a row.
 
@@ -174,13 +192,20 @@ class LeaseRecord:
 
 @dataclass(frozen=True, slots=True)
 class RunLogEntry:
-    """One line of a run's history, for the loss curve: the op and its metrics."""
+    """One line of a run's history, for the loss curve: the op and its metrics.
+
+    Where its time went, in wall seconds: queued_s until its first part was sent to a worker, run_s from there to the
+    outcome, others' work in the same cycles included. cycle: the number of the one that completed it.
+    """
 
     model_id: ModelId
     seq_id: int
     kind: OpKind
     created_at: float
     metrics: Mapping[str, float]
+    queued_s: float = 0.0
+    run_s: float = 0.0
+    cycle: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,5 +242,7 @@ class FinishedCycle:
     # One with the same path is replaced: whether that was asked for is decided before.
     checkpoints: tuple[CheckpointRecord, ...] = ()
     sampling_sessions: tuple[SamplingSessionRecord, ...] = ()
+    # What is older than a run's second newest snapshot is retired, and with it the payloads up to that one.
+    snapshots: tuple[SnapshotRecord, ...] = ()
     run_log: tuple[RunLogEntry, ...] = ()
     trained_tokens: Mapping[TenantId, int] = field(default_factory=dict)

@@ -14,7 +14,7 @@ class RequestState(StrEnum):
 
 
 class ModelState(StrEnum):
-    """A training run's life. LOST: its state is gone, and it says so."""
+    """A training run's life. LOST: neither its snapshots nor its log give its state back, and it says so."""
 
     CREATING = "creating"
     READY = "ready"
@@ -24,8 +24,11 @@ class ModelState(StrEnum):
 
 
 class SessionState(StrEnum):
+    """EXPIRED: no heartbeat for long. Its runs rest in cold storage; the next sign of life makes it active again."""
+
     ACTIVE = "active"
     FINISHED = "finished"
+    EXPIRED = "expired"
 
 
 class Category(StrEnum):
