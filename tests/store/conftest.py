@@ -1,8 +1,9 @@
-"""One store per test, on a real database file. A second backend is one more parameter of `database_url`."""
+"""One store per test, on a real database: every test that takes `store` or `database_url` runs on SQLite and on
+PostgreSQL."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
@@ -10,16 +11,35 @@ import pytest
 from treadle.store import Store
 from treadle.testing.clock import ManualClock
 
+BACKENDS = [pytest.param("sqlite"), pytest.param("postgresql", marks=pytest.mark.postgres)]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
 
 @pytest.fixture
 def sqlite_url(tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path}/treadle.db"
 
 
-@pytest.fixture(params=["sqlite"])
-def database_url(request: pytest.FixtureRequest) -> str:
-    url: str = request.getfixturevalue(f"{request.param}_url")
+@pytest.fixture
+def database_url(backend: str, request: pytest.FixtureRequest) -> str:
+    """The database of `store`: with today's schema, or empty where making that schema is cheap."""
+    url: str = request.getfixturevalue("sqlite_url" if backend == "sqlite" else "postgres_url")
     return url
+
+
+@pytest.fixture
+def empty_database_url(backend: str, request: pytest.FixtureRequest) -> str:
+    """A database without a schema."""
+    if backend == "sqlite":
+        url: str = request.getfixturevalue("sqlite_url")
+        return url
+    new_url: Callable[..., str] = request.getfixturevalue("new_postgres_url")
+    return new_url(is_migrated=False)
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ from treadle.domain.records import (
     NewRequest,
     SamplingSessionRecord,
     SessionRecord,
+    SnapshotRecord,
 )
 from treadle.domain.states import Category, ModelState, SessionState
 from treadle.store import Store
@@ -155,6 +156,21 @@ def checkpoint(
     )
 
 
+def snapshot(
+    seq_id: int, *, model_id: str = MODEL, blob_key: str | None = "", with_optimizer: bool = True
+) -> SnapshotRecord:
+    """With a blob of its own unless one, or None for none, is given."""
+    key = f"snapshots/{model_id}/{seq_id}" if blob_key == "" else blob_key
+    return SnapshotRecord(
+        model_id=ModelId(model_id),
+        seq_id=seq_id,
+        blob_key=None if key is None else BlobKey(key),
+        with_optimizer=with_optimizer,
+        num_bytes=1_000,
+        numerics_profile="cpu",
+    )
+
+
 def done(request: NewRequest, body: bytes = b"result") -> FinishedRequest:
     return FinishedRequest(request.request_id, result=EncodedResult("application/json", body))
 
@@ -179,6 +195,12 @@ async def with_run(store: Store, *model_ids: str) -> None:
 async def with_sampler(store: Store) -> None:
     await store.sessions.create(session(), None)
     await store.sampling.create(sampling_session())
+
+
+async def count_queued(store: Store, tenant: TenantId | None = None) -> tuple[int, int]:
+    """Queued requests and their tokens, of one tenant or of all."""
+    loads = [entry.load for entry in await store.backlog.read() if tenant in (None, entry.tenant_id)]
+    return sum(load.num_ops for load in loads), sum(load.num_tokens for load in loads)
 
 
 async def enqueue_all(store: Store, requests: Sequence[NewRequest]) -> None:

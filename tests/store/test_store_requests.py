@@ -13,6 +13,7 @@ from store_builders import (
     REFUSED,
     SAMPLER,
     TENANT,
+    count_queued,
     creation,
     done,
     enqueue_all,
@@ -29,7 +30,7 @@ from store_builders import (
 
 from treadle.domain.ids import ModelId, PoolName, RequestId
 from treadle.domain.ops import OpKind
-from treadle.domain.records import FinishedCycle, ModelAdvance
+from treadle.domain.records import FinishedCycle, FinishedRequest, ModelAdvance
 from treadle.domain.states import Category, RequestState
 from treadle.errors import InvalidRequest, ServerError
 from treadle.store import Store
@@ -60,11 +61,106 @@ async def test_large_payload_is_named_by_its_blob(store: Store) -> None:
 async def test_retried_submit_returns_the_first_request(store: Store) -> None:
     await with_run(store)
     await store.requests.enqueue(op(1, payload=b"first"))
-    again = await store.requests.enqueue(op(1, OpKind.OPTIM_STEP, payload=b"second", num_tokens=99))
+    again = await store.requests.enqueue(op(1, payload=b"second", num_tokens=99))
     record = await store.requests.get(again)
     assert record is not None
     assert (record.kind, record.num_tokens) == (OpKind.FORWARD_BACKWARD, 32)
     assert (await store.requests.payload(again))[0] == b"first"
+
+
+async def test_retry_of_another_kind_is_refused(store: Store) -> None:
+    """It would get the result of the first one."""
+    await with_run(store)
+    await store.requests.enqueue(op(1))
+    for kind in (OpKind.OPTIM_STEP, OpKind.FORWARD):
+        with pytest.raises(InvalidRequest, match="seq_id 1 is taken by a request of kind forward_backward"):
+            await store.requests.enqueue(op(1, kind))
+    # So does one that is refused for another reason, whose error would come through the first one's future.
+    with pytest.raises(InvalidRequest, match="taken"):
+        await store.requests.enqueue(op(1, OpKind.OPTIM_STEP, failure=REFUSED))
+    with pytest.raises(InvalidRequest, match="seq_id 0 is taken by a request of kind create_model"):
+        await store.requests.enqueue(op(0))
+    assert await count_queued(store, TENANT) == (2, 32)
+
+
+async def test_contradictory_retry_disturbs_nobody_in_its_group(store: Store) -> None:
+    await with_run(store)
+    answers = await asyncio.gather(
+        *(store.requests.add(op(1, kind)) for kind in (OpKind.OPTIM_STEP, OpKind.FORWARD, OpKind.OPTIM_STEP)),
+        store.requests.add(op(2)),
+        return_exceptions=True,
+    )
+    assert [answer if isinstance(answer, bool) else type(answer) for answer in answers] == [
+        True,
+        InvalidRequest,
+        False,
+        True,
+    ]
+
+
+async def test_retry_of_a_refused_request_hears_the_first_reason(store: Store) -> None:
+    """A pass that could not be read, or an id that was given up: its kind may be unknown."""
+    await with_run(store)
+    await store.requests.enqueue(op(1, failure=REFUSED))
+    await store.requests.enqueue(op(2, OpKind.FORWARD))
+    assert await store.requests.add(op(1, OpKind.FORWARD)) is False
+    assert await store.requests.add(op(1, OpKind.OPTIM_STEP)) is False
+    assert await store.requests.add(op(2, OpKind.FORWARD_BACKWARD, failure=REFUSED)) is False
+    future = await store.requests.future(op(1).request_id)
+    assert future is not None
+    assert future.failure == REFUSED
+
+
+async def test_log_is_what_was_done_to_the_state(store: Store) -> None:
+    await with_run(store)
+    kinds = [
+        OpKind.FORWARD_BACKWARD,
+        OpKind.FORWARD,
+        OpKind.FORWARD_BACKWARD,
+        OpKind.OPTIM_STEP,
+        OpKind.SAVE_WEIGHTS,
+        OpKind.FORWARD_BACKWARD,
+        OpKind.OPTIM_STEP,
+    ]
+    requests = [op(n, kind, num_tokens=n) for n, kind in enumerate(kinds, start=1)]
+    await enqueue_all(store, [*requests, op(8), op(9, failure=REFUSED)])
+    finished = [failed(r) if r.seq_id == 3 else done(r) for r in requests]
+    await store.cycles.finish(
+        await lead(store), FinishedCycle(finished=tuple(finished), advances=(ModelAdvance(MODEL, 8),))
+    )
+    log = await store.requests.log(MODEL, after=0, before=8)
+    assert [(r.seq_id, r.kind, r.num_tokens) for r in log] == [
+        (seq_id, kinds[seq_id - 1], seq_id) for seq_id in (1, 4, 6, 7)
+    ]
+    assert {r.state for r in log} == {RequestState.DONE}
+    assert log[0].quantum_tokens == (1,)
+    assert [r.seq_id for r in await store.requests.log(MODEL, after=1, before=7)] == [4, 6]
+    assert [r.seq_id for r in await store.requests.log(MODEL, after=0, before=8, limit=2)] == [1, 4]
+    assert await store.requests.log(ModelId("nobody"), after=0, before=8) == []
+
+
+async def test_failed_passes_are_told_since_the_newest_step(store: Store) -> None:
+    await with_run(store)
+    requests = [op(n) for n in (1, 2, 4, 6)] + [op(n, OpKind.OPTIM_STEP) for n in (3, 7)] + [op(5, OpKind.FORWARD)]
+    await enqueue_all(store, [*requests, op(8, failure=REFUSED)])
+    lease = await lead(store)
+
+    async def finish(*finished: FinishedRequest) -> set[int]:
+        await store.cycles.finish(lease, FinishedCycle(finished=finished))
+        return await store.requests.failed_passes_since_step(MODEL)
+
+    assert await finish(failed(op(1)), done(op(2))) == {1, 8}
+    assert await finish(done(op(3)), failed(op(4)), failed(op(5)), done(op(6))) == {4, 8}
+    # A step that failed told nobody.
+    assert await finish(failed(op(7))) == {4, 8}
+
+
+async def test_payload_is_counted_wherever_it_lies(store: Store) -> None:
+    await with_run(store)
+    await store.requests.enqueue(op(1, payload=b"1234"))
+    await store.requests.enqueue(replace(op(2, payload=b"", payload_key="payloads/2"), payload_bytes=10**6))
+    line = await store.requests.heads(POOL)
+    assert [r.payload_bytes for r in line[0]] == [len(b"payload"), 4, 10**6]
 
 
 async def test_replay_of_a_finished_request_changes_nothing(store: Store) -> None:
@@ -77,7 +173,6 @@ async def test_replay_of_a_finished_request_changes_nothing(store: Store) -> Non
     future = await store.requests.future(request.request_id)
     assert future is not None
     assert future.state is RequestState.DONE
-    assert await store.requests.payload(request.request_id) == (b"", None)
 
 
 async def test_concurrent_copies_of_one_request_make_one_row_and_one_event(store: Store) -> None:
@@ -86,7 +181,7 @@ async def test_concurrent_copies_of_one_request_make_one_row_and_one_event(store
     store.events.on_enqueued(lambda _pool, kind: seen.append(kind))
     ids = await asyncio.gather(*(store.requests.enqueue(op(1, payload=bytes([n]))) for n in range(20)))
     assert set(ids) == {f"{MODEL}:1"}
-    assert await store.requests.count_queued(TENANT) == (2, 32)
+    assert await count_queued(store, TENANT) == (2, 32)
     assert (await store.requests.payload(ids[0]))[0] == b"\x00"
     await asyncio.sleep(0)
     assert seen == [OpKind.FORWARD_BACKWARD]
@@ -101,7 +196,7 @@ async def test_refused_request_is_a_failed_row(store: Store) -> None:
     assert (future.state, future.failure, future.result) == (RequestState.FAILED, REFUSED, None)
     assert future.tenant_id == TENANT
     assert not future.is_expired
-    assert await store.requests.count_queued(TENANT) == (1, 0)
+    assert await count_queued(store, TENANT) == (1, 0)
 
 
 async def test_seq_id_beyond_the_column_is_refused(store: Store) -> None:
@@ -164,17 +259,6 @@ async def test_heads_are_the_lowest_seq_ids_of_each_model(store: Store) -> None:
     assert [{r.model_id for r in line} for line in heads] == [{MODEL}, {ModelId("s1:train:1")}]
 
 
-async def test_crowded_pool_shows_the_start_of_every_line(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("treadle.store.requests.MAX_HEAD_ROWS", 5)
-    model_ids = [f"s1:train:{n}" for n in range(3)]
-    await with_run(store, *model_ids)
-    for model_id in reversed(model_ids):
-        await enqueue_all(store, [op(n, model_id=model_id) for n in (1, 2)])
-    heads = await store.requests.heads(POOL)
-    # Of the second places the oldest rows: those of the last two models, which enqueued first.
-    assert [[r.seq_id for r in line] for line in heads] == [[0], [0, 1], [0, 1]]
-
-
 async def test_heads_leave_out_other_pools_and_samples(store: Store) -> None:
     await with_run(store)
     await store.sampling.create(sampling_session())
@@ -230,14 +314,14 @@ async def test_queued_samples_let_tenants_take_turns(store: Store) -> None:
     assert [r.seq_id for r in await store.requests.queued_samples(POOL, 2)] == [1, 11]
 
 
-async def test_count_queued_is_per_tenant(store: Store) -> None:
+async def test_what_waits_is_counted_per_tenant(store: Store) -> None:
     await with_run(store)
     await store.models.create(model("s1:train:7", tenant=OTHER_TENANT), creation("s1:train:7", tenant=OTHER_TENANT))
     await enqueue_all(store, [op(1, num_tokens=10), op(2, num_tokens=20)])
     await store.requests.enqueue(op(1, model_id="s1:train:7", tenant=OTHER_TENANT, num_tokens=5))
-    assert await store.requests.count_queued(TENANT) == (3, 30)
-    assert await store.requests.count_queued(OTHER_TENANT) == (2, 5)
-    assert await store.requests.count_queued(None) == (5, 35)
+    assert await count_queued(store, TENANT) == (3, 30)
+    assert await count_queued(store, OTHER_TENANT) == (2, 5)
+    assert await count_queued(store) == (5, 35)
 
 
 async def test_known_seq_ids_counts_every_state(store: Store) -> None:

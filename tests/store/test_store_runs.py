@@ -13,6 +13,7 @@ from store_builders import (
     SESSION,
     TENANT,
     checkpoint,
+    count_queued,
     creation,
     lead,
     model,
@@ -21,9 +22,10 @@ from store_builders import (
 )
 
 from treadle.domain.ids import CheckpointKind, ModelId, SessionId
+from treadle.domain.ops import OpKind
 from treadle.domain.records import FinishedCycle
 from treadle.domain.states import ModelState, RequestState, SessionState
-from treadle.errors import ServerError
+from treadle.errors import InvalidRequest, ServerError
 from treadle.store import Store
 from treadle.testing.clock import ManualClock
 
@@ -74,6 +76,23 @@ async def test_heartbeats_and_the_first_finish_are_kept(store: Store, clock: Man
     assert found.state is SessionState.FINISHED
 
 
+async def test_heartbeat_wakes_an_expired_session_but_no_finished_one(store: Store, clock: ManualClock) -> None:
+    expired = replace(session(), state=SessionState.EXPIRED)
+    await store.sessions.create(expired, None)
+    clock.advance(5.0)
+    await store.sessions.touch([SESSION])
+    assert await store.sessions.get(SESSION) == replace(session(), last_heartbeat_at=clock.now())
+    assert await store.sessions.finish(SESSION, "done")
+    await store.sessions.touch([SESSION])
+    assert await store.sessions.finished_among([SESSION]) == {SESSION}
+
+
+async def test_expired_session_can_be_finished(store: Store) -> None:
+    await store.sessions.create(replace(session(), state=SessionState.EXPIRED), None)
+    assert await store.sessions.finish(SESSION, "done")
+    assert await store.sessions.finished_among([SESSION]) == {SESSION}
+
+
 async def test_sessions_are_listed_newest_first(store: Store) -> None:
     for n in range(4):
         await store.sessions.create(session(f"s{n}", created_at=float(n)), None)
@@ -99,7 +118,14 @@ async def test_retried_create_returns_the_first_request(store: Store) -> None:
     other_request = replace(creation(), request_id=f"{MODEL}:again")
     assert await store.models.create(replace(model(), base_model="other"), other_request) == first
     assert await store.models.get(MODEL) == model()
-    assert await store.requests.count_queued(TENANT) == (1, 0)
+    assert await count_queued(store, TENANT) == (1, 0)
+
+
+async def test_run_cannot_be_created_again_in_another_way(store: Store) -> None:
+    await store.sessions.create(session(), None)
+    await store.models.create(model(), creation())
+    with pytest.raises(InvalidRequest, match="taken"):
+        await store.models.create(model(), replace(creation(), kind=OpKind.LOAD_WEIGHTS))
 
 
 async def test_refused_run_says_why(store: Store) -> None:

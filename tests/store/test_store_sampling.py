@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from store_builders import (
+    MODEL,
     REFUSED,
     SAMPLER,
     SESSION,
@@ -14,13 +17,16 @@ from store_builders import (
     sample,
     sampling_session,
     session,
+    with_run,
     with_sampler,
 )
 
-from treadle.domain.ids import SamplingSessionId
+from treadle.domain.ids import BlobKey, SamplingSessionId
+from treadle.domain.records import FinishedCycle
 from treadle.domain.states import RequestState
 from treadle.errors import NotFound
 from treadle.store import Completion, Store
+from treadle.testing.clock import ManualClock
 
 CLONE = 1_000_000_000
 
@@ -32,6 +38,25 @@ async def test_replayed_sampling_session_is_the_first_one(store: Store) -> None:
     assert await store.sampling.get(SAMPLER) == first
     assert await store.sampling.of_session(SESSION) == [first]
     assert await store.sampling.get(SamplingSessionId("nobody")) is None
+
+
+async def test_version_of_a_run_is_read_back_whole(store: Store) -> None:
+    await with_run(store)
+    version = replace(sampling_session(), blob_key=BlobKey("states/1"), model_id=MODEL, seq_id=7)
+    await store.cycles.finish(await lead(store), FinishedCycle(sampling_sessions=(version,)))
+    assert await store.sampling.get(SAMPLER) == version
+    dropped = replace(version, sampling_session_id=SamplingSessionId("s1:sample:1"), is_dropped=True)
+    assert await store.sampling.create(dropped) == dropped
+
+
+async def test_use_of_a_version_is_noted_with_its_samples(store: Store, clock: ManualClock) -> None:
+    await with_sampler(store)
+    await store.requests.enqueue(sample(1))
+    used_at = "SELECT last_used_at FROM sampling_sessions"
+    assert await store._database.read(lambda conn: conn.exec_driver_sql(used_at).scalar_one()) == 1.0
+    clock.advance(5.0)
+    await store.cycles.finish_samples(await lead(store), [done(sample(1))])
+    assert await store._database.read(lambda conn: conn.exec_driver_sql(used_at).scalar_one()) == clock.now()
 
 
 async def test_clients_are_counted_from_one(store: Store) -> None:

@@ -11,17 +11,18 @@ from sqlalchemy.dialects import postgresql
 from treadle.errors import ConfigError
 from treadle.store import Store, migrate
 from treadle.store.engine import Database
-from treadle.store.requests import _DROP_STALE_RESULTS, HEADS, QUEUED_SAMPLES
+from treadle.store.heads import HEAD_IDS
+from treadle.store.requests import _DROP_STALE_RESULTS, QUEUED_SAMPLES
 from treadle.store.sampling import COMPLETIONS
 from treadle.store.tables import metadata
 
 
-async def test_empty_database_is_upgraded_once(database_url: str) -> None:
-    store = await Store.open(database_url, migrate=False)
+async def test_empty_database_is_upgraded_once(empty_database_url: str) -> None:
+    store = await Store.open(empty_database_url, migrate=False)
     assert not await store.schema_is_current()
     await store.close()
     for _ in range(2):
-        store = await Store.open(database_url)
+        store = await Store.open(empty_database_url)
         assert await store.schema_is_current()
         await store.close()
 
@@ -45,7 +46,7 @@ async def test_database_of_a_newer_treadle_is_refused(database_url: str) -> None
         await Store.open(database_url)
 
 
-async def test_failed_migration_leaves_nothing(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_failed_migration_leaves_nothing(empty_database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """DDL and version are one transaction, also in SQLite, where Alembic by itself would not make it one."""
     upgrade = migrate.upgrade
 
@@ -55,8 +56,8 @@ async def test_failed_migration_leaves_nothing(database_url: str, monkeypatch: p
 
     monkeypatch.setattr(migrate, "upgrade", upgrade_then_die)
     with pytest.raises(ConfigError, match="died"):
-        await Store.open(database_url)
-    database = Database.of(database_url)
+        await Store.open(empty_database_url)
+    database = Database.of(empty_database_url)
     assert await database.read(lambda conn: sa.inspect(conn).get_table_names()) == []
     await database.close()
 
@@ -67,5 +68,5 @@ def test_schema_and_hot_queries_compile_for_postgresql() -> None:
         sa.schema.CreateTable(table).compile(dialect=dialect)
         for index in table.indexes:
             sa.schema.CreateIndex(index).compile(dialect=dialect)
-    for statement in (HEADS, QUEUED_SAMPLES, COMPLETIONS, _DROP_STALE_RESULTS):
+    for statement in (HEAD_IDS, QUEUED_SAMPLES, COMPLETIONS, _DROP_STALE_RESULTS):
         assert "?" not in str(statement.compile(dialect=dialect))

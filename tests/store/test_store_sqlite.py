@@ -12,9 +12,19 @@ from store_builders import op, session, with_run
 
 from treadle.errors import StoreUnavailable
 from treadle.store import Store
+from treadle.store.backlog import BACKLOG
+from treadle.store.blob_names import NAMED
 from treadle.store.engine import Database
-from treadle.store.requests import _COUNT_QUEUED_OF_TENANT, _DROP_STALE_RESULTS, _KNOWN_SEQ_IDS, HEADS, QUEUED_SAMPLES
+from treadle.store.heads import HEAD_IDS
+from treadle.store.requests import (
+    _DROP_STALE_RESULTS,
+    _KNOWN_SEQ_IDS,
+    _NEWEST_STEP,
+    LOG,
+    QUEUED_SAMPLES,
+)
 from treadle.store.sampling import COMPLETIONS
+from treadle.store.snapshots import _NEWEST_LOAD, _RETAINED, RETIRABLE
 from treadle.store.tables import metadata
 
 
@@ -45,18 +55,23 @@ async def test_sqlite_is_set_up_to_survive_a_power_cut(sqlite_store: Store) -> N
     assert await sqlite_store._database.write(pragmas) == ["wal", 2, 1, 5000]
 
 
-# These put ranks in order at the end, which takes a sort of the rows that count.
-RANKED = ("heads", "queued samples")
+# These put ranks or sums in order at the end, which takes a sort of the rows that count.
+RANKED = ("heads", "queued samples", "backlog")
 
 
 @pytest.mark.parametrize(
     ("name", "statement", "index"),
     [
-        ("heads", HEADS, "ix_requests_line"),
+        ("heads", HEAD_IDS, "ix_requests_line"),
         ("queued samples", QUEUED_SAMPLES, "ix_requests_queued_samples"),
         ("completions", COMPLETIONS, "ix_requests_finished_samples"),
         ("known seq ids", _KNOWN_SEQ_IDS, "ix_requests_model_seq"),
-        ("count queued", _COUNT_QUEUED_OF_TENANT, "ix_requests_queued_of_tenant"),
+        ("backlog", BACKLOG, "ix_requests_queued_of_tenant"),
+        ("log", LOG, "ix_requests_model_seq"),
+        ("newest step", _NEWEST_STEP, "ix_requests_model_seq"),
+        ("newest load", _NEWEST_LOAD, "ix_requests_model_seq"),
+        ("retirement", RETIRABLE, "ix_requests_model_seq"),
+        ("retained payloads", _RETAINED, "ix_requests_model_seq"),
     ],
 )
 async def test_hot_query_uses_its_partial_index(
@@ -70,9 +85,16 @@ async def test_hot_query_uses_its_partial_index(
     assert not any("TEMP B-TREE" in line for line in plan if name not in RANKED), (name, plan)
 
 
-async def test_heads_ranks_on_the_index_alone(sqlite_store: Store) -> None:
-    plan = await sqlite_store._database.read(lambda conn: plan_of(conn, HEADS))
+async def test_heads_are_found_on_the_index_alone(sqlite_store: Store) -> None:
+    plan = await sqlite_store._database.read(lambda conn: plan_of(conn, HEAD_IDS))
     assert any("COVERING INDEX ix_requests_line" in line for line in plan), plan
+
+
+async def test_each_search_for_a_name_of_a_blob_uses_an_index(sqlite_store: Store) -> None:
+    for statement in NAMED:
+        asked = statement.params(keys=["a"])
+        (line,) = await sqlite_store._database.read(lambda conn, asked=asked: plan_of(conn, asked))
+        assert re.search(r"USING (COVERING )?INDEX ix_\w+_key\b", line), line
 
 
 async def test_sweep_searches_by_age(sqlite_store: Store) -> None:
@@ -99,6 +121,12 @@ def ddl(conn: sa.Connection) -> dict[str, list[str]]:
 
 def plan_of(conn: sa.Connection, statement: sa.Executable) -> list[str]:
     """SQLite's plan of a statement as it is really executed: with bound values."""
-    compiled = statement.compile(dialect=sqlite.dialect(paramstyle="named"))  # type: ignore[attr-defined]
-    values = dict.fromkeys(compiled.params, 1)
+    dialect = sqlite.dialect(paramstyle="named")  # type: ignore[attr-defined]
+    compiled = statement.compile(dialect=dialect)
+    values = {name: 1 if value is None else value for name, value in compiled.params.items()}
+    if isinstance(statement, sa.Select):
+        # Lists of values are spelt out, one parameter each.
+        spelt_out = {"render_postcompile": True}
+        compiled = statement.params(values).compile(dialect=dialect, compile_kwargs=spelt_out)
+        values = dict.fromkeys(re.findall(r":(\w+)", str(compiled)), 1)
     return [row[-1] for row in conn.execute(sa.text(f"EXPLAIN QUERY PLAN {compiled}"), values)]

@@ -45,6 +45,15 @@ MAX_SEQ_ID_LEAD = 65_536
 MAX_GAP_IDS_PER_CYCLE = 1_024
 # A run without an op for this long leaves device memory: longer than a client's pause between steps, sampling included.
 PARK_AFTER_S = 60.0
+# Encoded snapshots that wait for the disk, in bytes: beside these the next run waits for its turn, and training goes
+# on. A snapshot larger than this waits alone.
+MAX_UNWRITTEN_SNAPSHOT_BYTES = 256 * 2**20
+# A worker that has work and says nothing for this long is hung, unless it was predicted to take a tenth of it or more.
+HANG_AFTER_S = 60.0
+# So much longer than predicted may a cycle take before its worker counts as hung.
+HANG_FACTOR = 10.0
+# How often a worker says that it makes progress: often beside any bound on silence, rarely beside its units of work.
+PROGRESS_EVERY_S = 1.0
 # Device seconds that training or sampling may be ahead of the other before the rest is forgotten. Above the longest
 # unit of work, so that the split stays 50:50; short enough that a side that was idle cannot hold the device for long.
 MAX_SHARE_CREDIT_S = 1.0
@@ -66,7 +75,7 @@ MAX_PENDING_WRITES = 10_000
 MAX_PAGE_ROWS = 1_000
 # Rows of a listing without pages (checkpoints of a run, runs of a session): what one answer may cost.
 MAX_UNPAGED_ROWS = 10_000
-# Queue heads read per cycle over all models: some 50 ms of reading. With more, every model's first op goes first.
+# Queue heads read per cycle over all models: 10 ms of reading. Of many models the first few ops of each are read.
 MAX_HEAD_ROWS = 4_096
 # Ids in one query: below the 32,766 bound variables that SQLite takes, and the 32,767 of PostgreSQL.
 MAX_IDS_PER_QUERY = 10_000
@@ -77,3 +86,41 @@ RESULT_KEPT_AFTER_DELIVERY_S = 600.0
 # A result that nobody fetched: a client that comes back after a night still finds it.
 RESULT_KEPT_UNDELIVERED_S = 24 * 3600.0
 SWEEP_INTERVAL_S = 60.0
+# What may wait, samples and training apart. A token of a training request is stored in 12 (supervised) to 24 bytes
+# (RL), so these bytes are the 20 to 40 million tokens that a laptop works on for hours; a tenth of its free disk in all.
+MAX_QUEUED_BYTES_PER_TENANT = 512 * 2**20
+MAX_QUEUED_BYTES = 4 * 2**30
+# Samples are small and long: a batch of 256 prompts x 16 sequences of up to 2,048 tokens counts 8.4 million.
+MAX_QUEUED_TOKENS_PER_TENANT = 64_000_000
+MAX_QUEUED_TOKENS = 512_000_000
+# Bodies being read, decompressed and decoded in one gateway: eight of the largest as they are sent. Decoding copies
+# what it needs, so a gateway's memory peaks at about three times this.
+MAX_BODY_BYTES_IN_MEMORY = 512 * 2**20
+# Silence after which a client counts as gone: sixty missed heartbeats (the SDK beats every 10 s and warns after 12).
+# What follows costs one snapshot and, if the client does come back, one restore.
+SESSION_SILENCE_S = 600.0
+# The training state behind a session that its client finished: long enough for what was queued to run, and for an
+# operator who is asked at once.
+FINISHED_SESSION_KEPT_S = 3_600.0
+# Rows of finished requests: what a client that comes back after a night may still ask about.
+FINISHED_REQUEST_KEPT_S = 24 * 3600.0
+# Unnamed sampler versions per run: RL clients sample the newest one, asynchronous ones a few steps back.
+SAMPLER_VERSIONS_KEPT = 4
+SAMPLER_VERSION_KEPT_S = 3_600.0
+# A blob is written before the row that names it: far longer than any such commit is tried again.
+UNNAMED_BLOB_KEPT_S = 3_600.0
+# An expired checkpoint that a request found while it was alive: far longer than the way from there to its row.
+CHECKPOINT_GRACE_S = 600.0
+# Blobs looked at by one query of a sweep, and remembered from one sweep to the next. Later ones wait for their turn.
+MAX_BLOBS_PER_QUERY = 500
+MAX_UNNAMED_BLOBS = 100_000
+# Payloads of one run that a transaction retires: some 50 ms of the writer's time. The rest goes later.
+MAX_RETIRED_ROWS = 1_000
+# Requests remembered because a worker died under them: several cycles' worth. Beyond it the oldest count as cleared.
+MAX_SUSPECTS = 4_096
+# Payloads that one run's replay may need before a snapshot is taken whatever it costs: seconds of reading.
+MAX_REPLAY_BYTES = 256 * 2**20
+# Runs that a leader reads for one cycle, some milliseconds each: with thousands waiting, the first one starts at once.
+MAX_RUNS_READ_PER_CYCLE = 64
+# Worker seconds of ops of one run that a restore may have to run again, as far as snapshots for that stay cheap.
+MAX_REPLAY_S = 2.0

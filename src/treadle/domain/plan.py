@@ -162,12 +162,17 @@ class RestoreItem:
 
 @dataclass(frozen=True, slots=True)
 class CycleWork:
-    """A plan on its way to a worker. `token` fences: a worker refuses one older than it has seen."""
+    """A plan on its way to a worker.
+
+    `token` fences: a worker refuses one older than it has seen, and a newer one ends a cycle on its way. predicted_s:
+    how long it should take, 0 unknown; a worker that is silent for many times as long counts as hung.
+    """
 
     token: int
     cycle: int
     items: tuple[WorkItem, ...]
     restores: tuple[RestoreItem, ...] = ()
+    predicted_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,7 +50,7 @@ class SessionRecord:
 
 @dataclass(frozen=True, slots=True)
 class ModelRecord:
-    """A training run. next_seq_id: first sequence number not consumed. snapshot_*: the newest registered one."""
+    """A training run. next_seq_id: first sequence number not consumed. incarnation: how often it was built."""
 
     model_id: ModelId
     session_id: SessionId
@@ -66,8 +66,6 @@ class ModelRecord:
     incarnation: int = 0
     # Newest op that changed the state; a snapshot is current when it was taken at or after it.
     changed_seq: int = 0
-    snapshot_key: BlobKey | None = None
-    snapshot_seq: int = -1
     state_message: str = ""
     user_metadata: Mapping[str, str] = field(default_factory=dict)
 
@@ -91,9 +89,22 @@ class SnapshotRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class ReplayDebt:
+    """What a run keeps so that its state can be made again: its snapshots, newest first, and the log behind them.
+
+    num_payloads, payload_bytes: of the ops whose payloads are kept for a replay, wherever they lie.
+    """
+
+    snapshots: tuple[SnapshotRecord, ...]
+    num_payloads: int
+    payload_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class NewRequest:
     """A request on its way into the store. `payload` is bytes, or a blob key when it was too large for a row.
 
+    payload_bytes: the size of that blob; the store counts a payload of its own itself.
     failure set: the request was refused at admission and becomes a FAILED row at once.
     """
 
@@ -108,12 +119,13 @@ class NewRequest:
     sampling_session_id: SamplingSessionId | None = None
     payload: bytes = b""
     payload_key: BlobKey | None = None
+    payload_bytes: int = 0
     failure: Failure | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class RequestRecord:
-    """A narrow row: everything but payload and result."""
+    """A narrow row: everything but payload and result. payload_bytes: the payload's size, kept or not."""
 
     request_id: RequestId
     tenant_id: TenantId
@@ -127,6 +139,7 @@ class RequestRecord:
     model_id: ModelId | None = None
     sampling_session_id: SamplingSessionId | None = None
     payload_key: BlobKey | None = None
+    payload_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +159,10 @@ class FutureRecord:
 
 @dataclass(frozen=True, slots=True)
 class SamplingSessionRecord:
-    """Which weights a sampling session samples: base model only, a checkpoint, or an ephemeral version."""
+    """Which weights a sampling session samples: base model only, a checkpoint, or an ephemeral version.
+
+    seq_id: of the save that made it, when a training run saved a version for it. is_dropped: its weights were swept.
+    """
 
     sampling_session_id: SamplingSessionId
     session_id: SessionId
@@ -157,6 +173,8 @@ class SamplingSessionRecord:
     model_path: str | None = None
     blob_key: BlobKey | None = None
     model_id: ModelId | None = None
+    seq_id: int | None = None
+    is_dropped: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +238,7 @@ class FinishedRequest:
 
 @dataclass(frozen=True, slots=True)
 class ModelAdvance:
-    """How a committed cycle moved one run: consumed sequence numbers, state, snapshot, run log."""
+    """How a committed cycle moved one run: consumed sequence numbers and state. None leaves a field as it is."""
 
     model_id: ModelId
     next_seq_id: int
@@ -228,13 +246,14 @@ class ModelAdvance:
     state_message: str = ""
     incarnation: int | None = None
     changed_seq: int | None = None
-    snapshot_key: BlobKey | None = None
-    snapshot_seq: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class FinishedCycle:
-    """Everything one cycle commits, in one fenced transaction."""
+    """Everything one cycle commits, in one fenced transaction.
+
+    A tenant's usage follows from the rows: the tokens of each forward_backward that becomes DONE.
+    """
 
     finished: tuple[FinishedRequest, ...] = ()
     never_received: tuple[NewRequest, ...] = ()
@@ -245,4 +264,3 @@ class FinishedCycle:
     # What is older than a run's second newest snapshot is retired, and with it the payloads up to that one.
     snapshots: tuple[SnapshotRecord, ...] = ()
     run_log: tuple[RunLogEntry, ...] = ()
-    trained_tokens: Mapping[TenantId, int] = field(default_factory=dict)

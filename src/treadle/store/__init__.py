@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from treadle.store.pools import PoolReport
 from treadle.store.sampling import Completion
 from treadle.store.store import Store
 
-__all__ = ["Completion", "Store"]
+__all__ = ["Completion", "PoolReport", "Store"]

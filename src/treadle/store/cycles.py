@@ -6,20 +6,24 @@ results, runs, names of blobs, usage) becomes visible together, and only while t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import sqlalchemy as sa
 
-from treadle.domain.ids import RequestId, TenantId
+from treadle.domain.ids import BlobKey, ModelId, RequestId, TenantId
+from treadle.domain.ops import OpKind
 from treadle.domain.records import FinishedCycle, FinishedRequest, LeaseRecord, ModelAdvance, NewRequest
 from treadle.store.checkpoints import CheckpointUpserts
 from treadle.store.engine import Database
 from treadle.store.events import Events
 from treadle.store.leases import Leases, fence
 from treadle.store.recent import RecentFutures
-from treadle.store.request_rows import RequestRows, checked_new
+from treadle.store.request_rows import FinishedRow, RequestRows, checked_new
 from treadle.store.runlog import RunLogInserts
 from treadle.store.sampling import SamplingInserts
+from treadle.store.snapshots import STATES_OVER, SnapshotRows
 from treadle.store.tables import IS_IN_LINE, models, requests, usage
 from treadle.store.writer import Writer
 
@@ -41,7 +45,7 @@ _ADVANCE = (
         last_request_at=sa.bindparam("now"),
         state=sa.func.coalesce(_new_state, models.c.state),
         state_message=sa.case((_new_state.is_(None), models.c.state_message), else_=sa.bindparam("new_message")),
-        **{name: _unless_none(name) for name in ("incarnation", "changed_seq", "snapshot_key", "snapshot_seq")},
+        **{name: _unless_none(name) for name in ("incarnation", "changed_seq")},
     )
 )
 # Finished rows left the line on their own; this takes out the refused ones that planning stepped over.
@@ -59,6 +63,14 @@ _STEP_OVER = (
 _USAGE = sa.select(usage.c.trained_tokens).where(usage.c.tenant_id == sa.bindparam("of_tenant"))
 
 
+@dataclass(frozen=True, slots=True)
+class _Committed:
+    """What a commit made final, and the blobs that nobody names since."""
+
+    request_ids: tuple[RequestId, ...]
+    unused_keys: tuple[BlobKey, ...]
+
+
 class Cycles:
     """See the module."""
 
@@ -72,6 +84,7 @@ class Cycles:
         rows: RequestRows,
         recent: RecentFutures,
         sampling: SamplingInserts,
+        snapshots: SnapshotRows,
         clock: Callable[[], float],
     ) -> None:
         self._database = database
@@ -81,6 +94,7 @@ class Cycles:
         self._rows = rows
         self._recent = recent
         self._sampling = sampling
+        self._snapshots = snapshots
         self._clock = clock
         self._checkpoints = CheckpointUpserts(database.dialect)
         self._run_log = RunLogInserts(database.dialect)
@@ -94,17 +108,18 @@ class Cycles:
         """Note in the lease row what a worker is about to get. Raises Fenced."""
         await self._leases.begin_cycle(lease, cycle, request_ids)
 
-    async def finish(self, lease: LeaseRecord, cycle: FinishedCycle) -> None:
-        """Commit a cycle whole. Raises Fenced, with nothing written, when another leader took the pool.
+    async def finish(self, lease: LeaseRecord, cycle: FinishedCycle) -> tuple[BlobKey, ...]:
+        """Commit a cycle whole; the keys of blobs that nobody names any more, for the caller to delete.
 
-        Rows that are final already are left alone. A request that arrived after planning gave it up as never
-        received becomes FAILED like the others.
+        Raises Fenced, with nothing written, when another leader took the pool. Rows that are final already are left
+        alone, so that a commit whose answer was lost can be repeated. A request that arrived after planning gave it
+        up as never received becomes FAILED like the others.
         """
         for request in cycle.never_received:
             assert request.failure is not None, "a request that never came has failed"
             checked_new(request)
 
-        def write(conn: sa.Connection) -> tuple[RequestId, ...]:
+        def write(conn: sa.Connection) -> _Committed:
             fence(conn, lease, ends_cycle=True)
             now = self._clock()
             added = self._rows.insert(conn, cycle.never_received, now)
@@ -113,20 +128,25 @@ class Cycles:
             self._advance(conn, lease, cycle.advances, now)
             self._checkpoints.upsert(conn, cycle.checkpoints)
             self._sampling.insert(conn, cycle.sampling_sessions)
+            unused = self._snapshots.register(conn, cycle.snapshots, also=_cut_off(cycle, finished), now=now)
             self._run_log.insert(conn, cycle.run_log)
-            self._count_usage(conn, cycle.trained_tokens)
-            return (*finished, *(r.request_id for r in cycle.never_received if r.request_id in added))
+            self._count_usage(conn, finished)
+            never_came = (r.request_id for r in cycle.never_received if r.request_id in added)
+            return _Committed((*(row.request_id for row in finished), *never_came), (*_dropped(finished), *unused))
 
-        await self._writer.run(write, after_commit=lambda ids: self._announce(cycle.finished, ids))
+        committed = await self._writer.run(write, after_commit=lambda done: self._announce(cycle.finished, done))
+        return committed.unused_keys
 
-    async def finish_samples(self, lease: LeaseRecord, finished: Sequence[FinishedRequest]) -> None:
-        """Commit finished samples. Raises Fenced. Rows that are final already are left alone."""
+    async def finish_samples(self, lease: LeaseRecord, finished: Sequence[FinishedRequest]) -> tuple[BlobKey, ...]:
+        """Commit finished samples; blobs to delete as for `finish`. Raises Fenced. Final rows are left alone."""
 
-        def write(conn: sa.Connection) -> tuple[RequestId, ...]:
+        def write(conn: sa.Connection) -> _Committed:
             fence(conn, lease, ends_cycle=False)
-            return self._rows.finish(conn, finished, self._clock())
+            rows = self._rows.finish(conn, finished, self._clock())
+            return _Committed(tuple(row.request_id for row in rows), _dropped(rows))
 
-        await self._writer.run(write, after_commit=lambda ids: self._announce(finished, ids))
+        committed = await self._writer.run(write, after_commit=lambda done: self._announce(finished, done))
+        return committed.unused_keys
 
     async def trained_tokens(self, tenant_id: TenantId) -> int:
         """Tokens of all passes that were committed for a tenant."""
@@ -134,9 +154,9 @@ class Cycles:
         total = await self._database.read(lambda conn: conn.execute(_USAGE, values).scalar_one_or_none())
         return total or 0
 
-    def _announce(self, outcomes: Sequence[FinishedRequest], request_ids: Sequence[RequestId]) -> None:
-        self._recent.finished(outcomes, request_ids)
-        self._events.announce_finished(request_ids)
+    def _announce(self, outcomes: Sequence[FinishedRequest], committed: _Committed) -> None:
+        self._recent.finished(outcomes, committed.request_ids)
+        self._events.announce_finished(committed.request_ids)
 
     def _advance(self, conn: sa.Connection, lease: LeaseRecord, advances: Sequence[ModelAdvance], now: float) -> None:
         if not advances:
@@ -148,11 +168,26 @@ class Cycles:
         steps = ("of_model", "new_next_seq_id")
         conn.execute(_STEP_OVER, [{"of_pool": lease.pool} | {name: row[name] for name in steps} for row in rows])
 
-    def _count_usage(self, conn: sa.Connection, trained_tokens: Mapping[TenantId, int]) -> None:
+    def _count_usage(self, conn: sa.Connection, finished: Sequence[FinishedRow]) -> None:
+        trained: Counter[TenantId] = Counter()
+        for row in finished:
+            if row.is_done and row.kind is OpKind.FORWARD_BACKWARD:
+                trained[row.tenant_id] += row.num_tokens
         # Sorted, so that two pools that count the same tenants cannot deadlock.
-        rows = [{"tenant_id": id_, "trained_tokens": count} for id_, count in sorted(trained_tokens.items()) if count]
+        rows = [{"tenant_id": id_, "trained_tokens": count} for id_, count in sorted(trained.items()) if count]
         if rows:
             conn.execute(self._add_usage, rows)
+
+
+def _cut_off(cycle: FinishedCycle, finished: Sequence[FinishedRow]) -> set[ModelId]:
+    """Runs that have no more use for what they were before: they are over, or hold what they loaded."""
+    over = {advance.model_id for advance in cycle.advances if advance.state in STATES_OVER}
+    loaded = {row.model_id for row in finished if row.is_done and row.kind is OpKind.LOAD_WEIGHTS}
+    return over | {model_id for model_id in loaded if model_id is not None}
+
+
+def _dropped(rows: Sequence[FinishedRow]) -> tuple[BlobKey, ...]:
+    return tuple(key for row in rows if (key := row.dropped_key) is not None)
 
 
 def _failed(request: NewRequest) -> FinishedRequest:
@@ -168,6 +203,4 @@ def _advance_values(advance: ModelAdvance, now: float) -> dict[str, object]:
         "new_message": advance.state_message,
         "new_incarnation": advance.incarnation,
         "new_changed_seq": advance.changed_seq,
-        "new_snapshot_key": advance.snapshot_key,
-        "new_snapshot_seq": advance.snapshot_seq,
     }

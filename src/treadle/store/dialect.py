@@ -1,4 +1,4 @@
-"""Everything in which SQLite and PostgreSQL differ: inserts that tolerate a conflict, connection set-up, locking.
+"""Everything in which SQLite and PostgreSQL differ: inserts that tolerate a conflict, connections, locks, the clock.
 
 It refuses to know tables and resources. Invariant: no other module of the store branches on the database's name.
 """
@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import sqlite3
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError
+from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 
 from treadle.errors import ConfigError, StoreUnavailable
 
@@ -25,7 +26,27 @@ _WAL_BYTES_MAX = 64 * 2**20
 # Any number that no other user of the same PostgreSQL database takes as an advisory lock.
 _MIGRATION_LOCK = 7_308_327_215
 # The driver that is used for each name that a URL may give: synchronous ones, which the store runs in its own threads.
-_DRIVERS = {"sqlite": "sqlite+pysqlite", "postgresql+psycopg": "postgresql+psycopg"}
+_DRIVERS = {
+    "sqlite": "sqlite+pysqlite",
+    "postgresql": "postgresql+psycopg",
+    "postgresql+psycopg": "postgresql+psycopg",
+}
+_SUPPORTED = "sqlite:////ABSOLUTE/PATH or postgresql://USER@HOST/DATABASE"
+# A machine that vanished is noticed in about ten seconds, on connections that are idle and on those that wait.
+_POSTGRESQL_OPTIONS = {
+    "application_name": "treadle",
+    "connect_timeout": 5,
+    "keepalives_idle": 5,
+    "keepalives_interval": 2,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 10_000,
+}
+# Two transactions waited for each other, or saw each other's rows change: the same write succeeds when it is repeated.
+_CONFLICT_STATES = frozenset({"40P01", "40001"})
+# More than anybody reads.
+_MAX_PROBLEMS = 100
+# States of errors whose first line quotes the value that was refused.
+_DATA_ERRORS = "22"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +70,33 @@ class Dialect:
             # A pool hands connections from thread to thread, one thread at a time.
             options = {"isolation_level": None, "timeout": _BUSY_TIMEOUT_MS / 1_000, "check_same_thread": False}
             return {"connect_args": options}
-        return {"pool_pre_ping": True}
+        return {"pool_pre_ping": True, "connect_args": _POSTGRESQL_OPTIONS}
+
+    @property
+    def can_notify(self) -> bool:
+        """Whether the database can tell other processes that something happened (LISTEN, NOTIFY)."""
+        return not self.is_sqlite
+
+    def now(self) -> sa.ColumnElement[float] | None:
+        """The database's clock in seconds since the epoch, as it is when the row is written, even if that waited for a
+        lock. None for SQLite, which has no clock but that of the process."""
+        if self.is_sqlite:
+            return None
+        return sa.cast(sa.extract("epoch", sa.func.clock_timestamp()), sa.Double)
+
+    def is_conflict(self, error: BaseException) -> bool:
+        """Whether a transaction failed only because of another one at the same time."""
+        return isinstance(error, DBAPIError) and getattr(error.orig, "sqlstate", None) in _CONFLICT_STATES
+
+    def describe(self, error: SQLAlchemyError) -> str:
+        """What the log may say of an error: never a value of a row, which PostgreSQL's details are full of."""
+        original = error.orig if isinstance(error, DBAPIError) else error
+        said = getattr(original, "diag", None)
+        if said is None or said.message_primary is None:
+            return str(original)  # SQLite's, or the driver's own: the connection failed
+        state = said.sqlstate or ""
+        reason = type(original).__name__ if state.startswith(_DATA_ERRORS) else said.message_primary
+        return f"{reason} (SQLSTATE {state})"
 
     def on_connect(self, dbapi_connection: Any) -> None:
         """Set up a fresh connection.
@@ -89,15 +136,37 @@ class Dialect:
         if not self.is_sqlite:
             conn.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
 
+    def problems(self, conn: sa.Connection) -> list[str]:
+        """What the database finds wrong with itself. PostgreSQL enforces what SQLite only checks when it is asked."""
+        if not self.is_sqlite:
+            return []
+        damage = [str(row[0]) for row in conn.exec_driver_sql(f"PRAGMA integrity_check({_MAX_PROBLEMS})")]
+        dangling = conn.exec_driver_sql("PRAGMA foreign_key_check").fetchmany(_MAX_PROBLEMS)
+        return [
+            *(line for line in damage if line != "ok"),
+            *(f"row {row[1]} of table {row[0]} refers to a row of {row[2]} that is not there" for row in dangling),
+        ]
+
+    def copy(self, conn: sa.Connection, file: Path) -> None:
+        """Copy SQLite's database, as of one moment, into a new file."""
+        assert self.is_sqlite, "PostgreSQL has tools of its own for this"
+        source: Any = conn.connection.dbapi_connection
+        assert isinstance(source, sqlite3.Connection)
+        target = sqlite3.connect(file)
+        try:
+            source.backup(target)
+        finally:
+            target.close()
+
 
 def parse_url(url: str) -> tuple[URL, Dialect]:
     """The parsed URL and its dialect. Raises ConfigError when the store has no adapter for it."""
     try:
         parsed = make_url(url)
     except ArgumentError as error:
-        raise ConfigError("the database URL cannot be parsed; use sqlite:////ABSOLUTE/PATH") from error
+        raise ConfigError(f"the database URL cannot be parsed; use {_SUPPORTED}") from error
     if parsed.drivername not in _DRIVERS:
-        raise ConfigError(f"database {parsed.drivername!r} is not supported; use sqlite:////ABSOLUTE/PATH")
+        raise ConfigError(f"database {parsed.drivername!r} is not supported; use {_SUPPORTED}")
     if parsed.get_backend_name() == "sqlite" and parsed.database in (None, "", ":memory:"):
         # Readers and the writer are separate connections, and each would see an empty database of its own.
         raise ConfigError("an in-memory database is not supported; name a file in the database URL")

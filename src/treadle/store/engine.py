@@ -1,4 +1,4 @@
-"""Connections: one for the writer, some for readers, and what a database error means to the layers above.
+"""Connections: one for the writer, some for readers, those apart, and what a database error means above.
 
 Drivers are synchronous and run in threads of their own (see lanes.py): an asynchronous one hops to its thread for each
 call of the driver, five times for one query, which costs more than the query. It refuses to know tables. Invariants:
@@ -16,9 +16,10 @@ from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
+from sqlalchemy.pool import NullPool
 
 from treadle.domain.limits import MAX_PENDING_WRITES
-from treadle.errors import ServerError, StoreUnavailable, TreadleError
+from treadle.errors import ConfigError, ServerError, StoreUnavailable, TreadleError
 from treadle.store.dialect import Dialect, parse_url
 from treadle.store.lanes import Lanes
 from treadle.telemetry.logs import get_logger
@@ -37,10 +38,11 @@ _MAX_PENDING_READS = 10_000
 class Database:
     """The connections of one store, on one event loop."""
 
-    def __init__(self, *, dialect: Dialect, writing: sa.Engine, reading: sa.Engine) -> None:
+    def __init__(self, *, dialect: Dialect, writing: sa.Engine, reading: sa.Engine, apart: sa.Engine) -> None:
         self.dialect = dialect
         self.writing = writing
         self._reading = reading
+        self._apart = apart
         self._readers: Lanes[sa.Connection] = Lanes(
             "store-read", count=_NUM_READERS, max_waiting=_MAX_PENDING_READS, call=self._on_reader
         )
@@ -50,29 +52,38 @@ class Database:
 
     @staticmethod
     def of(url: str) -> Database:
-        """Connections to `url`; nothing is connected yet. Raises ConfigError for a URL that is not supported."""
+        """Connections to `url`; nothing is connected yet.
+
+        Raises ConfigError for a URL that is not supported, and when its driver is not installed.
+        """
         parsed, dialect = parse_url(url)
-        options = dialect.engine_options() | {"json_serializer": _json, "max_overflow": 0}
         # Errors are logged, and bound values are prompts and digests of keys.
-        options["hide_parameters"] = True
-        writing = sa.create_engine(parsed, pool_size=1, **options)
-        reading = sa.create_engine(
-            parsed,
-            pool_size=_NUM_READERS,
-            # Nothing to roll back when a connection returns.
-            isolation_level="AUTOCOMMIT",
-            pool_reset_on_return=None,
-            skip_autocommit_rollback=True,
-            **options,
-        )
-        for engine in (writing, reading):
+        options = dialect.engine_options() | {"json_serializer": _json, "hide_parameters": True}
+        # Nothing to roll back when a connection returns.
+        single = {"isolation_level": "AUTOCOMMIT", "pool_reset_on_return": None, "skip_autocommit_rollback": True}
+        try:
+            writing = sa.create_engine(parsed, pool_size=1, max_overflow=0, **options)
+        except ModuleNotFoundError as error:
+            raise ConfigError("PostgreSQL needs its driver: pip install 'treadle[postgres]'") from error
+        reading = sa.create_engine(parsed, pool_size=_NUM_READERS, max_overflow=0, **options, **single)
+        apart = sa.create_engine(parsed, poolclass=NullPool, **options, **single)
+        for engine in (writing, reading, apart):
             sa.event.listen(engine, "connect", lambda connection, _record: dialect.on_connect(connection))
         sa.event.listen(writing, "begin", dialect.on_begin)
-        return Database(dialect=dialect, writing=writing, reading=reading)
+        return Database(dialect=dialect, writing=writing, reading=reading, apart=apart)
+
+    @contextmanager
+    def apart(self) -> Iterator[sa.Connection]:
+        """A fresh connection for a thread that waits for nobody else; each statement is a transaction.
+
+        Errors of the database inside are raised as ours.
+        """
+        with translated(self.dialect), self._apart.connect() as conn:
+            yield conn
 
     async def read(self, query: Callable[[sa.Connection], T]) -> T:
         """What `query` returns. Each of its statements sees the newest commits; they share no snapshot."""
-        with translated():
+        with translated(self.dialect):
             return await self._readers.run(query)
 
     async def write(self, work: Callable[[sa.Connection], T]) -> T:
@@ -83,8 +94,9 @@ class Database:
         """Close every connection. Idempotent."""
         await self._readers.close()
         await self._writer.close()
-        with translated():
+        with translated(self.dialect):
             self._reading.dispose()
+            self._apart.dispose()
             self.writing.dispose()
 
     def _on_reader(self, query: Callable[[sa.Connection], T]) -> T:
@@ -97,17 +109,19 @@ class Database:
 
 
 @contextmanager
-def translated() -> Iterator[None]:
+def translated(dialect: Dialect) -> Iterator[None]:
     """SQLAlchemy's errors as ours."""
     try:
         yield
     except SQLAlchemyError as error:
-        raise translate(error) from error
+        raise translate(error, dialect) from error
 
 
-def translate(error: SQLAlchemyError) -> TreadleError:
-    """Our error for one of SQLAlchemy's. The statement is logged, and never part of the message."""
-    log.error("database failed", exc=error)
+def translate(error: SQLAlchemyError, dialect: Dialect) -> TreadleError:
+    """Our error for one of SQLAlchemy's. Reason and statement are logged, and never part of the message."""
+    statement = error.statement if isinstance(error, DBAPIError) else None
+    reason = dialect.describe(error)
+    log.error("database failed", error=type(error).__name__, reason=reason, statement=statement or "")
     if isinstance(error, IntegrityError):
         return ServerError("the database refused rows that contradict it")
     if isinstance(error, DBAPIError) and not error.connection_invalidated and not _is_outage(error):

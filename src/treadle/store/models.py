@@ -11,14 +11,14 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from treadle.domain.ids import BlobKey, ModelId, PoolName, RequestId, SessionId, TenantId
+from treadle.domain.ids import ModelId, PoolName, RequestId, SessionId, TenantId
 from treadle.domain.limits import MAX_PAGE_ROWS, MAX_UNPAGED_ROWS
 from treadle.domain.records import ModelRecord, NewRequest
 from treadle.domain.states import ModelState
 from treadle.store.engine import Database
 from treadle.store.lora_json import lora_from_json, lora_to_json
 from treadle.store.pages import checked_limit, checked_page, read_page
-from treadle.store.request_rows import RequestRows, checked_new
+from treadle.store.request_rows import Added, RequestRows, checked_new, first_kinds
 from treadle.store.requests import Requests
 from treadle.store.tables import AnyRow, models, sessions
 from treadle.store.writer import Writer
@@ -37,8 +37,6 @@ _COLUMNS = (
     models.c.last_request_at,
     models.c.incarnation,
     models.c.changed_seq,
-    models.c.snapshot_key,
-    models.c.snapshot_seq,
     models.c.state_message,
     models.c.user_metadata,
 )
@@ -59,14 +57,14 @@ _OF_POOL = (
     .order_by(models.c.model_id)
     .limit(sa.bindparam("max_rows"))
 )
-_CREATE_REQUEST_ID = sa.select(models.c.create_request_id).where(models.c.model_id == sa.bindparam("id"))
+_CREATION = sa.select(models.c.create_request_id).where(models.c.model_id == sa.bindparam("id"))
 _TOUCH = models.update().where(models.c.model_id == sa.bindparam("id")).values(last_request_at=sa.bindparam("now"))
 
 
 @dataclass(frozen=True, slots=True)
 class _Created:
     request_id: RequestId
-    is_new: bool
+    added: Added
 
 
 class Models:
@@ -95,7 +93,8 @@ class Models:
     async def create(self, record: ModelRecord, request: NewRequest) -> RequestId:
         """The id of the request that creates the run; a replay of the model_id gets the first one, unchanged.
 
-        With a failure in the request the run is FAILED from the start. Raises ServerError when the session is unknown.
+        With a failure in the request the run is FAILED from the start. Raises InvalidRequest when the first one
+        created the run in another way (fresh, or from a checkpoint), and ServerError when the session is unknown.
         """
         assert request.model_id == record.model_id
         checked_new(request)
@@ -105,17 +104,19 @@ class Models:
         def write(conn: sa.Connection) -> _Created:
             values = _row_of(record) | {"create_request_id": request.request_id}
             if conn.execute(self._insert, values).one_or_none() is None:
-                first = conn.execute(_CREATE_REQUEST_ID, {"id": record.model_id}).scalar_one()
-                return _Created(RequestId(first), is_new=False)
+                first = RequestId(conn.execute(_CREATION, {"id": record.model_id}).scalar_one())
+                return _Created(first, Added(is_new=False, first_kind=first_kinds(conn, [first]).get(first)))
             added = self._rows.insert(conn, [request], self._clock())
             assert request.request_id in added, "a request without its run"
-            return _Created(request.request_id, is_new=True)
+            return _Created(request.request_id, Added(is_new=True))
 
         def announce(created: _Created) -> None:
-            if created.is_new:
+            if created.added.is_new:
                 self._requests.announce_new(request)
 
-        return (await self._writer.run(write, after_commit=announce)).request_id
+        created = await self._writer.run(write, after_commit=announce)
+        created.added.checked(request)
+        return created.request_id
 
     async def get(self, model_id: ModelId) -> ModelRecord | None:
         """The run, in any state."""
@@ -182,8 +183,6 @@ def _row_of(record: ModelRecord) -> dict[str, Any]:
         "next_seq_id": record.next_seq_id,
         "incarnation": record.incarnation,
         "changed_seq": record.changed_seq,
-        "snapshot_key": record.snapshot_key,
-        "snapshot_seq": record.snapshot_seq,
         "user_metadata": dict(record.user_metadata),
         "created_at": record.created_at,
         "last_request_at": record.last_request_at,
@@ -205,8 +204,6 @@ def _record_of(row: AnyRow) -> ModelRecord:
         last_request_at=row.last_request_at,
         incarnation=row.incarnation,
         changed_seq=row.changed_seq,
-        snapshot_key=None if row.snapshot_key is None else BlobKey(row.snapshot_key),
-        snapshot_seq=row.snapshot_seq,
         state_message=row.state_message,
         user_metadata=row.user_metadata,
     )

@@ -2,18 +2,20 @@
 
 Shared by everything that writes requests (admission, model creation, the scheduler's commits). It refuses to know who
 calls and whether a lease allows it. Invariants: a row's final state never changes; a final row has a result or an
-error, and no payload; samples of one sampling session are numbered 1, 2, ... in the order of their commits.
+error, and a payload only as long as a replay may need it (snapshots.py says how long that is); samples of one sampling
+session are numbered 1, 2, ... in the order of their commits.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sa
 
-from treadle.domain.ids import RequestId, SamplingSessionId
+from treadle.domain.ids import BlobKey, ModelId, RequestId, SamplingSessionId, TenantId
 from treadle.domain.limits import MAX_IDS_PER_QUERY, MAX_INLINE_PAYLOAD_BYTES
 from treadle.domain.ops import OpKind
 from treadle.domain.records import FinishedRequest, NewRequest
@@ -23,9 +25,24 @@ from treadle.store.dialect import Dialect
 from treadle.store.tables import IS_QUEUED, payloads, requests, results, sampling_sessions
 
 _MAX_SEQ_ID = 2**63 - 1
+# What changes a run's state by its payload: done once, it is what a replay does again.
+REPLAYED_KINDS = frozenset({OpKind.FORWARD_BACKWARD, OpKind.OPTIM_STEP})
+IS_REPLAYED = sa.and_(
+    requests.c.state == RequestState.DONE.value,
+    requests.c.kind.in_(sorted(kind.value for kind in REPLAYED_KINDS)),
+)
 
 _SELECT_QUEUED = (
-    sa.select(requests.c.row_id, requests.c.request_id, requests.c.sampling_session_id)
+    sa.select(
+        requests.c.request_id,
+        requests.c.row_id,
+        requests.c.kind,
+        requests.c.tenant_id,
+        requests.c.model_id,
+        requests.c.sampling_session_id,
+        requests.c.num_tokens,
+        requests.c.payload_key,
+    )
     .where(requests.c.request_id.in_(sa.bindparam("ids", expanding=True)), IS_QUEUED)
     # Other gateways may refuse or cancel the same rows one day; SQLite has one writer and ignores this.
     .with_for_update()
@@ -35,7 +52,7 @@ _FINISH = (
     .where(requests.c.row_id == sa.bindparam("of_row_id"))
     .values(in_line=sa.false())
     .values({name: sa.bindparam(name) for name in ("state", "finished_at", "finished_order", "result_bytes")})
-    .values({name: sa.bindparam(name) for name in ("error", "category", "is_transient")})
+    .values({name: sa.bindparam(name) for name in ("error", "category", "is_transient", "payload_key")})
 )
 _NUMBER_SAMPLE = (
     requests.update()
@@ -45,14 +62,68 @@ _NUMBER_SAMPLE = (
 _TAKE_NUMBERS = (
     sampling_sessions.update()
     .where(sampling_sessions.c.sampling_session_id == sa.bindparam("of_session"))
-    .values(finished_counter=sampling_sessions.c.finished_counter + sa.bindparam("count"))
+    .values(
+        finished_counter=sampling_sessions.c.finished_counter + sa.bindparam("count"),
+        last_used_at=sa.bindparam("now"),
+    )
     .returning(sampling_sessions.c.finished_counter)
 )
 _INSERT_PAYLOAD = payloads.insert()
 _INSERT_RESULT = results.insert()
-# Nothing is replayed yet, so a payload goes with its outcome. Recovery will keep the payloads of committed ops until
-# the second newest snapshot has passed them; this statement and its one use below are what changes then.
 _DROP_PAYLOAD = payloads.delete().where(payloads.c.row_id == sa.bindparam("of_row_id"))
+
+
+_FIRST = sa.select(requests.c.request_id, requests.c.kind, requests.c.state).where(
+    requests.c.request_id.in_(sa.bindparam("ids", expanding=True))
+)
+_PASSES = frozenset({OpKind.FORWARD, OpKind.FORWARD_BACKWARD})
+
+
+@dataclass(frozen=True, slots=True)
+class Added:
+    """What became of a request on its way in. first_kind: of the request that took its place before, unless FAILED."""
+
+    is_new: bool
+    first_kind: OpKind | None = None
+
+    def checked(self, request: NewRequest) -> bool:
+        """Whether it is new. Raises InvalidRequest when it is no replay: it would get the other one's result.
+
+        A FAILED first one tells its own reason. A pass that was refused may not have been read far enough to know
+        which of the two it is.
+        """
+        kind, first = request.kind, self.first_kind
+        if first in (None, kind) or (request.failure is not None and {kind, first} <= _PASSES):
+            return self.is_new
+        raise InvalidRequest(f"seq_id {request.seq_id} is taken by a request of kind {first}; this one is of {kind}")
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedRow:
+    """A row that became final in this transaction. dropped_key: of the blob that it named until now."""
+
+    request_id: RequestId
+    row_id: int
+    outcome: FinishedRequest
+    kind: OpKind
+    tenant_id: TenantId
+    model_id: ModelId | None
+    sampling_session_id: SamplingSessionId | None
+    num_tokens: int
+    payload_key: BlobKey | None
+
+    @property
+    def is_done(self) -> bool:
+        return self.outcome.failure is None
+
+    @property
+    def keeps_payload(self) -> bool:
+        """A replay may need it."""
+        return self.is_done and self.kind in REPLAYED_KINDS
+
+    @property
+    def dropped_key(self) -> BlobKey | None:
+        return None if self.keeps_payload else self.payload_key
 
 
 class RequestRows:
@@ -78,7 +149,7 @@ class RequestRows:
             conn.execute(_INSERT_PAYLOAD, bodies)
         refused_samples = [r for r in added if r.failure and r.sampling_session_id is not None]
         if refused_samples:
-            numbers = _next_numbers(conn, [_session_of(r) for r in refused_samples])
+            numbers = _next_numbers(conn, [_session_of(r) for r in refused_samples], now)
             conn.execute(
                 _NUMBER_SAMPLE,
                 [
@@ -88,41 +159,75 @@ class RequestRows:
             )
         return set(row_ids)
 
-    def finish(self, conn: sa.Connection, finished: Sequence[FinishedRequest], now: float) -> tuple[RequestId, ...]:
-        """Make queued rows final; the ids of those that were. Unknown and final rows are left alone."""
+    def insert_each(self, conn: sa.Connection, new: Sequence[NewRequest], now: float) -> list[Added]:
+        """`insert`, and what became of each request; a second copy in one group is a replay."""
+        added = self.insert(conn, new, now)
+        answers: list[Added | None] = []
+        for request in new:
+            answers.append(Added(is_new=True) if request.request_id in added else None)
+            added.discard(request.request_id)
+        firsts = first_kinds(conn, [r.request_id for r, answer in zip(new, answers, strict=True) if answer is None])
+        return [
+            answer or Added(is_new=False, first_kind=firsts.get(request.request_id))
+            for request, answer in zip(new, answers, strict=True)
+        ]
+
+    def finish(self, conn: sa.Connection, finished: Sequence[FinishedRequest], now: float) -> list[FinishedRow]:
+        """Make queued rows final; those that were queued, in the order given. Others are left alone.
+
+        The payload of a DONE forward_backward or optim_step stays; every other one goes, or is no longer named.
+        """
         by_id = {outcome.request_id: outcome for outcome in finished}
         assert len(by_id) == len(finished), "a request ends once"
         assert all((f.result is None) != (f.failure is None) for f in finished), "one of result and failure"
         queued = self._queued_rows(conn, by_id)
-        if not queued:
-            return ()
         # In the order they were handed over, which is the order clients see completions in.
-        ordered = [(f, *queued[f.request_id]) for f in finished if f.request_id in queued]
-        sampled = [session_id for _f, _row_id, session_id in ordered if session_id is not None]
-        numbers = iter(_next_numbers(conn, sampled))
-        rows = [
-            _final_values(outcome, row_id, next(numbers) if session_id is not None else None, now)
-            for outcome, row_id, session_id in ordered
-        ]
-        conn.execute(_FINISH, rows)
+        rows = [queued[f.request_id] for f in finished if f.request_id in queued]
+        if not rows:
+            return []
+        sampled = [row.sampling_session_id for row in rows if row.sampling_session_id is not None]
+        numbers = iter(_next_numbers(conn, sampled, now))
+        conn.execute(
+            _FINISH, [_final_values(row, next(numbers) if row.sampling_session_id else None, now) for row in rows]
+        )
         bodies = [
-            {"row_id": row_id, "content_type": f.result.content_type, "body": f.result.body, "finished_at": now}
-            for f, row_id, _session_id in ordered
-            if f.result is not None
+            {"row_id": row.row_id, "content_type": result.content_type, "body": result.body, "finished_at": now}
+            for row in rows
+            if (result := row.outcome.result) is not None
         ]
         if bodies:
             conn.execute(_INSERT_RESULT, bodies)
-        conn.execute(_DROP_PAYLOAD, [{"of_row_id": row_id} for _f, row_id, _session_id in ordered])
-        return tuple(f.request_id for f, _row_id, _session_id in ordered)
+        over = [{"of_row_id": row.row_id} for row in rows if not row.keeps_payload]
+        if over:
+            conn.execute(_DROP_PAYLOAD, over)
+        return rows
 
     def _queued_rows(
-        self, conn: sa.Connection, ids: Iterable[RequestId]
-    ) -> dict[RequestId, tuple[int, SamplingSessionId | None]]:
-        found: dict[RequestId, tuple[int, SamplingSessionId | None]] = {}
-        for chunk in chunks(list(ids)):
-            for row_id, request_id, session_id in conn.execute(_SELECT_QUEUED, {"ids": chunk}):
-                found[RequestId(request_id)] = (row_id, session_id)
+        self, conn: sa.Connection, outcomes: Mapping[RequestId, FinishedRequest]
+    ) -> dict[RequestId, FinishedRow]:
+        found: dict[RequestId, FinishedRow] = {}
+        for chunk in chunks(list(outcomes)):
+            for request_id, row_id, kind, tenant_id, model_id, session_id, num_tokens, key in conn.execute(
+                _SELECT_QUEUED, {"ids": chunk}
+            ):
+                found[request_id] = FinishedRow(
+                    request_id=request_id,
+                    row_id=row_id,
+                    outcome=outcomes[request_id],
+                    kind=OpKind(kind),
+                    tenant_id=tenant_id,
+                    model_id=model_id,
+                    sampling_session_id=session_id,
+                    num_tokens=num_tokens,
+                    payload_key=key,
+                )
         return found
+
+
+def first_kinds(conn: sa.Connection, request_ids: Sequence[RequestId]) -> dict[RequestId, OpKind]:
+    """The kind of each of these requests that has a row, but for FAILED ones: theirs may be unknown."""
+    found = (row for chunk in chunks(request_ids) for row in conn.execute(_FIRST, {"ids": chunk}))
+    return {RequestId(id_): OpKind(kind) for id_, kind, state in found if state != RequestState.FAILED}
 
 
 def chunks(ids: Sequence[str]) -> Iterable[Sequence[str]]:
@@ -158,6 +263,7 @@ def _row_of(request: NewRequest, now: float) -> Mapping[str, Any]:
         "model_id": request.model_id,
         "sampling_session_id": request.sampling_session_id,
         "payload_key": request.payload_key,
+        "payload_bytes": len(request.payload) or request.payload_bytes,
         "created_at": now,
         # A refused op is stepped over in its turn; a run whose creation (seq_id 0) was refused has no line.
         "in_line": request.kind is not OpKind.SAMPLE and (failure is None or request.seq_id > 0),
@@ -168,17 +274,18 @@ def _row_of(request: NewRequest, now: float) -> Mapping[str, Any]:
     }
 
 
-def _final_values(outcome: FinishedRequest, row_id: int, number: int | None, now: float) -> Mapping[str, Any]:
-    failure = outcome.failure
+def _final_values(row: FinishedRow, number: int | None, now: float) -> Mapping[str, Any]:
+    result, failure = row.outcome.result, row.outcome.failure
     return {
-        "of_row_id": row_id,
-        "state": RequestState.DONE.value if failure is None else RequestState.FAILED.value,
+        "of_row_id": row.row_id,
+        "state": RequestState.DONE.value if row.is_done else RequestState.FAILED.value,
         "finished_at": now,
         "finished_order": number,
-        "result_bytes": None if outcome.result is None else len(outcome.result.body),
+        "result_bytes": None if result is None else len(result.body),
         "error": None if failure is None else failure.message,
         "category": None if failure is None else failure.category.value,
-        "is_transient": outcome.is_transient,
+        "is_transient": row.outcome.is_transient,
+        "payload_key": row.payload_key if row.keeps_payload else None,
     }
 
 
@@ -187,11 +294,11 @@ def _session_of(request: NewRequest) -> SamplingSessionId:
     return request.sampling_session_id
 
 
-def _next_numbers(conn: sa.Connection, session_ids: Sequence[SamplingSessionId]) -> list[int]:
+def _next_numbers(conn: sa.Connection, session_ids: Sequence[SamplingSessionId], now: float) -> list[int]:
     """One completion number per entry. Sessions are locked in sorted order, so two writers cannot deadlock."""
     next_number: dict[SamplingSessionId, int] = {}
     for session_id, count in sorted(Counter(session_ids).items()):
-        newest = conn.execute(_TAKE_NUMBERS, {"of_session": session_id, "count": count}).scalar_one()
+        newest = conn.execute(_TAKE_NUMBERS, {"of_session": session_id, "count": count, "now": now}).scalar_one()
         next_number[session_id] = newest - count + 1
     numbers: list[int] = []
     for session_id in session_ids:

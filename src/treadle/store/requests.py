@@ -7,22 +7,22 @@ the request is durable and is answered one day, whoever dies.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import groupby
 
 import sqlalchemy as sa
 
 from treadle.domain.ids import BlobKey, ModelId, PoolName, RequestId, SamplingSessionId, TenantId
-from treadle.domain.limits import MAX_HEAD_ROWS, MAX_HEADS_PER_MODEL, MAX_PAGE_ROWS, MAX_ROWS_PER_SWEEP
+from treadle.domain.limits import MAX_HEADS_PER_MODEL, MAX_PAGE_ROWS, MAX_ROWS_PER_SWEEP
 from treadle.domain.ops import OpKind
 from treadle.domain.outcome import EncodedResult, Failure
 from treadle.domain.records import FutureRecord, NewRequest, RequestRecord
 from treadle.domain.states import Category, RequestState
 from treadle.store.engine import Database
 from treadle.store.events import Events
+from treadle.store.heads import Heads
 from treadle.store.pages import checked_limit
 from treadle.store.recent import RecentFutures
-from treadle.store.request_rows import RequestRows, checked_new, chunks
-from treadle.store.tables import IS_IN_LINE, IS_QUEUED, IS_SAMPLE, AnyRow, payloads, requests, results
+from treadle.store.request_rows import IS_REPLAYED, Added, RequestRows, checked_new, chunks
+from treadle.store.tables import IS_QUEUED, IS_SAMPLE, AnyRow, payloads, requests, results
 from treadle.store.writer import Writer
 
 _NARROW = (
@@ -38,28 +38,9 @@ _NARROW = (
     requests.c.model_id,
     requests.c.sampling_session_id,
     requests.c.payload_key,
+    requests.c.payload_bytes,
 )
 _IDS = requests.c.request_id.in_(sa.bindparam("ids", expanding=True))
-
-
-def _heads_statement() -> sa.Select[tuple[object, ...]]:
-    # The inner query touches nothing but the partial index; only the rows that count are fetched.
-    ranked = (
-        sa.select(
-            requests.c.row_id,
-            sa.func.row_number().over(partition_by=requests.c.model_id, order_by=requests.c.seq_id).label("place"),
-        )
-        .where(requests.c.pool == sa.bindparam("of_pool"), IS_IN_LINE)
-        .subquery()
-    )
-    # When there are too many, every model keeps the start of its line, and older lines go first.
-    first = (
-        sa.select(ranked.c.row_id)
-        .where(ranked.c.place <= sa.bindparam("per_model"))
-        .order_by(ranked.c.place, ranked.c.row_id)
-        .limit(sa.bindparam("max_rows"))
-    )
-    return sa.select(*_NARROW).where(requests.c.row_id.in_(first)).order_by(requests.c.model_id, requests.c.seq_id)
 
 
 def _queued_samples_statement() -> sa.Select[tuple[object, ...]]:
@@ -80,7 +61,6 @@ def _queued_samples_statement() -> sa.Select[tuple[object, ...]]:
     )
 
 
-HEADS = _heads_statement()
 QUEUED_SAMPLES = _queued_samples_statement()
 _GET = sa.select(*_NARROW).where(requests.c.request_id == sa.bindparam("id"))
 _FUTURE = (
@@ -107,8 +87,26 @@ _KNOWN_SEQ_IDS = sa.select(requests.c.seq_id).where(
     requests.c.model_id == sa.bindparam("of_model"),
     requests.c.seq_id.between(sa.bindparam("lo"), sa.bindparam("hi")),
 )
-_COUNT_QUEUED = sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(requests.c.num_tokens), 0)).where(IS_QUEUED)
-_COUNT_QUEUED_OF_TENANT = _COUNT_QUEUED.where(requests.c.tenant_id == sa.bindparam("of_tenant"))
+_OF_MODEL = requests.c.model_id == sa.bindparam("of_model")
+LOG = (
+    sa.select(*_NARROW)
+    .where(_OF_MODEL, requests.c.seq_id > sa.bindparam("after"), requests.c.seq_id < sa.bindparam("before"))
+    .where(IS_REPLAYED)
+    .order_by(requests.c.seq_id)
+    .limit(sa.bindparam("max_rows"))
+)
+_NEWEST_STEP = (
+    sa.select(requests.c.seq_id)
+    .where(_OF_MODEL, requests.c.kind == OpKind.OPTIM_STEP.value, requests.c.state == RequestState.DONE.value)
+    .order_by(requests.c.seq_id.desc())
+    .limit(1)
+)
+_FAILED_PASSES = sa.select(requests.c.seq_id).where(
+    _OF_MODEL,
+    requests.c.seq_id > sa.bindparam("after"),
+    requests.c.kind == OpKind.FORWARD_BACKWARD.value,
+    requests.c.state == RequestState.FAILED.value,
+)
 _ROW_IDS = sa.select(requests.c.row_id).where(_IDS)
 _DROP_RESULTS = results.delete().where(results.c.row_id.in_(_ROW_IDS))
 _MARK_DELIVERED = (
@@ -152,6 +150,7 @@ class Requests:
         self._rows = rows
         self._recent = recent
         self._clock = clock
+        self._heads = Heads(database, columns=_NARROW, record_of=_record_of)
 
     async def enqueue(self, request: NewRequest) -> RequestId:
         """The request's id, once its row is durable. A replay changes nothing and gets the same id. Raises as `add`."""
@@ -161,15 +160,17 @@ class Requests:
     async def add(self, request: NewRequest) -> bool:
         """Whether the request is new, once its row is durable. False for a replay, which changes nothing.
 
-        With a failure set the row is FAILED from the start. Raises InvalidRequest for a seq_id out of range and
-        ServerError when its model or sampling session has no row, or another request has its (model, seq_id).
+        With a failure set the row is FAILED from the start. Raises InvalidRequest for a seq_id out of range, or one
+        that the client gave to a request of another kind, and ServerError when its model or sampling session has no
+        row, or another request has its (model, seq_id).
         """
 
-        def announce(is_new: bool) -> None:
-            if is_new:
+        def announce(added: Added) -> None:
+            if added.is_new:
                 self.announce_new(request)
 
-        return await self._writer.run_batched(self._insert_all, checked_new(request), after_commit=announce)
+        added = await self._writer.run_batched(self._insert_all, checked_new(request), after_commit=announce)
+        return added.checked(request)
 
     async def get(self, request_id: RequestId) -> RequestRecord | None:
         """The narrow row."""
@@ -224,16 +225,13 @@ class Requests:
         return await self._database.read(bodies)
 
     async def heads(self, pool: PoolName, per_model: int = MAX_HEADS_PER_MODEL) -> list[tuple[RequestRecord, ...]]:
-        """Per model with a line, the first `per_model` ops of it, by seq_id; MAX_HEAD_ROWS in all.
+        """Per model with a line, the first ops of it, by seq_id; MAX_HEAD_ROWS in all, and up to `per_model` of each.
 
         A line holds the queued ops, and the FAILED ones that were refused at admission and have not been passed
         yet: their seq_id is consumed by stepping over it, which a commit of `ModelAdvance.next_seq_id` records.
+        Of many lines the first few ops of each are read, and of more than MAX_HEAD_ROWS one part after the other.
         """
-        assert 0 < per_model <= MAX_HEADS_PER_MODEL, per_model
-        values = {"of_pool": pool, "per_model": per_model, "max_rows": MAX_HEAD_ROWS}
-        rows = await self._database.read(lambda conn: conn.execute(HEADS, values).all())
-        records = (_record_of(row) for row in rows)
-        return [tuple(line) for _model_id, line in groupby(records, key=lambda record: record.model_id)]
+        return await self._heads.read(pool, per_model)
 
     async def queued_samples(self, pool: PoolName, limit: int = MAX_PAGE_ROWS) -> list[RequestRecord]:
         """Queued samples, tenants taking turns, each in arrival order; running ones included.
@@ -244,19 +242,28 @@ class Requests:
         rows = await self._database.read(lambda conn: conn.execute(QUEUED_SAMPLES, values).all())
         return [_record_of(row) for row in rows]
 
-    async def count_queued(self, tenant_id: TenantId | None = None) -> tuple[int, int]:
-        """Queued requests and their tokens, of one tenant or of all."""
-        if tenant_id is None:
-            row = await self._database.read(lambda conn: conn.execute(_COUNT_QUEUED).one())
-        else:
-            values = {"of_tenant": tenant_id}
-            row = await self._database.read(lambda conn: conn.execute(_COUNT_QUEUED_OF_TENANT, values).one())
-        return int(row[0]), int(row[1])
-
     async def known_seq_ids(self, model_id: ModelId, lo: int, hi: int) -> set[int]:
         """The seq_ids in [lo, hi] that have a row, in any state."""
         values = {"of_model": model_id, "lo": lo, "hi": hi}
         return await self._database.read(lambda conn: set(conn.execute(_KNOWN_SEQ_IDS, values).scalars()))
+
+    async def log(
+        self, model_id: ModelId, *, after: int, before: int, limit: int = MAX_HEADS_PER_MODEL
+    ) -> list[RequestRecord]:
+        """The run's DONE forward_backward and optim_step rows with after < seq_id < before: the first `limit`."""
+        values = {"of_model": model_id, "after": after, "before": before, "max_rows": checked_limit(limit)}
+        rows = await self._database.read(lambda conn: conn.execute(LOG, values).all())
+        return [_record_of(row) for row in rows]
+
+    async def failed_passes_since_step(self, model_id: ModelId) -> set[int]:
+        """The seq_ids of FAILED forward_backward rows behind the run's newest DONE optim_step (all, without one)."""
+
+        def failed(conn: sa.Connection) -> set[int]:
+            newest = conn.execute(_NEWEST_STEP, {"of_model": model_id}).scalar_one_or_none()
+            values = {"of_model": model_id, "after": -1 if newest is None else newest}
+            return set(conn.execute(_FAILED_PASSES, values).scalars())
+
+        return await self._database.read(failed)
 
     async def acknowledge(self, request_ids: Sequence[RequestId]) -> None:
         """Drop the results of requests whose client has them. Queued and unknown requests are left alone."""
@@ -301,18 +308,13 @@ class Requests:
         if request.failure is not None:
             self._events.announce_finished((request.request_id,))
 
-    def _insert_all(self, conn: sa.Connection, new: Sequence[NewRequest]) -> list[bool]:
-        added = self._rows.insert(conn, new, self._clock())
-        is_new: list[bool] = []
-        for request in new:
-            is_new.append(request.request_id in added)
-            # A second copy in the same group is a replay.
-            added.discard(request.request_id)
-        return is_new
+    def _insert_all(self, conn: sa.Connection, new: Sequence[NewRequest]) -> list[Added]:
+        return self._rows.insert_each(conn, new, self._clock())
 
 
 def _record_of(row: AnyRow) -> RequestRecord:
-    request_id, tenant_id, pool, kind, state, seq_id, num_tokens, created_at, quanta, model_id, session_id, key = row
+    request_id, tenant_id, pool, kind, state, seq_id, num_tokens, created_at, quanta, *of = row
+    model_id, session_id, payload_key, payload_bytes = of
     return RequestRecord(
         request_id=RequestId(request_id),
         tenant_id=TenantId(tenant_id),
@@ -325,5 +327,6 @@ def _record_of(row: AnyRow) -> RequestRecord:
         quantum_tokens=tuple(quanta),
         model_id=None if model_id is None else ModelId(model_id),
         sampling_session_id=None if session_id is None else SamplingSessionId(session_id),
-        payload_key=None if key is None else BlobKey(key),
+        payload_key=None if payload_key is None else BlobKey(payload_key),
+        payload_bytes=payload_bytes,
     )

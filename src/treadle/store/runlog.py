@@ -48,6 +48,9 @@ class RunLogInserts:
                 "kind": entry.kind.value,
                 "created_at": entry.created_at,
                 "metrics": dict(entry.metrics),
+                "queued_s": entry.queued_s,
+                "run_s": entry.run_s,
+                "cycle": entry.cycle,
             }
             for entry in entries
         ]
@@ -71,6 +74,9 @@ class RunLog:
                 kind=OpKind(row.kind),
                 created_at=row.created_at,
                 metrics=row.metrics,
+                queued_s=row.queued_s,
+                run_s=row.run_s,
+                cycle=row.cycle,
             )
             for row in reversed(rows)
         ]

@@ -36,6 +36,8 @@ _COLUMNS = (
     sampling_sessions.c.model_path,
     sampling_sessions.c.blob_key,
     sampling_sessions.c.model_id,
+    sampling_sessions.c.seq_id,
+    sampling_sessions.c.is_dropped,
 )
 _GET = sa.select(*_COLUMNS).where(sampling_sessions.c.sampling_session_id == sa.bindparam("id"))
 _OF_SESSION = (
@@ -164,6 +166,9 @@ def _row_of(record: SamplingSessionRecord) -> dict[str, Any]:
         "model_path": record.model_path,
         "blob_key": record.blob_key,
         "model_id": record.model_id,
+        "seq_id": record.seq_id,
+        "is_dropped": record.is_dropped,
+        "last_used_at": record.created_at,
         "client_counter": 0,
         "finished_counter": 0,
     }
@@ -180,4 +185,6 @@ def _record_of(row: AnyRow) -> SamplingSessionRecord:
         model_path=row.model_path,
         blob_key=None if row.blob_key is None else BlobKey(row.blob_key),
         model_id=None if row.model_id is None else ModelId(row.model_id),
+        seq_id=row.seq_id,
+        is_dropped=row.is_dropped,
     )

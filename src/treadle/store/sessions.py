@@ -34,14 +34,20 @@ _FIND_BY_KEY = sa.select(*_COLUMNS).where(
 _FINISHED = sa.select(sessions.c.session_id).where(
     sessions.c.session_id.in_(sa.bindparam("ids", expanding=True)), sessions.c.state == SessionState.FINISHED.value
 )
+_IS_EXPIRED = sessions.c.state == SessionState.EXPIRED.value
 _TOUCH = (
-    sessions.update().where(sessions.c.session_id == sa.bindparam("id")).values(last_heartbeat_at=sa.bindparam("now"))
+    sessions.update()
+    .where(sessions.c.session_id == sa.bindparam("id"))
+    .values(
+        last_heartbeat_at=sa.bindparam("now"),
+        state=sa.case((_IS_EXPIRED, SessionState.ACTIVE.value), else_=sessions.c.state),
+    )
 )
 _FINISH = (
     sessions.update()
     .where(
         sessions.c.session_id == sa.bindparam("id"),
-        sessions.c.state == SessionState.ACTIVE.value,
+        sessions.c.state != SessionState.FINISHED.value,
     )
     .values(
         state=SessionState.FINISHED.value,
@@ -79,7 +85,7 @@ class Sessions:
         return await self._writer.run(write)
 
     async def get(self, session_id: SessionId) -> SessionRecord | None:
-        """The session, active or finished."""
+        """The session, in any state."""
         row = await self._database.read(lambda conn: conn.execute(_GET, {"id": session_id}).one_or_none())
         return None if row is None else _record_of(row)
 
@@ -93,7 +99,7 @@ class Sessions:
         return await self._database.read(finished)
 
     async def touch(self, session_ids: Collection[SessionId]) -> None:
-        """Record a heartbeat of these sessions now. Unknown sessions are ignored."""
+        """Record a heartbeat of these sessions now, which wakes expired ones up. Unknown sessions are ignored."""
         rows = [{"id": session_id, "now": self._clock()} for session_id in session_ids]
         if rows:
             await self._writer.run(lambda conn: conn.execute(_TOUCH, rows).rowcount)

@@ -14,30 +14,41 @@ from collections.abc import Callable
 import sqlalchemy as sa
 
 from treadle.store import migrate
+from treadle.store.backlog import BacklogReads
 from treadle.store.checkpoints import Checkpoints
 from treadle.store.cycles import Cycles
 from treadle.store.engine import Database, translated
 from treadle.store.events import Events
 from treadle.store.keys import Keys
-from treadle.store.leases import Leases
+from treadle.store.leases import Leases, LeaseStatements
 from treadle.store.models import Models
+from treadle.store.notify import Notifier
+from treadle.store.pools import Pools
 from treadle.store.recent import RecentFutures
 from treadle.store.request_rows import RequestRows
 from treadle.store.requests import Requests
+from treadle.store.retention import Retention
 from treadle.store.runlog import RunLog
 from treadle.store.sampling import Sampling, SamplingInserts
 from treadle.store.sessions import Sessions
+from treadle.store.snapshots import SnapshotRows, Snapshots
+from treadle.store.tenants import Tenants
+from treadle.store.upkeep import Upkeep
 from treadle.store.writer import Writer
 
 
 class Store:
     """What the layers above hold. Any method of any part may raise StoreUnavailable."""
 
-    def __init__(self, *, database: Database, writer: Writer, clock: Callable[[], float]) -> None:
+    def __init__(self, *, database: Database, writer: Writer, clock: Callable[[], float] | None) -> None:
+        lease_clock = time.time if clock is None and database.dialect.now() is None else clock
+        statements = LeaseStatements(database.dialect, lease_clock)
+        clock = clock or time.time
         self._database = database
         self._writer = writer
         rows = RequestRows(database.dialect)
         sampling_inserts = SamplingInserts(database.dialect)
+        snapshot_rows = SnapshotRows(database.dialect)
         self.events = Events()
         self.keys = Keys(database=database, writer=writer, clock=clock)
         self.sessions = Sessions(database=database, writer=writer, clock=clock)
@@ -48,7 +59,8 @@ class Store:
         self.models = Models(database=database, writer=writer, rows=rows, requests=self.requests, clock=clock)
         self.sampling = Sampling(database=database, writer=writer, inserts=sampling_inserts)
         self.checkpoints = Checkpoints(database=database, writer=writer, clock=clock)
-        self.leases = Leases(database=database, writer=writer, clock=clock)
+        self.leases = Leases(database=database, writer=writer, events=self.events, statements=statements)
+        self.pools = Pools(database=database, writer=writer, events=self.events, statements=statements, clock=clock)
         self.cycles = Cycles(
             database=database,
             writer=writer,
@@ -57,16 +69,27 @@ class Store:
             rows=rows,
             recent=recent,
             sampling=sampling_inserts,
+            snapshots=snapshot_rows,
             clock=clock,
         )
+        self.snapshots = Snapshots(database=database, writer=writer, rows=snapshot_rows)
         self.run_log = RunLog(database)
+        self.retention = Retention(database=database, writer=writer)
+        self.upkeep = Upkeep(database)
+        self.tenants = Tenants(database=database, writer=writer, clock=clock)
+        self.backlog = BacklogReads(database)
         self._needed_version: str | None = None
+        self._notifier: Notifier | None = None
+        if database.dialect.can_notify:
+            self._notifier = Notifier(database, self.events, forget=recent.forget)
+            self.events.forward_to(self._notifier)
 
     @staticmethod
-    async def open(url: str, *, clock: Callable[[], float] = time.time, migrate: bool = True) -> Store:
-        """An open store on `url`, like sqlite:////ABSOLUTE/PATH (the directory must exist).
+    async def open(url: str, *, clock: Callable[[], float] | None = None, migrate: bool = True) -> Store:
+        """An open store on `url`: sqlite:////ABSOLUTE/PATH (the directory must exist) or postgresql://...
 
-        `clock` gives seconds since the epoch. `migrate` brings the schema to the newest version first. Raises
+        `clock` gives seconds since the epoch; without one, leases go by PostgreSQL's own, and everything else by this
+        machine's. `migrate` brings the schema to the newest version first. Raises
         ConfigError for a URL that is not supported or a database of a newer treadle, and StoreUnavailable.
         """
         database = Database.of(url)
@@ -81,6 +104,8 @@ class Store:
     async def close(self) -> None:
         """Commit the writes that wait, then close. Later calls raise StoreUnavailable. Idempotent."""
         await self._writer.close()
+        if self._notifier is not None:
+            await self._notifier.close()
         await self._database.close()
 
     async def ping(self) -> None:
@@ -96,5 +121,5 @@ class Store:
 
 
 async def _upgrade(database: Database) -> None:
-    with translated():
+    with translated(database.dialect):
         await database.write(lambda conn: migrate.upgrade(conn, database.dialect))

@@ -26,6 +26,12 @@ metadata = sa.MetaData(
 # SQLite numbers rows by itself only in a column of exactly this type.
 _RowId = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 
+
+def _partial_index(name: str, *columns: sa.Column[object], where: sa.ColumnElement[bool], unique: bool = False) -> None:
+    """Used only for queries that repeat the condition word for word, which is why conditions hold literals."""
+    sa.Index(name, *columns, unique=unique, sqlite_where=where, postgresql_where=where)
+
+
 keys = sa.Table(
     "keys",
     metadata,
@@ -58,6 +64,9 @@ sessions = sa.Table(
     sa.UniqueConstraint("tenant_id", "idempotency_key"),
 )
 sa.Index("ix_sessions_tenant", sessions.c.tenant_id, sessions.c.created_at)
+# For the search for silent clients. Not on the heartbeat itself: each one would have to move its entry.
+IS_ACTIVE = sessions.c.state == sa.literal_column("'active'")
+_partial_index("ix_sessions_active", sessions.c.session_id, where=IS_ACTIVE)
 
 models = sa.Table(
     "models",
@@ -74,17 +83,31 @@ models = sa.Table(
     sa.Column("next_seq_id", sa.BigInteger, nullable=False),
     sa.Column("incarnation", sa.BigInteger, nullable=False),
     sa.Column("changed_seq", sa.BigInteger, nullable=False),
-    sa.Column("snapshot_key", sa.Text),
-    sa.Column("snapshot_seq", sa.BigInteger, nullable=False),
     sa.Column("user_metadata", sa.JSON, nullable=False),
     sa.Column("created_at", sa.Double, nullable=False),
     sa.Column("last_request_at", sa.Double, nullable=False),
     # The request that creates it, which a replay is answered with.
     sa.Column("create_request_id", sa.Text, nullable=False),
+    # Of its ops up to this one no payload is left: where the next retirement begins.
+    sa.Column("retired_seq", sa.BigInteger, nullable=False, server_default=sa.text("0")),
 )
 sa.Index("ix_models_session", models.c.session_id)
 sa.Index("ix_models_tenant", models.c.tenant_id, models.c.created_at)
 sa.Index("ix_models_pool", models.c.pool, models.c.state)
+
+# What a run's state can be restored from: its two newest (see snapshots.py).
+snapshots = sa.Table(
+    "snapshots",
+    metadata,
+    sa.Column("model_id", sa.Text, sa.ForeignKey(models.c.model_id), primary_key=True),
+    sa.Column("seq_id", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("blob_key", sa.Text),
+    sa.Column("with_optimizer", sa.Boolean, nullable=False),
+    sa.Column("num_bytes", sa.BigInteger, nullable=False),
+    sa.Column("numerics_profile", sa.Text, nullable=False),
+    sa.Column("created_at", sa.Double, nullable=False),
+)
+_partial_index("ix_snapshots_blob_key", snapshots.c.blob_key, where=snapshots.c.blob_key.is_not(None))
 
 sampling_sessions = sa.Table(
     "sampling_sessions",
@@ -101,8 +124,19 @@ sampling_sessions = sa.Table(
     # Clients that joined it, and samples of it that are finished; each numbers the next one.
     sa.Column("client_counter", sa.BigInteger, nullable=False),
     sa.Column("finished_counter", sa.BigInteger, nullable=False),
+    # When it was made, or the newest of its samples was finished.
+    sa.Column("last_used_at", sa.Double, nullable=False, server_default=sa.text("0")),
+    # Its weights were swept: it can be named, and not sampled.
+    sa.Column("is_dropped", sa.Boolean, nullable=False, server_default=sa.false()),
+    # Of the save that made it.
+    sa.Column("seq_id", sa.BigInteger),
 )
 sa.Index("ix_sampling_sessions_session", sampling_sessions.c.session_id)
+_s = sampling_sessions.c
+_partial_index("ix_sampling_sessions_blob_key", _s.blob_key, where=_s.blob_key.is_not(None))
+# Versions that a training run saved for itself and that can still be sampled.
+IS_KEPT_VERSION = sa.and_(_s.model_id.is_not(None), _s.is_dropped.is_(sa.false()))
+_partial_index("ix_sampling_sessions_kept_versions", _s.model_id, _s.created_at, where=IS_KEPT_VERSION)
 
 requests = sa.Table(
     "requests",
@@ -129,23 +163,19 @@ requests = sa.Table(
     sa.Column("error", sa.Text),
     sa.Column("category", sa.Text),
     sa.Column("is_transient", sa.Boolean, nullable=False),
+    # Of the payload as it came in, wherever it is kept.
+    sa.Column("payload_bytes", sa.BigInteger, nullable=False, server_default=sa.text("0")),
 )
 
-# Literals, because a partial index serves only queries that repeat its condition word for word.
 IS_QUEUED = requests.c.state == sa.literal_column("'queued'")
 IS_SAMPLE = requests.c.kind == sa.literal_column("'sample'")
 IS_IN_LINE = requests.c.in_line.is_(sa.true())
-
-
-def _partial_index(name: str, *columns: sa.Column[object], where: sa.ColumnElement[bool], unique: bool = False) -> None:
-    sa.Index(name, *columns, unique=unique, sqlite_where=where, postgresql_where=where)
-
 
 _r = requests.c
 # in_line is constant here, but SQLite before 3.41 fetches the row to check the condition unless the index has it.
 _partial_index("ix_requests_line", _r.pool, _r.model_id, _r.seq_id, _r.in_line, where=IS_IN_LINE)
 _partial_index("ix_requests_queued_samples", _r.pool, _r.tenant_id, _r.row_id, where=sa.and_(IS_QUEUED, IS_SAMPLE))
-_partial_index("ix_requests_queued_of_tenant", _r.tenant_id, _r.num_tokens, where=IS_QUEUED)
+_partial_index("ix_requests_queued_of_tenant", _r.tenant_id, where=IS_QUEUED)
 _partial_index("ix_requests_model_seq", _r.model_id, _r.seq_id, where=_r.model_id.is_not(None), unique=True)
 _partial_index(
     "ix_requests_finished_samples",
@@ -154,6 +184,8 @@ _partial_index(
     where=_r.finished_order.is_not(None),
     unique=True,
 )
+# Only large payloads have a key, so few rows pay for this.
+_partial_index("ix_requests_payload_key", _r.payload_key, where=_r.payload_key.is_not(None))
 
 payloads = sa.Table(
     "payloads",
@@ -192,6 +224,8 @@ checkpoints = sa.Table(
 )
 sa.Index("ix_checkpoints_model", checkpoints.c.model_id, checkpoints.c.kind, checkpoints.c.created_at)
 sa.Index("ix_checkpoints_tenant", checkpoints.c.tenant_id, checkpoints.c.created_at)
+sa.Index("ix_checkpoints_blob_key", checkpoints.c.blob_key)
+_partial_index("ix_checkpoints_expires_at", checkpoints.c.expires_at, where=checkpoints.c.expires_at.is_not(None))
 
 leases = sa.Table(
     "leases",
@@ -213,6 +247,9 @@ run_log = sa.Table(
     sa.Column("kind", sa.Text, nullable=False),
     sa.Column("created_at", sa.Double, nullable=False),
     sa.Column("metrics", sa.JSON, nullable=False),
+    sa.Column("queued_s", sa.Double, nullable=False, server_default=sa.text("0")),
+    sa.Column("run_s", sa.Double, nullable=False, server_default=sa.text("0")),
+    sa.Column("cycle", sa.BigInteger, nullable=False, server_default=sa.text("0")),
 )
 
 usage = sa.Table(
@@ -220,4 +257,22 @@ usage = sa.Table(
     metadata,
     sa.Column("tenant_id", sa.Text, primary_key=True),
     sa.Column("trained_tokens", sa.BigInteger, nullable=False),
+)
+
+# What an operator set for a tenant; one without a row has the defaults.
+tenants = sa.Table(
+    "tenants",
+    metadata,
+    sa.Column("tenant_id", sa.Text, primary_key=True),
+    sa.Column("weight_class", sa.Text, nullable=False),
+    sa.Column("updated_at", sa.Double, nullable=False),
+)
+
+# What the leader's worker reported of its base model, for servers that have no worker of that pool.
+pools = sa.Table(
+    "pools",
+    metadata,
+    sa.Column("pool", sa.Text, primary_key=True),
+    sa.Column("facts", sa.JSON, nullable=False),
+    sa.Column("updated_at", sa.Double, nullable=False),
 )

@@ -20,10 +20,14 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from treadle.domain.limits import MAX_PENDING_WRITES, MAX_WRITES_PER_COMMIT
 from treadle.errors import StoreUnavailable
+from treadle.store.dialect import Dialect
 from treadle.store.engine import Database, translate
 
 I = TypeVar("I")  # noqa: E741 (an item)
 T = TypeVar("T")
+
+# A write that only another process's write at the same time made fail is tried so often in all.
+_MAX_TRIES = 5
 
 BatchWrite: TypeAlias = Callable[[sa.Connection, Sequence[I]], Sequence[T]]
 """Writes many items at once and returns one value per item, in order."""
@@ -35,6 +39,7 @@ class _Pending:
     item: Any
     after_commit: Callable[[Any], None] | None
     answer: asyncio.Future[Any]
+    dialect: Dialect
 
     def resolve(self, value: Any) -> None:
         if self.after_commit is not None:
@@ -46,7 +51,7 @@ class _Pending:
 
     def reject(self, error: Exception) -> None:
         if not self.answer.done():
-            self.answer.set_exception(translate(error) if isinstance(error, SQLAlchemyError) else error)
+            self.answer.set_exception(translate(error, self.dialect) if isinstance(error, SQLAlchemyError) else error)
 
 
 class Writer:
@@ -88,7 +93,8 @@ class Writer:
             raise StoreUnavailable("the store is closed")
         if len(self._pending) >= MAX_PENDING_WRITES:
             raise StoreUnavailable(f"the database is behind: {MAX_PENDING_WRITES} writes are waiting")
-        pending = _Pending(write, item, after_commit, asyncio.get_running_loop().create_future())
+        answer = asyncio.get_running_loop().create_future()
+        pending = _Pending(write, item, after_commit, answer, self._database.dialect)
         self._pending.append(pending)
         self._has_work.set()
         return pending.answer
@@ -102,7 +108,7 @@ class Writer:
             count = min(len(self._pending), MAX_WRITES_PER_COMMIT)
             await self._commit([self._pending.popleft() for _ in range(count)])
 
-    async def _commit(self, group: Sequence[_Pending]) -> None:
+    async def _commit(self, group: Sequence[_Pending], *, num_tries: int = 1) -> None:
         """Commit the group as one; when a write of it fails, each of them alone."""
         must_isolate = False
 
@@ -120,6 +126,8 @@ class Writer:
             if must_isolate:
                 for pending in group:
                     await self._commit([pending])
+            elif self._database.dialect.is_conflict(error) and num_tries < _MAX_TRIES:
+                await self._commit(group, num_tries=num_tries + 1)
             else:
                 # Alone, or the database itself failed: to repeat every write would wait for it once per write.
                 for pending in group:

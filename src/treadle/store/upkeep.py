@@ -1,0 +1,73 @@
+"""What an operator does to a database as a whole: look whether it is sound, copy it.
+
+It refuses to repair anything and to touch blobs. Invariant: nothing here changes a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import sqlalchemy as sa
+
+from treadle.domain.ids import BlobKey
+from treadle.domain.limits import MAX_PAGE_ROWS
+from treadle.store import migrate
+from treadle.store.dialect import parse_url
+from treadle.store.engine import Database
+from treadle.store.tables import checkpoints, requests, sampling_sessions, snapshots
+
+_NAMED = sa.union(
+    sa.select(snapshots.c.blob_key.label("key")),
+    sa.select(checkpoints.c.blob_key),
+    sa.select(sampling_sessions.c.blob_key).where(sampling_sessions.c.is_dropped.is_(sa.false())),
+    sa.select(requests.c.payload_key),
+).subquery()
+_NAMED_PAGE = (
+    sa.select(_NAMED.c.key)
+    .where(_NAMED.c.key > sa.bindparam("after"))
+    .order_by(_NAMED.c.key)
+    .limit(sa.bindparam("max_rows"))
+)
+
+
+@dataclass(frozen=True, slots=True)
+class PostgresAddress:
+    """A PostgreSQL database as its own tools take it: the URL holds no password."""
+
+    url: str
+    password: str | None
+
+
+class Upkeep:
+    """See the module."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def schema_version(self) -> str | None:
+        """The version of the schema that is there; None for an empty database."""
+        return await self._database.read(migrate.version_of)
+
+    async def problems(self) -> list[str]:
+        """What the database itself finds wrong with its file and its references; nothing when it is sound."""
+        return await self._database.read(self._database.dialect.problems)
+
+    async def named_blobs(self, *, after: str = "") -> list[BlobKey]:
+        """The next page of blobs that some row names, by key, behind `after`."""
+        values = {"after": after, "max_rows": MAX_PAGE_ROWS}
+        keys = await self._database.read(lambda conn: conn.execute(_NAMED_PAGE, values).scalars().all())
+        return [BlobKey(key) for key in keys]
+
+    async def copy_to(self, file: Path) -> None:
+        """Write a copy as of one moment to a new SQLite file, while others read and write. SQLite only."""
+        await self._database.read(lambda conn: self._database.dialect.copy(conn, file))
+
+
+def postgres_address(url: str) -> PostgresAddress | None:
+    """The address of a PostgreSQL database; None for any other. Raises ConfigError for a URL that is not supported."""
+    parsed, dialect = parse_url(url)
+    if dialect.is_sqlite:
+        return None
+    bare = parsed.set(drivername="postgresql", password=None)
+    return PostgresAddress(bare.render_as_string(hide_password=False), parsed.password)
