@@ -14,6 +14,7 @@ import torch
 from engine_builders import load_tiny, make_datums, make_model_dir, make_state, quantum_of
 
 from treadle.domain.ops import AdamParams, LoraSpec
+from treadle.engine import files as engine_files
 from treadle.engine.base_model import BaseModel
 from treadle.engine.files import decode_state, decode_weights, encode_state, export_peft, read_header
 from treadle.engine.optim import adamw_step
@@ -224,8 +225,20 @@ def with_header(base: BaseModel, **changes: object) -> bytes:
     data = encode_state(make_state(base, LoraSpec(rank=2, seed=0)), base, with_optimizer=True, applied_seq=0)
     length = int.from_bytes(data[:8], "little")
     header = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["treadle"])
-    header.update(changes)
-    return safetensors.numpy.save(safetensors.numpy.load(data), {"treadle": json.dumps(header)})
+    del header["crc32"]
+    return engine_files._file_of({**header, **changes}, safetensors.numpy.load(data))
+
+
+def test_a_file_in_which_one_bit_has_changed_is_refused(base: BaseModel) -> None:
+    state = trained_state(base, LoraSpec(rank=2, seed=0), open_gradient=True)
+    data = encode_state(state, base, with_optimizer=True, applied_seq=12)
+    rng = np.random.default_rng(0)
+    places = [*rng.integers(0, len(data), 60), data.index(b"applied_seq") + len(b'applied_seq\\": '), len(data) - 1]
+    for place in places:
+        damaged = bytearray(data)
+        damaged[place] ^= 1
+        with pytest.raises(InvalidRequest):
+            decode_state(bytes(damaged), base)
 
 
 @pytest.mark.parametrize(
@@ -240,7 +253,7 @@ def with_header(base: BaseModel, **changes: object) -> bytes:
         ),
         (lambda base: with_header(base, format_version=99), ("99",)),
         # Its moments lie in another order.
-        (lambda base: with_header(base, format_version=1), ("format 1 .* reads 2",)),
+        (lambda base: with_header(base, format_version=1), ("format 1 .* reads 3",)),
         (lambda base: with_header(base, surprise=1), ("header",)),
         (lambda base: b"", ("header",)),
         (lambda base: b"\xff" * 64, ("header",)),

@@ -7,22 +7,18 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 from treadle.blobs import BlobStore
-from treadle.blobs.local import LocalBlobs
+from treadle.domain.outcome import RestoreEnd
 from treadle.errors import WorkerDied
 from treadle.executor.fake import DEFAULT_FACTS, FakeExecutor
+from treadle.executor.faults import Fault, Faults, Moment, PlannedFault
 from treadle.testing.builders import sample_op
-from treadle.testing.driver import Driver, read_sample, started
-from treadle.testing.executor_contract import CHECKS, Check, Run
-
-
-@pytest.fixture
-def blobs(tmp_path: Path) -> BlobStore:
-    return LocalBlobs(tmp_path)
+from treadle.testing.driver import PATIENCE_S, Driver, read_sample, started
+from treadle.testing.executor_contract import CHECKS, LORA, Check, Run
+from treadle.testing.recovery_contract import RECOVERY_CHECKS, assert_must_restore
 
 
 @pytest.fixture
@@ -31,7 +27,7 @@ async def driver(blobs: BlobStore) -> AsyncIterator[Driver]:
         yield driver
 
 
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("check", [*CHECKS, *RECOVERY_CHECKS], ids=lambda check: check.__name__)
 async def test_contract(check: Check, driver: Driver) -> None:
     await check(driver)
 
@@ -64,6 +60,84 @@ async def test_death_is_told_once_and_takes_everything(driver: Driver) -> None:
     await executor.stop()
     assert driver.deaths == ["killed"]
     assert driver.sample_outcomes == []
+
+
+DURING_A_CYCLE = [Moment.CYCLE_TAKEN, Moment.RESTORE_TAKEN, Moment.OP_DONE, Moment.CYCLE_DONE]
+
+
+@pytest.mark.parametrize("moment", DURING_A_CYCLE)
+async def test_a_planned_death_ends_the_cycle_and_the_next_worker_lives(blobs: BlobStore, moment: Moment) -> None:
+    faults = Faults(PlannedFault(moment, Fault.DEATH))
+    async with started(FakeExecutor(blobs, faults=faults)) as driver:
+        run = Run(driver)
+        restore = driver.restore_item(run.tag(0), LORA, None)
+        with pytest.raises(WorkerDied, match=f"planned death: {moment}"):
+            await driver.run(run.backward(), run.step(), restores=[restore])
+        assert len(driver.deaths) == 1
+        assert faults.num_left == 0
+    async with started(FakeExecutor(blobs, faults=faults)) as driver:
+        await Run(driver).trained()
+
+
+@pytest.mark.parametrize("moment", [*DURING_A_CYCLE, Moment.SNAPSHOT_TAKEN, Moment.SNAPSHOT_DURABLE])
+async def test_a_planned_hang_ends_only_when_the_worker_is_ended(blobs: BlobStore, moment: Moment) -> None:
+    async with started(FakeExecutor(blobs, faults=Faults(PlannedFault(moment, Fault.HANG, skip=0)))) as driver:
+        run = Run(driver)
+        executor = driver.executor
+        assert isinstance(executor, FakeExecutor)
+        if moment in DURING_A_CYCLE:
+            call = asyncio.ensure_future(
+                driver.run_cycle(run.backward(), restores=[driver.restore_item(run.tag(0), LORA, None)])
+            )
+        else:
+            await run.trained()
+            call = asyncio.ensure_future(executor.snapshot([(run.tag(2), driver.new_key())]))
+        waits_behind = asyncio.ensure_future(executor.evict([]))
+        done, _ = await asyncio.wait([call, waits_behind], timeout=0.05)
+        assert not done
+        executor.die("hung")
+        for one in (call, waits_behind):
+            with pytest.raises(WorkerDied, match="hung"):
+                async with asyncio.timeout(PATIENCE_S):
+                    await one
+        assert driver.deaths == ["hung"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "end"), [(Fault.UNREADABLE, RestoreEnd.UNREADABLE), (Fault.FAILED, RestoreEnd.FAILED)]
+)
+async def test_a_planned_restore_fault_strikes_its_run_only(blobs: BlobStore, fault: Fault, end: RestoreEnd) -> None:
+    faults = Faults()
+    async with started(FakeExecutor(blobs, faults=faults)) as driver:
+        struck, spared = Run(driver), Run(driver)
+        faults.plan(PlannedFault(Moment.RESTORE_TAKEN, fault, model_id=struck.model_id, skip=1, times=2))
+        ends = []
+        for _ in range(4):
+            restores = [driver.restore_item(run.tag(0), LORA, None) for run in (struck, spared)]
+            struck.last_seq_id = 0
+            outcome = await driver.run_cycle(struck.forward(), restores=restores)
+            ends.append([restored.end for restored in outcome.restores])
+            if outcome.restores[0].end is not RestoreEnd.DONE:
+                assert_must_restore(*outcome.outcomes)
+        done = RestoreEnd.DONE
+        assert ends == [[done, done], [end, done], [end, done], [done, done]]
+
+
+async def test_a_planned_snapshot_failure_leaves_its_run_out(blobs: BlobStore) -> None:
+    faults = Faults(PlannedFault(Moment.SNAPSHOT_TAKEN, Fault.FAILED))
+    async with started(FakeExecutor(blobs, faults=faults)) as driver:
+        run = await Run(driver).trained()
+        assert await driver.snapshot(run.tag(2)) is None
+        assert await driver.snapshot(run.tag(2)) is not None
+
+
+@pytest.mark.parametrize("moment", [Moment.SNAPSHOT_TAKEN, Moment.SNAPSHOT_DURABLE])
+async def test_a_death_beside_a_snapshot_leaves_its_blob_or_not(blobs: BlobStore, moment: Moment) -> None:
+    async with started(FakeExecutor(blobs, faults=Faults(PlannedFault(moment, Fault.DEATH)))) as driver:
+        run, key = await Run(driver).trained(), driver.new_key()
+        with pytest.raises(WorkerDied):
+            await driver.executor.snapshot([(run.tag(2), key)])
+        assert blobs.exists(key) is (moment is Moment.SNAPSHOT_DURABLE)
 
 
 async def test_stop_is_no_death(driver: Driver) -> None:

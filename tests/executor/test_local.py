@@ -11,35 +11,66 @@ from pathlib import Path
 
 import pytest
 
-from treadle.config import bundled_model_dir
-from treadle.errors import ConfigError, WorkerDied
+from treadle.errors import ConfigError, Fenced, WorkerDied
 from treadle.executor.local import LocalExecutor
 from treadle.executor.messages import WorkerConfig
 from treadle.testing.builders import sample_op
-from treadle.testing.driver import started
-from treadle.testing.executor_contract import CHECKS, Run
+from treadle.testing.driver import PATIENCE_S, Driver, started
+from treadle.testing.executor_contract import CHECKS, LORA, Run, assert_same
+from treadle.testing.recovery_contract import RECOVERY_CHECKS
 
 
-@pytest.fixture
-def config(tmp_path: Path) -> WorkerConfig:
-    return WorkerConfig(
-        base_model="treadle/tiny",
-        source=str(bundled_model_dir()),
-        revision=None,
-        device="cpu",
-        dtype="float32",
-        num_threads=1,
-        blobs_url=str(tmp_path / "blobs"),
-        max_running_samples=16,
-        max_cached_tokens=0,
-    )
+async def check_a_newer_leader_ends_a_cycle_that_is_on_its_way(driver: Driver) -> None:
+    run, undisturbed = await Run(driver).trained(), await Run(driver).trained()
+    key = await driver.snapshot(run.tag(2))
+    restore = driver.restore_item(run.tag(2), LORA, key)
+    old = [driver.item(run.backward()), driver.item(run.step())]
+    new = [replace(one, starts_from=replace(restore.tag, applied_seq=one.planned.seq_id - 1)) for one in old]
+    # Stopped, it finds both cycles when it goes on, so the first has certainly not ended.
+    os.kill(pid_of(driver), signal.SIGSTOP)
+    older = asyncio.ensure_future(driver.run_items(old))
+    await asyncio.sleep(0)
+    driver.token += 1
+    newer = asyncio.ensure_future(driver.run_items(new, restores=[restore]))
+    await asyncio.sleep(0)
+    os.kill(pid_of(driver), signal.SIGCONT)
+    outcome = await newer
+    with pytest.raises(Fenced):
+        await older
+    assert [one.failure for one in outcome.outcomes] == [None, None]
+    driver.tags[run.model_id] = outcome.outcomes[-1].tag_after
+    await driver.run(undisturbed.backward(), undisturbed.step())
+    assert_same(await run.logprobs(), await undisturbed.logprobs())
+
+
+async def check_a_long_sample_is_not_silence(driver: Driver) -> None:
+    assert isinstance(driver.executor, LocalExecutor)
+    heard = asyncio.Event()
+    silence = driver.executor._silence
+    # 30,000 tokens take longer than a second, so the worker speaks before it is through.
+    (request_id,) = driver.submit(sample_op(num_samples=16, max_tokens=1_900), prefix=driver.new_key())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(silence, "heard", heard.set)
+        async with asyncio.timeout(PATIENCE_S):
+            await heard.wait()
+    assert request_id not in {outcome.request_id for outcome in driver.sample_outcomes}
+    driver.executor.cancel_samples([request_id])
+
+
+LOCAL_CHECKS = (check_a_newer_leader_ends_a_cycle_that_is_on_its_way, check_a_long_sample_is_not_silence)
+
+
+def pid_of(driver: Driver) -> int:
+    assert isinstance(driver.executor, LocalExecutor)
+    assert driver.executor.pid is not None
+    return driver.executor.pid
 
 
 async def test_contract(config: WorkerConfig) -> None:
     """All checks on one process: starting it is what takes time."""
     failed = []
     async with started(LocalExecutor(config)) as driver:
-        for check in CHECKS:
+        for check in (*CHECKS, *RECOVERY_CHECKS, *LOCAL_CHECKS):
             try:
                 await check(driver)
             except (AssertionError, TimeoutError) as error:
@@ -88,8 +119,8 @@ async def test_a_worker_that_nobody_waits_for_any_more_is_killed_while_it_loads(
         await starting
     threads_before_stop = threading.enumerate()
     await executor.stop()
-    assert executor._process is not None
-    assert executor._process.returncode == -signal.SIGKILL
+    assert executor._child is not None
+    assert executor._child.process.returncode == -signal.SIGKILL
     # Its end is told to the loop by a thread; the thread is gone once it has done so.
     receiving = next(thread for thread in threads_before_stop if thread.name == "treadle-worker-receive")
     await asyncio.to_thread(receiving.join)

@@ -4,13 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from sampler_support import BUNDLED
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from treadle.engine.base_model import BaseModel, load_base_model
+
+QWEN: dict[str, Any] = {
+    "vocab_size": 331,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 2048,
+    "initializer_range": 0.2,
+    "bos_token_id": None,
+    "pad_token_id": 0,
+}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -24,21 +46,26 @@ def _one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def qwen(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
     """Random weights, two query heads per key head, a vocabulary that is no multiple of anything, no tokenizer."""
-    config = Qwen3Config(
-        vocab_size=331,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=2048,
-        initializer_range=0.2,
-        bos_token_id=None,
-        eos_token_id=7,
-        pad_token_id=0,
+    return _saved(Qwen3ForCausalLM, Qwen3Config(**QWEN, eos_token_id=7), tmp_path_factory.mktemp("qwen"))
+
+
+@pytest.fixture(scope="session")
+def moe(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
+    """Twelve experts, four per row, and a dense layer between two sparse ones.
+
+    A decode pass has few rows and they go to many experts, so most experts see one row or none: how many depends on
+    who else is being sampled.
+    """
+    config = Qwen3MoeConfig(
+        **QWEN,
+        eos_token_id=None,
+        moe_intermediate_size=40,
+        num_experts=12,
+        num_experts_per_tok=4,
+        norm_topk_prob=True,
+        mlp_only_layers=[1],
     )
-    return _saved(Qwen3ForCausalLM, config, tmp_path_factory.mktemp("qwen"))
+    return _saved(Qwen3MoeForCausalLM, config, tmp_path_factory.mktemp("moe"))
 
 
 @pytest.fixture(scope="session")

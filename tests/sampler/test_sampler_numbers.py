@@ -55,12 +55,14 @@ def test_greedy_equals_transformers_generate(
     assert got.sequences[0].stop_reason == StopReason.LENGTH
 
 
-def test_sampling_logprobs_equal_a_plain_forward(qwen: BaseModel) -> None:
+@pytest.mark.parametrize("name", ["qwen", "moe"])
+def test_sampling_logprobs_equal_a_plain_forward(name: str, request: pytest.FixtureRequest) -> None:
+    base: BaseModel = request.getfixturevalue(name)
     prompt = prompt_of(30)
-    result = sample(qwen, [ask("a", prompt, temperature=0.7, top_k=20, max_tokens=50, wants_prompt_logprobs=True)])
+    result = sample(base, [ask("a", prompt, temperature=0.7, top_k=20, max_tokens=50, wants_prompt_logprobs=True)])
     sequence = result["a"].sequences[0]
     tokens = [*prompt, *sequence.tokens.tolist()]
-    expected = reference_logprobs(reference_model(qwen), tokens)
+    expected = reference_logprobs(reference_model(base), tokens)
     of_tokens = expected[:-1].gather(1, torch.tensor(tokens[1:])[:, None])[:, 0].numpy()
     np.testing.assert_allclose(sequence.logprobs, of_tokens[len(prompt) - 1 :], atol=1e-4)
     assert result["a"].prompt_logprobs is not None
@@ -68,29 +70,31 @@ def test_sampling_logprobs_equal_a_plain_forward(qwen: BaseModel) -> None:
     np.testing.assert_allclose(result["a"].prompt_logprobs[1:], of_tokens[: len(prompt) - 1], atol=1e-4)
 
 
-def test_sampling_logprobs_equal_the_trainers_under_an_adapter(qwen: BaseModel) -> None:
-    adapter = adapter_of(qwen, seed=3)
+@pytest.mark.parametrize("name", ["qwen", "moe"])
+def test_sampling_logprobs_equal_the_trainers_under_an_adapter(name: str, request: pytest.FixtureRequest) -> None:
+    base: BaseModel = request.getfixturevalue(name)
+    adapter = adapter_of(base, seed=3)
     prompt = prompt_of(21)
-    sequence = sample(qwen, [ask("a", prompt, adapter=adapter, max_tokens=30)])["a"].sequences[0]
+    sequence = sample(base, [ask("a", prompt, adapter=adapter, max_tokens=30)])["a"].sequences[0]
     tokens = [*prompt, *sequence.tokens.tolist()]
     num_rows = -(-len(tokens) // 16) * 16
     padded = torch.tensor(tokens + [0] * (num_rows - len(tokens)))
     segments = [LoraSegment(adapter, 0, len(tokens))]
     with torch.no_grad():
-        hidden = qwen.forward_hidden(
+        hidden = base.forward_hidden(
             padded,
             torch.arange(num_rows),
             attention=PackedCausalAttention([len(tokens)], num_rows),
             segments=segments,
         )
-    trainer = torch.log_softmax(head.logits(qwen, hidden, segments), dim=-1)
+    trainer = torch.log_softmax(head.logits(base, hidden, segments), dim=-1)
     expected = [trainer[len(prompt) - 1 + i, token].item() for i, token in enumerate(sequence.tokens.tolist())]
     np.testing.assert_allclose(sequence.logprobs, expected, atol=1e-4)
-    bare = sample(qwen, [ask("a", prompt, max_tokens=30)])["a"].sequences[0]
+    bare = sample(base, [ask("a", prompt, max_tokens=30)])["a"].sequences[0]
     assert not np.allclose(bare.logprobs[0], sequence.logprobs[0], atol=1e-3), "the adapter changes the model"
 
 
-@pytest.mark.parametrize(("name", "num_threads"), [("qwen", 1), ("qwen", 2), ("llama", 1)])
+@pytest.mark.parametrize(("name", "num_threads"), [("qwen", 1), ("qwen", 2), ("llama", 1), ("moe", 1)])
 def test_a_sample_has_the_same_bits_alone_and_in_a_crowd(
     name: str, num_threads: int, request: pytest.FixtureRequest
 ) -> None:

@@ -15,9 +15,8 @@ import pytest
 import torch
 import worker_support
 from numpy.typing import NDArray
-from worker_support import Driver, MemoryBlobs, create, item, metrics_of, model_id
+from worker_support import Driver, MemoryBlobs, create, item, metrics_of, model_id, new_driver
 
-from treadle.config import bundled_model_dir
 from treadle.domain.ids import ModelId
 from treadle.domain.losses import LOSSES, resolve_loss
 from treadle.domain.ops import AdamParams, Datum, LoraSpec, OptimStepOp, PassOp, UnloadModelOp
@@ -25,7 +24,6 @@ from treadle.domain.outcome import OpOutcome, PassResult
 from treadle.domain.plan import RestoreItem, StateTag
 from treadle.domain.quanta import cut_quanta
 from treadle.worker import open_pass
-from treadle.worker.build import build_worker
 
 NUM_STEPS = 50
 # Tokens of a quantum here, so that almost every request has several; and when the run sends a long one.
@@ -122,15 +120,14 @@ def finish(driver: Driver, trace: Trace, *, incarnation: int = 1) -> Trace:
     tag = StateTag(WATCHED, incarnation, 3 * NUM_STEPS)
     (outcome,) = driver.run([item(open_pass, starts_from=tag)]).outcomes
     trace.take(outcome)
-    trace.snapshot = snapshot(driver, StateTag(WATCHED, incarnation, open_pass.seq_id), "end")
+    trace.snapshot = snapshot(driver, StateTag(WATCHED, incarnation, open_pass.seq_id))
     return trace
 
 
-def snapshot(driver: Driver, tag: StateTag, name: str) -> bytes:
-    blobs: Any = driver.worker._blobs
-    key = f"snapshots/{name}-{id(driver)}"
-    assert driver.worker.snapshot([(tag, key)]).keys() == {tag.model_id}
-    return bytes(blobs.blobs[key])
+def snapshot(driver: Driver, tag: StateTag) -> bytes:
+    data = driver.worker.encode_snapshot(tag, with_open_gradient=True)
+    assert data is not None
+    return data
 
 
 def assert_same(trace: Trace, reference: Trace) -> None:
@@ -161,22 +158,6 @@ def alone(_small_quanta: None) -> Trace:
     losses = [metrics["loss:sum"] for metrics in trace.metrics if "loss:sum" in metrics]
     assert len(set(losses)) > NUM_STEPS, "a run whose numbers do not move proves nothing"
     return finish(driver, trace)
-
-
-def new_driver(blobs: MemoryBlobs) -> Driver:
-    worker = build_worker(
-        base_model="treadle/tiny",
-        source=str(bundled_model_dir()),
-        revision=None,
-        device="cpu",
-        dtype="float32",
-        num_threads=1,
-        blobs=blobs,
-        max_running_samples=8,
-        max_cached_tokens=0,
-        micro_batch_tokens=0,
-    )
-    return Driver(worker)
 
 
 def create_watched() -> Any:
@@ -212,6 +193,35 @@ def neighbours(driver: Driver) -> list[list[StepOps]]:
         adam = AdamParams(learning_rate=1e-3 * (index + 1), beta1=0.8, weight_decay=0.1 * (index % 2))
         steps.append(steps_of(run, seed=200 + index, losses=losses, large=False, adam=adam))
     return steps
+
+
+def test_short_requests_of_odd_lengths(make_driver: Callable[..., Driver]) -> None:
+    """A few rows are computed by other code than many, and so are the last rows of many: alone and in company."""
+    lengths = (1, 2, 3, 5, 7, 9, 11, 13, 17, 23)
+    rng = np.random.default_rng(3)
+    steps = [
+        [
+            PassOp(
+                run, 2 * index + 1, sequences(rng, [length], "cross_entropy"), resolve_loss("cross_entropy", {}), False
+            )
+            for index, length in enumerate(np.roll(lengths, 3 * place))
+        ]
+        for place, run in enumerate((WATCHED, model_id(1), model_id(2)))
+    ]
+
+    def run_all(companions: Sequence[Sequence[PassOp]]) -> Trace:
+        driver, trace = make_driver(), Trace()
+        runs = [WATCHED, *(passes[0].model_id for passes in companions)]
+        driver.run_ops(*(create(run, rank=SPEC.rank, seed=SPEC.seed + place) for place, run in enumerate(runs)))
+        for passes in zip(*companions, steps[0], strict=True):
+            ops = [*passes, *(OptimStepOp(one.model_id, one.seq_id + 1, ADAM) for one in passes)]
+            for op, outcome in zip(ops, driver.run_ops(*ops), strict=True):
+                if op.model_id == WATCHED:
+                    trace.take(outcome)
+        trace.snapshot = snapshot(driver, StateTag(WATCHED, 1, 2 * len(lengths)))
+        return trace
+
+    assert_same(run_all(steps[1:]), run_all([]))
 
 
 def test_with_requests_split_over_cycles(alone: Trace, make_driver: Callable[..., Driver]) -> None:
@@ -327,7 +337,7 @@ def restarted(
 ) -> Driver:
     """A new worker that holds the run as the old one left it."""
     key = f"restart-{tag.applied_seq}"
-    blobs.write(key, snapshot(driver, tag, key))
+    blobs.write(key, snapshot(driver, tag))
     new = make_driver()
     restore = RestoreItem(
         model_id=WATCHED,

@@ -23,7 +23,7 @@ from treadle.domain.quanta import cut_quanta
 from treadle.domain.states import Category
 from treadle.engine.context import Recompute
 from treadle.engine.memory import PassLimits
-from treadle.worker import cycle, micro_batches, open_pass, worker
+from treadle.worker import cycle, micro_batches, open_pass, restoring, worker
 from treadle.worker.micro_batches import MicroBatches
 
 # Small quanta, so that ops of several are cheap.
@@ -363,13 +363,13 @@ def run_step(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run_restore(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cycle, "new_training_state", lost_device)
+    monkeypatch.setattr(restoring, "new_training_state", lost_device)
     driver.run([], restores=[RestoreItem(model_id(), LoraSpec(4, 9), None, StateTag(model_id(), 2, 0))])
 
 
 def run_snapshot(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker, "encode_state", lost_device)
-    driver.worker.snapshot([(StateTag(model_id(), 1, 1), "key")])
+    driver.snapshot(StateTag(model_id(), 1, 1), "key")
 
 
 def run_sample(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:

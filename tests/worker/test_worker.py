@@ -211,27 +211,6 @@ def test_an_untouched_run_is_restored_from_its_seed(make_driver: Callable[..., D
     assert logprobs(second, 0, 1, incarnation=2) == logprobs(first, 0, 1)
 
 
-def test_a_restore_that_fails_fails_the_runs_ops_with_the_reason(driver: Driver, blobs: MemoryBlobs) -> None:
-    run = model_id()
-    blobs.write("broken", b"\x10\x00\x00\x00\x00\x00\x00\x00 not a header ")
-    tag = StateTag(run, 2, 4)
-    (outcome,) = driver.run(
-        [item(step(run, 5), starts_from=tag)], restores=[RestoreItem(run, LoraSpec(8, 1), BlobKey("broken"), tag)]
-    ).outcomes
-    assert outcome.failure is not None
-    assert "checkpoint" in outcome.failure.message
-    assert outcome.tag_after is None
-
-
-def test_snapshot_writes_only_states_held_at_that_tag(driver: Driver, blobs: MemoryBlobs) -> None:
-    run, other = model_id(0), model_id(1)
-    driver.run_ops(create(run), create(other), passed(run, 1, datums(1, 8)))
-    written = driver.worker.snapshot([(StateTag(run, 1, 1), "a"), (StateTag(other, 1, 3), "b")])
-    assert set(written) == {run}
-    assert written[run] == len(blobs.blobs["a"])
-    assert "b" not in blobs.blobs
-
-
 def test_a_published_version_does_not_follow_training(driver: Driver) -> None:
     run = model_id()
     driver.run_ops(create(run), passed(run, 1, datums(1, 8)), step(run, 2))
@@ -267,24 +246,6 @@ def test_ops_behind_a_failed_creation_name_it(driver: Driver, monkeypatch: pytes
     assert "creation failed" in stepped.failure.message
 
 
-def test_a_run_that_cannot_be_written_does_not_cost_the_others_their_snapshot(
-    driver: Driver, blobs: MemoryBlobs, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    runs = [model_id(index) for index in range(3)]
-    driver.run_ops(*(create(run) for run in runs))
-    real = blobs.write
-
-    def write(key: str, data: bytes) -> int:
-        if key == "full":
-            raise OSError(28, "No space left on device")
-        return real(key, data)
-
-    monkeypatch.setattr(blobs, "write", write)
-    keys = ["first", "full", "last"]
-    written = driver.worker.snapshot([(StateTag(run, 1, 0), key) for run, key in zip(runs, keys, strict=True)])
-    assert set(written) == {runs[0], runs[2]}
-
-
 def test_a_full_disk_fails_the_save_and_the_run_goes_on(
     driver: Driver, blobs: MemoryBlobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -313,14 +274,3 @@ def test_a_restored_run_forgets_the_parts_of_a_pass_on_its_old_state(driver: Dri
     restore = RestoreItem(run, LoraSpec(rank=8, seed=1), None, StateTag(run, 2, 1))
     driver.run([], restores=[restore])
     assert not driver.worker._runner._open_passes
-
-
-def test_a_snapshot_that_cannot_be_read_is_our_fault(driver: Driver, blobs: MemoryBlobs) -> None:
-    run = model_id()
-    blobs.blobs["broken"] = b"no state at all"
-    restore = RestoreItem(run, LoraSpec(rank=8, seed=1), BlobKey("broken"), StateTag(run, 2, 1))
-    starts = StateTag(run, 2, 1)
-    (outcome,) = driver.run([item(step(run, 2), starts_from=starts)], restores=[restore]).outcomes
-    assert outcome.failure is not None
-    assert outcome.failure.category is Category.SERVER
-    assert outcome.tag_after is None

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from treadle.config import bundled_model_dir
 from treadle.domain.ids import BlobKey, ModelId, op_request_id
 from treadle.domain.losses import resolve_loss
 from treadle.domain.ops import (
@@ -24,6 +26,9 @@ from treadle.domain.ops import (
 from treadle.domain.outcome import CycleOutcome, OpOutcome
 from treadle.domain.plan import PlannedOp, RestoreItem, StateTag, WorkItem
 from treadle.domain.quanta import cut_quanta
+from treadle.errors import NotFound
+from treadle.testing.clock import ManualClock
+from treadle.worker.build import build_worker
 from treadle.worker.work import DecodedCycle, DecodedItem
 from treadle.worker.worker import Worker
 
@@ -40,6 +45,8 @@ class MemoryBlobs:
         return len(data)
 
     def read(self, key: str) -> bytes:
+        if key not in self.blobs:
+            raise NotFound(f"there is no blob {key}")
         return self.blobs[key]
 
 
@@ -127,11 +134,45 @@ class Driver:
                 outcome: CycleOutcome = done.value
                 return outcome
 
+    def snapshot(self, tag: StateTag, key: str, *, with_open_gradient: bool = True) -> bytes | None:
+        """Write the state held at exactly this tag; its file."""
+        data = self.worker.encode_snapshot(tag, with_open_gradient)
+        if data is not None:
+            self.worker.write_blob(key, data)
+        return data
+
     def run_ops(self, *ops: TrainingOp) -> tuple[OpOutcome, ...]:
         """One cycle of whole ops that all succeed."""
         outcomes = self.run([item(op) for op in ops]).outcomes
         assert [outcome.failure for outcome in outcomes] == [None] * len(ops)
         return outcomes
+
+
+def new_driver(
+    blobs: MemoryBlobs,
+    *,
+    micro_batch_tokens: int = 0,
+    parking_dir: Path | None = None,
+    max_resident_bytes: int = 0,
+    clock: ManualClock | None = None,
+) -> Driver:
+    """A fresh worker on the bundled model; several of them may share the blobs, as processes do."""
+    worker = build_worker(
+        base_model="treadle/tiny",
+        source=str(bundled_model_dir()),
+        revision=None,
+        device="cpu",
+        dtype="float32",
+        num_threads=1,
+        blobs=blobs,
+        max_running_samples=8,
+        max_cached_tokens=0,
+        micro_batch_tokens=micro_batch_tokens,
+        parking_dir=parking_dir,
+        max_resident_bytes=max_resident_bytes,
+        clock=(clock or ManualClock()).monotonic,
+    )
+    return Driver(worker)
 
 
 def metrics_of(outcome: OpOutcome) -> dict[str, float]:

@@ -3,12 +3,13 @@
 A file is safetensors bytes: the adapter under PEFT's tensor names, optionally AdamW's moments and the open gradient
 as flat arenas, and a header (JSON in the safetensors metadata) that says what they belong to. Nothing here does
 I/O. A file for another base model, revision or shape is refused with both sides named, never adapted.
-Invariant: decode(encode(state)) is the same state, bit for bit.
+Invariant: decode(encode(state)) is the same state, bit for bit; a file in which a bit has changed is refused.
 """
 
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -27,9 +28,11 @@ from treadle.engine.base_model import BaseModel
 from treadle.engine.state import TrainingState, placed_state
 from treadle.errors import InvalidRequest
 
-# 2: the arenas of moments and gradient hold the A's of a group side by side.
-FORMAT_VERSION = 2
+# 2: the arenas of moments and gradient hold the A's of a group side by side. 3: a checksum over header and tensors.
+FORMAT_VERSION = 3
 _METADATA_KEY = "treadle"
+# Among the header's fields: safetensors writes several metadata keys in an order of chance.
+_CHECKSUM_FIELD = "crc32"
 _EXP_AVG = "treadle.exp_avg"
 _EXP_AVG_SQ = "treadle.exp_avg_sq"
 _GRADS = "treadle.grads"
@@ -78,7 +81,20 @@ def encode_state(state: TrainingState, base: BaseModel, *, with_optimizer: bool,
             tensors[_GRADS] = state.grads.flat.cpu().numpy()
     # safetensors writes memory as it lies, so transposed views must be laid out first.
     tensors = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
-    return safetensors.numpy.save(tensors, {_METADATA_KEY: json.dumps(asdict(header), sort_keys=True)})
+    return _file_of(asdict(header), tensors)
+
+
+def _file_of(header: Mapping[str, Any], tensors: Mapping[str, NDArray[np.float32]]) -> bytes:
+    fields = {**header, _CHECKSUM_FIELD: _checksum(header, tensors)}
+    return safetensors.numpy.save(dict(tensors), {_METADATA_KEY: json.dumps(fields, sort_keys=True)})
+
+
+def _checksum(header: Mapping[str, Any], tensors: Mapping[str, NDArray[np.float32]]) -> str:
+    """CRC-32 of the header and of the tensors in the order of their names: it is for damage, not for malice."""
+    crc = zlib.crc32(json.dumps(header, sort_keys=True).encode())
+    for name in sorted(tensors):
+        crc = zlib.crc32(tensors[name].data.cast("B"), zlib.crc32(name.encode(), crc))
+    return f"{crc:08x}"
 
 
 def decode_state(data: bytes, base: BaseModel, *, with_optimizer: bool = True) -> TrainingState:
@@ -115,17 +131,23 @@ def decode_weights(data: bytes, base: BaseModel) -> AdapterWeights:
 
 def read_header(data: bytes) -> FileHeader:
     """What a file says about itself. Raises InvalidRequest when it is not one of ours."""
-    start = _HEADER_LENGTH_BYTES
-    length = int.from_bytes(data[:start], "little")
     try:
-        metadata = json.loads(data[start : start + length])["__metadata__"]
-        fields = json.loads(metadata[_METADATA_KEY])
+        fields = _fields(data)
         version = fields["format_version"]
         if version != FORMAT_VERSION:
             raise InvalidRequest(f"checkpoint format {version!r} is not known; this server reads {FORMAT_VERSION}")
+        del fields[_CHECKSUM_FIELD]
         return FileHeader(**{**fields, "lora": LoraSpec(**fields["lora"])})
     except (ValueError, KeyError, TypeError) as error:
         raise InvalidRequest("the file is not a treadle checkpoint: its header cannot be read") from error
+
+
+def _fields(data: bytes) -> dict[str, Any]:
+    """The header as it is written. Raises ValueError, KeyError or TypeError when there is none."""
+    start = _HEADER_LENGTH_BYTES
+    length = int.from_bytes(data[:start], "little")
+    fields: dict[str, Any] = json.loads(json.loads(data[start : start + length])["__metadata__"][_METADATA_KEY])
+    return fields
 
 
 def export_peft(data: bytes) -> dict[str, bytes]:
@@ -156,9 +178,13 @@ def _adapter_files(config: Mapping[str, Any], tensors: Mapping[str, NDArray[np.f
 def _read(data: bytes) -> tuple[FileHeader, dict[str, NDArray[np.float32]]]:
     header = read_header(data)
     try:
-        return header, safetensors.numpy.load(data)
+        tensors = safetensors.numpy.load(data)
     except safetensors.SafetensorError as error:
         raise InvalidRequest("the checkpoint is damaged: its tensors cannot be read") from error
+    fields = _fields(data)
+    if fields.pop(_CHECKSUM_FIELD) != _checksum(fields, tensors):
+        raise InvalidRequest("the checkpoint is damaged: its checksum does not match")
+    return header, tensors
 
 
 def _weights_of(header: FileHeader, tensors: Mapping[str, NDArray[np.float32]], base: BaseModel) -> Tensor:

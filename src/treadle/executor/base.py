@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from treadle.domain.ids import ModelId, RequestId
-from treadle.domain.outcome import CycleOutcome, PoolFacts, SampleOutcome
+from treadle.domain.outcome import CycleOutcome, PoolFacts, SampleOutcome, SnapshotWritten
 from treadle.domain.plan import CycleWork, SampleWork, StateTag
 
 SamplesCallback = Callable[[Sequence[SampleOutcome]], None]
@@ -24,12 +24,19 @@ class Executor(Protocol):
     async def start(self, *, on_samples: SamplesCallback, on_death: DeathCallback) -> PoolFacts:
         """Load the base model. Raises ServerError or ConfigError with the reason when it cannot.
 
-        on_death is called once, with a reason, when the worker ends without `stop`.
+        on_death is called once, with a reason, when the worker ends without `stop`. A worker that has work and makes
+        no progress for too long is ended, and that is a death as well.
         """
         ...
 
     async def run_cycle(self, work: CycleWork) -> CycleOutcome:
-        """Run one cycle whole. Raises WorkerDied when the worker ends, Fenced when its token is newer."""
+        """Run one cycle whole.
+
+        Restores come first, each with its RestoreOutcome; an op whose starting state the worker does not hold comes
+        back with must_restore. One cycle of a token at a time; a cycle with a newer token ends one on its way at its
+        next micro-batch, and the worker forgets the runs named in it. Raises WorkerDied when the worker ends, Fenced
+        when the worker has seen a newer token.
+        """
         ...
 
     def submit_samples(self, samples: Sequence[SampleWork]) -> None:
@@ -40,10 +47,15 @@ class Executor(Protocol):
         """Drop samples that nobody waits for. Idempotent; unknown ids are ignored."""
         ...
 
-    async def snapshot(self, targets: Sequence[tuple[StateTag, str]]) -> dict[ModelId, int]:
-        """Write each run's whole state under the given blob key; bytes written per run.
+    async def snapshot(
+        self, targets: Sequence[tuple[StateTag, str]], *, with_open_gradient: bool = False
+    ) -> dict[ModelId, SnapshotWritten]:
+        """Write each run's whole state under the given blob key; answered when the blobs are durable.
 
-        Runs that the worker does not hold at exactly that tag are left out.
+        Cycles go on meanwhile; several calls may be on their way. Left out are runs that the worker does not hold at
+        exactly that tag when their turn comes, runs with a partly done pass or, unless with_open_gradient, an open
+        gradient, and those that could not be written. with_open_gradient takes what is left of a run between two
+        parts of a pass too: the state before that pass.
         """
         ...
 

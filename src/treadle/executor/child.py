@@ -1,7 +1,8 @@
 """The local worker process: `python -m treadle.executor.child FD`, started by executor/local.py.
 
 It composes a Worker with its blob store, decodes payloads and encodes results, and turns pipe messages into
-calls. The reader thread exits the process the moment the pipe closes, so a worker never outlives its server.
+calls. Until its configuration comes it is a spare: everything is imported, nothing is loaded. The reader thread exits
+the process the moment the pipe closes, so a worker never outlives its server.
 """
 
 from __future__ import annotations
@@ -10,11 +11,14 @@ import os
 import queue
 import sys
 import threading
+import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import assert_never
 
 from treadle.blobs import open_blobs
+from treadle.domain.limits import PROGRESS_EVERY_S
+from treadle.domain.plan import CycleWork
 from treadle.errors import ConfigError, Fenced
 from treadle.executor.codec import decode_cycle, decode_samples, encode_cycle, encode_samples
 from treadle.executor.messages import (
@@ -26,6 +30,7 @@ from treadle.executor.messages import (
     FromWorker,
     Loaded,
     LoadFailed,
+    Progress,
     RunCycle,
     SamplesDone,
     Snapshot,
@@ -35,8 +40,9 @@ from treadle.executor.messages import (
     WorkerConfig,
 )
 from treadle.telemetry.logs import configure_logging, get_logger
-from treadle.worker.build import build_worker
+from treadle.worker.build import build_worker, warm_up
 from treadle.worker.compute import ComputeLoop
+from treadle.worker.snapshots import SnapshotCall
 from treadle.worker.worker import Worker
 
 log = get_logger(__name__)
@@ -47,11 +53,18 @@ class ChildProcess:
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._inbox: queue.SimpleQueue[ToWorker] = queue.SimpleQueue()
+        # None: something else than a message asks for the compute thread.
+        self._inbox: queue.SimpleQueue[ToWorker | None] = queue.SimpleQueue()
+        self._last_sent = time.monotonic()
 
     def main(self) -> int:
         """Run until stopped; the exit status."""
-        config: WorkerConfig = self._connection.recv()
+        if not self._connection.poll():
+            warm_up()  # a spare has the time
+        try:
+            config: WorkerConfig = self._connection.recv()
+        except (EOFError, OSError):
+            return 0  # a spare that was never needed
         configure_logging(level=config.log_level, style=config.log_format)
         threading.Thread(target=self._read_forever, name="treadle-pipe-reader", daemon=True).start()
         try:
@@ -97,9 +110,10 @@ class ChildProcess:
 
     def _send(self, message: FromWorker) -> None:
         self._connection.send(message)
+        self._last_sent = time.monotonic()
 
     def _serve(self, worker: Worker) -> None:
-        loop = ComputeLoop(worker)
+        loop = ComputeLoop(worker, wake=lambda: self._inbox.put(None))
         while True:
             for message in self._pending(loop):
                 if isinstance(message, Stop):
@@ -110,9 +124,13 @@ class ChildProcess:
                 self._send(CycleDone(encode_cycle(finished.cycle)))
             if finished.samples:
                 self._send(SamplesDone(encode_samples(finished.samples)))
+            for snapshots in finished.snapshots:
+                self._send(CallDone(call_id=snapshots.call_id, written=snapshots.written))
+            if time.monotonic() - self._last_sent >= PROGRESS_EVERY_S and (loop.has_work or loop.is_writing):
+                self._send(Progress())
 
     def _pending(self, loop: ComputeLoop) -> list[ToWorker]:
-        """All messages that wait. Without work at hand: once there is one, or a run is due to be parked."""
+        """All messages that wait. Without work at hand: once there is one, or the loop has something else to do."""
         messages = []
         if not loop.has_work:
             try:
@@ -121,15 +139,12 @@ class ChildProcess:
                 return []
         while not self._inbox.empty():
             messages.append(self._inbox.get())
-        return messages
+        return [message for message in messages if message is not None]
 
     def _accept(self, loop: ComputeLoop, message: ToWorker) -> None:
         match message:
             case RunCycle(work=work):
-                try:
-                    loop.begin_cycle(decode_cycle(work))
-                except Fenced as error:
-                    self._send(CycleRefused(cycle=work.cycle, message=error.message))
+                self._begin_cycle(loop, work)
             case SubmitSamples(samples=samples):
                 decoded, refused = decode_samples(samples)
                 loop.submit_samples(decoded)
@@ -137,15 +152,25 @@ class ChildProcess:
                     self._send(SamplesDone(refused))
             case CancelSamples(request_ids=request_ids):
                 loop.cancel_samples(request_ids)
-            case Snapshot(call_id=call_id, targets=targets):
-                self._send(CallDone(call_id=call_id, num_bytes=loop.worker.snapshot(targets)))
+            case Snapshot(call_id=call_id, targets=targets, with_open_gradient=with_open_gradient):
+                loop.ask_snapshots(SnapshotCall(call_id, targets, with_open_gradient))
             case Evict(call_id=call_id, model_ids=model_ids):
                 loop.worker.evict(model_ids)
-                self._send(CallDone(call_id=call_id, num_bytes={}))
+                self._send(CallDone(call_id=call_id))
             case Stop():
                 raise AssertionError("Stop ends the loop before it is dispatched")
             case _:
                 assert_never(message)
+
+    def _begin_cycle(self, loop: ComputeLoop, work: CycleWork) -> None:
+        try:
+            abandoned = loop.begin_cycle(decode_cycle(work))
+        except Fenced as error:
+            self._send(CycleRefused(token=work.token, cycle=work.cycle, message=error.message))
+            return
+        if abandoned is not None:
+            message = f"cycle {abandoned.cycle} was abandoned: a leader with the newer token {work.token} has spoken"
+            self._send(CycleRefused(token=abandoned.token, cycle=abandoned.cycle, message=message))
 
 
 def main() -> int:

@@ -2,16 +2,17 @@
 
 It is for developers of clients, who want a server that starts at once and answers sensibly, and for tests of what
 is above the seam. It keeps all of the seam's rules (state tags, fencing, whole ops, parts, exactly one outcome) and
-passes the same contract as the real executors; only its model is a toy (see fake_model.py).
+passes the same contract as the real executors; only its model is a toy (see fake_model.py). What goes wrong in it is
+planned (see faults.py); a hang ends with `die`, as the real executor ends one that it has noticed.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import assert_never
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar, assert_never
 
 import numpy as np
 
@@ -36,17 +37,26 @@ from treadle.domain.outcome import (
     OpResult,
     PassResult,
     PoolFacts,
+    RestoreEnd,
+    RestoreOutcome,
     SampleOutcome,
+    SnapshotWritten,
     StepResult,
 )
 from treadle.domain.plan import FIRST_INCARNATION, CycleWork, RestoreItem, SampleWork, StateTag, WorkItem
-from treadle.errors import Fenced, StaleTag, TreadleError, WorkerDied
+from treadle.errors import Fenced, InvalidRequest, StaleTag, StoreUnavailable, TreadleError, WorkerDied
 from treadle.executor import fake_model
 from treadle.executor.base import DeathCallback, SamplesCallback
 from treadle.executor.codec import decode_cycle, decode_samples, encode_cycle, encode_samples
 from treadle.executor.fake_model import FakeState, Floats
-from treadle.worker.failures import failure_of
+from treadle.executor.faults import Fault, Faults, Moment
+from treadle.telemetry.logs import get_logger
+from treadle.worker.failures import MustRestore, failure_of, must_restore, restore_end_of
 from treadle.worker.work import DecodedItem, DecodedSample
+
+log = get_logger(__name__)
+
+Value = TypeVar("Value")
 
 # Facts of the bundled tiny model where clients notice them, so that its tokenizer fits.
 DEFAULT_FACTS = PoolFacts(
@@ -72,10 +82,12 @@ class FakeExecutor:
         *,
         facts: PoolFacts = DEFAULT_FACTS,
         eos_token_ids: frozenset[int] = DEFAULT_EOS_TOKEN_IDS,
+        faults: Faults | None = None,
     ) -> None:
         self._facts = facts
-        self._worker = _FakeWorker(blobs, facts, eos_token_ids)
+        self._worker = _FakeWorker(blobs, facts, eos_token_ids, faults or Faults())
         self._turn = asyncio.Lock()
+        self._ended = asyncio.Event()
         self._on_samples: SamplesCallback | None = None
         self._on_death: DeathCallback | None = None
         self._end_reason: str | None = None
@@ -90,11 +102,9 @@ class FakeExecutor:
 
     async def run_cycle(self, work: CycleWork) -> CycleOutcome:
         """See Executor.run_cycle."""
-        self._check_alive()
-        async with self._turn:
-            outcome = await asyncio.to_thread(self._worker.run_cycle, work)
-        self._check_alive()
-        return outcome
+        # Before its turn, so that a cycle on its way for an older leader ends early.
+        self._worker.note_token(work.token)
+        return await self._call(lambda: self._worker.run_cycle(work))
 
     def submit_samples(self, samples: Sequence[SampleWork]) -> None:
         """See Executor.submit_samples."""
@@ -112,18 +122,35 @@ class FakeExecutor:
         for request_id in request_ids:
             self._samples.pop(request_id, None)
 
-    async def snapshot(self, targets: Sequence[tuple[StateTag, str]]) -> dict[ModelId, int]:
-        """See Executor.snapshot."""
-        self._check_alive()
-        async with self._turn:
-            return await asyncio.to_thread(self._worker.snapshot, targets)
+    async def snapshot(
+        self, targets: Sequence[tuple[StateTag, str]], *, with_open_gradient: bool = False
+    ) -> dict[ModelId, SnapshotWritten]:
+        """See Executor.snapshot. Cycles wait meanwhile: nobody can tell, writing a few bytes takes no time."""
+        return await self._call(lambda: self._worker.snapshot(targets, with_open_gradient=with_open_gradient))
 
     async def evict(self, model_ids: Sequence[ModelId]) -> None:
         """See Executor.evict."""
-        self._check_alive()
-        async with self._turn:
+
+        def evict() -> None:
             for model_id in model_ids:
                 self._worker.drop(model_id)
+
+        await self._call(evict)
+
+    async def _call(self, work: Callable[[], Value]) -> Value:
+        """Have the worker do something, in a thread and in turn. A fault that strikes ends the executor."""
+        self._check_alive()
+        async with self._turn:
+            self._check_alive()
+            try:
+                value = await asyncio.to_thread(work)
+            except _Struck as struck:
+                if struck.fault is Fault.DEATH:
+                    self.die(f"a planned death: {struck.moment}")
+                await self._ended.wait()
+                raise WorkerDied(f"{self._end_reason}") from struck
+        self._check_alive()
+        return value
 
     async def stop(self) -> None:
         """See Executor.stop."""
@@ -139,6 +166,7 @@ class FakeExecutor:
 
     def _end(self, reason: str) -> None:
         self._end_reason = self._end_reason or reason
+        self._ended.set()
         self._samples.clear()
         if self._sampling is not None:
             self._sampling.cancel()
@@ -161,55 +189,120 @@ class FakeExecutor:
             self._on_samples(outcomes)
 
 
-class _FakeWorker:
-    """What a worker process holds. For one thread at a time, except for `sample`, which only reads blobs."""
+class _Struck(Exception):
+    """A death or a hang strikes."""
 
-    def __init__(self, blobs: BlobStore, facts: PoolFacts, eos_token_ids: frozenset[int]) -> None:
+    def __init__(self, fault: Fault, moment: Moment) -> None:
+        super().__init__(fault, moment)
+        self.fault = fault
+        self.moment = moment
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A pass that is spread over cycles: the quanta done. Its numbers are made with the last one."""
+
+    model_id: ModelId
+    quantum_stop: int
+
+
+class _FakeWorker:
+    """What a worker process holds. For one thread at a time, except for `sample` and `note_token`."""
+
+    def __init__(self, blobs: BlobStore, facts: PoolFacts, eos_token_ids: frozenset[int], faults: Faults) -> None:
         self._blobs = blobs
         self._facts = facts
         self._eos_token_ids = eos_token_ids
+        self._faults = faults
+        # The newest leader that has spoken, and the one whose cycle ran last.
+        self._newest_token = 0
         self._token = 0
         self._states: dict[ModelId, FakeState] = {}
         self._tags: dict[ModelId, StateTag] = {}
         self._skipped_passes: dict[ModelId, int] = {}
-        # Quanta done of passes that are spread over cycles. The numbers are made with the last one.
-        self._parts: dict[RequestId, int] = {}
+        self._parts: dict[RequestId, _Part] = {}
         # Why a run's ops cannot run in this cycle, once its creation or its restore has failed.
         self._lost: dict[ModelId, Failure] = {}
 
+    def note_token(self, token: int) -> None:
+        """A leader speaks: a cycle of an older one ends before its next op."""
+        self._newest_token = max(self._newest_token, token)
+
     def run_cycle(self, work: CycleWork) -> CycleOutcome:
-        """Run a cycle whole. Raises Fenced, with nothing done, when a newer leader was here."""
-        if work.token < self._token:
-            raise Fenced(f"cycle {work.cycle} carries token {work.token}, this worker has seen {self._token}")
+        """Run a cycle whole. Raises Fenced when a newer leader was here; then the cycle's runs are forgotten."""
+        self._check_token(work)
         if work.token > self._token:
             self._token = work.token
             self._parts.clear()
         started = time.perf_counter()
         self._lost.clear()
-        for restore in work.restores:
-            self._restore(restore)
-        outcomes = tuple(self._run(item) for item in decode_cycle(work).items)
+        model_ids = {item.planned.model_id for item in work.items} | {one.model_id for one in work.restores}
+        self._maybe_end(Moment.CYCLE_TAKEN, model_ids)
+        outcomes: list[OpOutcome] = []
+        try:
+            restores = tuple(self._restore(restore) for restore in work.restores)
+            for item in decode_cycle(work).items:
+                self._check_token(work)
+                outcomes.append(self._run(item))
+                self._maybe_end(Moment.OP_DONE, {item.item.planned.model_id})
+        except Fenced:
+            for model_id in model_ids:
+                self.drop(model_id)
+            raise
+        self._maybe_end(Moment.CYCLE_DONE, model_ids)
         return encode_cycle(
             CycleOutcome(
                 token=work.token,
                 cycle=work.cycle,
-                outcomes=outcomes,
+                outcomes=tuple(outcomes),
                 compute_s=time.perf_counter() - started,
                 num_forwards=int(any(item.planned.quantum_stop > 0 for item in work.items)),
+                restores=restores,
             )
         )
 
-    def snapshot(self, targets: Sequence[tuple[StateTag, str]]) -> dict[ModelId, int]:
-        """Write whole states, open gradient included; bytes per run. Other tags than the ones held are left out."""
-        held = [(tag.model_id, key) for tag, key in targets if self._tags.get(tag.model_id) == tag]
-        return {
-            model_id: self._blobs.write(key, fake_model.encode_state(self._states[model_id])) for model_id, key in held
-        }
+    def _check_token(self, work: CycleWork) -> None:
+        if work.token < self._newest_token:
+            raise Fenced(f"cycle {work.cycle} carries token {work.token}, this worker has seen {self._newest_token}")
+
+    def _maybe_end(self, moment: Moment, model_ids: Collection[ModelId]) -> Fault | None:
+        """A fault that the worker survives, if one strikes. Raises _Struck for the others."""
+        fault = self._faults.strike(moment, model_ids)
+        if fault in (Fault.DEATH, Fault.HANG):
+            raise _Struck(fault, moment)
+        return fault
+
+    def snapshot(
+        self, targets: Sequence[tuple[StateTag, str]], *, with_open_gradient: bool
+    ) -> dict[ModelId, SnapshotWritten]:
+        """See Executor.snapshot."""
+        written: dict[ModelId, SnapshotWritten] = {}
+        for tag, key in targets:
+            if self._tags.get(tag.model_id) != tag or (self._is_open(tag.model_id) and not with_open_gradient):
+                continue
+            if self._maybe_end(Moment.SNAPSHOT_TAKEN, {tag.model_id}) is not None:
+                continue
+            started = time.perf_counter()
+            data = fake_model.encode_state(self._states[tag.model_id])
+            compute_s = time.perf_counter() - started
+            try:
+                num_bytes = self._blobs.write(key, data)
+            except TreadleError as error:
+                log.error("snapshot failed", model_id=tag.model_id, reason=error.message)
+                continue
+            self._maybe_end(Moment.SNAPSHOT_DURABLE, {tag.model_id})
+            written[tag.model_id] = SnapshotWritten(num_bytes=num_bytes, compute_s=compute_s)
+        return written
+
+    def _is_open(self, model_id: ModelId) -> bool:
+        is_partly_done = any(part.model_id == model_id for part in self._parts.values())
+        return is_partly_done or self._states[model_id].num_open_passes > 0
 
     def drop(self, model_id: ModelId) -> None:
         """Forget a run. Idempotent."""
         for held in (self._states, self._tags, self._skipped_passes):
             held.pop(model_id, None)
+        self._parts = {name: part for name, part in self._parts.items() if part.model_id != model_id}
 
     def sample(self, sample: DecodedSample) -> SampleOutcome:
         """The outcome of one sample; a failure is an outcome too."""
@@ -237,15 +330,27 @@ class _FakeWorker:
     def _read(self, key: BlobKey) -> FakeState:
         return fake_model.decode_state(self._blobs.read(key), self._facts.vocab_size)
 
-    def _restore(self, restore: RestoreItem) -> None:
-        self.drop(restore.model_id)
+    def _restore(self, restore: RestoreItem) -> RestoreOutcome:
+        model_id = restore.model_id
+        self.drop(model_id)
+        fault = self._maybe_end(Moment.RESTORE_TAKEN, {model_id})
         try:
-            fresh = fake_model.new_state(restore.lora, self._facts.vocab_size)
-            state = fresh if restore.blob_key is None else self._read(restore.blob_key)
+            if fault is Fault.UNREADABLE:
+                raise InvalidRequest("a planned fault: the snapshot is damaged")
+            if fault is Fault.FAILED:
+                raise StoreUnavailable("a planned fault: the blob store does not answer")
+            state = self._restored(restore)
         except TreadleError as error:
-            self._lost[restore.model_id] = failure_of(error)
-            return
+            self._lost[model_id] = must_restore(f"run {model_id} could not be restored: {error.message}")
+            return RestoreOutcome(model_id, restore_end_of(error), error.message)
         self._put(state, restore.tag)
+        return RestoreOutcome(model_id, RestoreEnd.DONE)
+
+    def _restored(self, restore: RestoreItem) -> FakeState:
+        if restore.blob_key is None:
+            return fake_model.new_state(restore.lora, self._facts.vocab_size)
+        state = self._read(restore.blob_key)
+        return state if restore.with_optimizer else fake_model.weights_only(state)
 
     def _put(self, state: FakeState, tag: StateTag) -> None:
         self._states[tag.model_id], self._tags[tag.model_id] = state, tag
@@ -256,7 +361,7 @@ class _FakeWorker:
         planned = item.item.planned
         result: OpResult | Failure | None = self._refusal(item)
         if result is None and isinstance(item.op, PassOp) and not planned.is_last_part:
-            self._parts[planned.request_id] = planned.quantum_stop
+            self._parts[planned.request_id] = _Part(planned.model_id, planned.quantum_stop)
             return self._outcome(item.item, is_partial=True)
         self._parts.pop(planned.request_id, None)
         if result is None:
@@ -272,13 +377,14 @@ class _FakeWorker:
         return outcome
 
     def _refusal(self, item: DecodedItem) -> Failure | None:
-        """Why an op may not start. A state other than the one the leader means is dropped, for a restore."""
+        """Why an op may not start. A state other than the one that it starts from is dropped, for a restore."""
         planned, starts_from = item.item.planned, item.item.starts_from
         if isinstance(item.op, Failure):
             return item.op
         if planned.model_id in self._lost:
             return self._lost[planned.model_id]
-        if planned.quantum_start > 0 and self._parts.get(planned.request_id) == planned.quantum_start:
+        part = self._parts.get(planned.request_id)
+        if part is not None and 0 < planned.quantum_start == part.quantum_stop:
             return None
         held = self._tags.get(planned.model_id)
         if _is_same_state(held, starts_from, planned.seq_id):
@@ -297,6 +403,8 @@ class _FakeWorker:
 
     def _note_failure(self, item: DecodedItem, failure: Failure) -> None:
         model_id = item.item.planned.model_id
+        if isinstance(failure, MustRestore):
+            return
         if item.item.starts_from is None:
             message = f"run {model_id} does not exist: its creation failed: {failure.message}"
             self._lost[model_id] = Failure(message, failure.category)
@@ -355,10 +463,11 @@ class _FakeWorker:
             seq_id=planned.seq_id,
             kind=planned.kind,
             result=None if isinstance(result, Failure) else result,
-            failure=failure,
+            failure=None if failure is None else Failure(failure.message, failure.category),
             is_partial=is_partial,
             tag_after=self._tags.get(planned.model_id),
             num_tokens=planned.num_tokens if failure is None else 0,
+            must_restore=isinstance(failure, MustRestore),
         )
 
 

@@ -1,27 +1,29 @@
 """An executor whose worker is a child process of this server, joined by a pipe.
 
 Two threads own the pipe's ends, so the event loop never blocks on it: one sends in order, one receives and
-hands messages to the loop. The child dies with the pipe; a child that dies on its own is reported once.
+hands messages to the loop. The child dies with the pipe; a child that dies on its own is reported once. One that has
+work and is silent for too long hangs: it is killed, which is a death like any other.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import queue
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Sequence
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection
+from dataclasses import dataclass
 from typing import Any, TypeVar, TypeVarTuple, assert_never
 
 from treadle.domain.ids import ModelId, RequestId
-from treadle.domain.outcome import CycleOutcome, PoolFacts
+from treadle.domain.limits import HANG_AFTER_S, HANG_FACTOR, PROGRESS_EVERY_S
+from treadle.domain.outcome import CycleOutcome, PoolFacts, SnapshotWritten
 from treadle.domain.plan import CycleWork, SampleWork, StateTag
 from treadle.errors import ConfigError, Fenced, ServerError, TreadleError, WorkerDied
 from treadle.executor.base import DeathCallback, SamplesCallback
+from treadle.executor.hangs import Silence
 from treadle.executor.messages import (
     CallDone,
     CancelSamples,
@@ -31,6 +33,7 @@ from treadle.executor.messages import (
     FromWorker,
     Loaded,
     LoadFailed,
+    Progress,
     RunCycle,
     SamplesDone,
     Snapshot,
@@ -39,6 +42,7 @@ from treadle.executor.messages import (
     ToWorker,
     WorkerConfig,
 )
+from treadle.executor.spare import WORKER_COMMAND, Spare, StartedProcess, start_process
 from treadle.telemetry.logs import get_logger
 
 log = get_logger(__name__)
@@ -48,46 +52,58 @@ Args = TypeVarTuple("Args")
 
 # How long a worker may take to leave after Stop before it is killed.
 STOP_TIMEOUT_S = 10.0
-# What is started as a worker, followed by the number of its end of the pipe.
-WORKER_COMMAND = (sys.executable, "-m", "treadle.executor.child")
+
+
+@dataclass(frozen=True, slots=True)
+class _WaitingCycle:
+    outcome: asyncio.Future[CycleOutcome]
+    predicted_s: float
 
 
 class LocalExecutor:
     """One worker process. `start` may be called once; after a death make a new executor."""
 
-    def __init__(self, config: WorkerConfig, *, command: Sequence[str] = WORKER_COMMAND) -> None:
+    def __init__(
+        self,
+        config: WorkerConfig,
+        *,
+        command: Sequence[str] = WORKER_COMMAND,
+        spare: Spare | None = None,
+        hang_after_s: float = HANG_AFTER_S,
+    ) -> None:
         self._config = config
         self._command = command
-        self._process: subprocess.Popen[bytes] | None = None
-        self._connection: Connection | None = None
+        self._spare = spare
+        self._hang_after_s = hang_after_s
+        self._child: StartedProcess | None = None
         self._outbox: queue.SimpleQueue[ToWorker | None] = queue.SimpleQueue()
         self._loaded: asyncio.Future[PoolFacts] | None = None
-        self._cycle: asyncio.Future[CycleOutcome] | None = None
+        # By token and cycle number: one, and at a change of leaders the one that is being abandoned.
+        self._cycles: dict[tuple[int, int], _WaitingCycle] = {}
         self._calls: dict[int, asyncio.Future[CallDone]] = {}
         self._call_ids = itertools.count(1)
+        self._samples: set[RequestId] = set()
+        self._silence = Silence(tick_s=self._tick_s)
+        self._watching: asyncio.Task[None] | None = None
         self._is_stopping = False
+        self._hang_reason: str | None = None
         self._death_reason: str | None = None
 
     @property
     def pid(self) -> int | None:
         """The worker's process id, once started."""
-        return None if self._process is None else self._process.pid
+        return None if self._child is None else self._child.process.pid
 
     def launch(self) -> None:
         """Start the process without waiting for its model; `start` then waits. Idempotent."""
-        if self._process is not None:
+        if self._child is not None:
             return
-        ours, theirs = Pipe(duplex=True)
-        # A session of its own: Ctrl-C reaches the server only, which then drains before it stops the worker.
-        self._process = subprocess.Popen(
-            [*self._command, str(theirs.fileno())],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        theirs.close()
-        self._connection = ours
-        ours.send(self._config)
+        spare = None if self._spare is None else self._spare.take(self._command)
+        self._child = spare or start_process(self._command)
+        log.info("worker launched", base_model=self._config.base_model, pid=self.pid, was_spare=spare is not None)
+        # A spare that died a moment ago is found out by the receiving side.
+        with contextlib.suppress(OSError):
+            self._child.connection.send(self._config)
 
     async def start(self, *, on_samples: SamplesCallback, on_death: DeathCallback) -> PoolFacts:
         """See Executor.start."""
@@ -102,33 +118,43 @@ class LocalExecutor:
             name="treadle-worker-receive",
             daemon=True,
         ).start()
-        return await self._loaded
+        facts = await self._loaded
+        self._watching = asyncio.create_task(self._watch(), name="worker watch")
+        if self._spare is not None:
+            # Not before: its imports would have taken the cores that this worker's start needed.
+            self._spare.prepare(self._command)
+        return facts
 
     async def run_cycle(self, work: CycleWork) -> CycleOutcome:
         """See Executor.run_cycle."""
-        assert self._cycle is None, "a worker runs one cycle at a time"
+        assert all(token != work.token for token, _ in self._cycles), "one cycle of a leader at a time"
         self._check_alive()
-        self._cycle = asyncio.get_running_loop().create_future()
+        waiting = _WaitingCycle(asyncio.get_running_loop().create_future(), work.predicted_s)
+        self._cycles[work.token, work.cycle] = waiting
         self._outbox.put(RunCycle(work))
         try:
-            return await self._cycle
+            return await waiting.outcome
         finally:
-            self._cycle = None
+            del self._cycles[work.token, work.cycle]
 
     def submit_samples(self, samples: Sequence[SampleWork]) -> None:
         """See Executor.submit_samples."""
         self._check_alive()
+        self._samples.update(sample.request_id for sample in samples)
         self._outbox.put(SubmitSamples(tuple(samples)))
 
     def cancel_samples(self, request_ids: Sequence[RequestId]) -> None:
         """See Executor.cancel_samples."""
+        self._samples.difference_update(request_ids)
         self._outbox.put(CancelSamples(tuple(request_ids)))
 
-    async def snapshot(self, targets: Sequence[tuple[StateTag, str]]) -> dict[ModelId, int]:
+    async def snapshot(
+        self, targets: Sequence[tuple[StateTag, str]], *, with_open_gradient: bool = False
+    ) -> dict[ModelId, SnapshotWritten]:
         """See Executor.snapshot."""
         call_id = next(self._call_ids)
-        done = await self._call(call_id, Snapshot(call_id=call_id, targets=tuple(targets)))
-        return dict(done.num_bytes)
+        done = await self._call(call_id, Snapshot(call_id, tuple(targets), with_open_gradient))
+        return dict(done.written)
 
     async def evict(self, model_ids: Sequence[ModelId]) -> None:
         """See Executor.evict."""
@@ -138,9 +164,11 @@ class LocalExecutor:
     async def stop(self) -> None:
         """See Executor.stop."""
         self._is_stopping = True
-        process = self._process
-        if process is None:
+        if self._watching is not None:
+            self._watching.cancel()
+        if self._child is None:
             return
+        process = self._child.process
         self._outbox.put(Stop())
         self._outbox.put(None)
         if not self._has_loaded:
@@ -167,56 +195,83 @@ class LocalExecutor:
         finally:
             del self._calls[call_id]
 
+    @property
+    def _tick_s(self) -> float:
+        return min(PROGRESS_EVERY_S, self._hang_after_s / 4)
+
+    async def _watch(self) -> None:
+        """Kill the worker when it hangs."""
+        now = asyncio.get_running_loop().time
+        while self._death_reason is None and self._hang_reason is None:
+            await asyncio.sleep(self._tick_s)
+            self._silence.tick(now(), has_work=bool(self._cycles or self._calls or self._samples))
+            predicted_s = max((waiting.predicted_s for waiting in self._cycles.values()), default=0.0)
+            if self._silence.seconds < max(self._hang_after_s, HANG_FACTOR * predicted_s):
+                continue
+            self._hang_reason = f"the worker process hung: no progress for {self._silence.seconds:.0f} s"
+            log.error("worker hung", base_model=self._config.base_model, silent_s=self._silence.seconds)
+            assert self._child is not None
+            self._child.process.kill()
+
     def _send_forever(self) -> None:
-        assert self._connection is not None
+        assert self._child is not None
         while (message := self._outbox.get()) is not None:
             try:
-                self._connection.send(message)
+                self._child.connection.send(message)
             except OSError:
                 return  # the receiving side reports the death
 
     def _receive_forever(
         self, loop: asyncio.AbstractEventLoop, on_samples: SamplesCallback, on_death: DeathCallback
     ) -> None:
-        assert self._connection is not None
+        assert self._child is not None
         while True:
             try:
-                message: FromWorker = self._connection.recv()
+                message: FromWorker = self._child.connection.recv()
             except (EOFError, OSError):
                 break
             _call_soon(loop, self._dispatch, message, on_samples)
-        assert self._process is not None
-        status = self._process.wait()
+        status = self._child.process.wait()
         _call_soon(loop, self._ended, status, on_death)
 
     def _dispatch(self, message: FromWorker, on_samples: SamplesCallback) -> None:
+        self._silence.heard()
         match message:
             case Loaded(facts=facts):
                 _resolve(self._loaded, facts)
             case LoadFailed(message=text, is_config=is_config):
                 _reject(self._loaded, ConfigError(text) if is_config else ServerError(text))
             case CycleDone(outcome=outcome):
-                _resolve(self._cycle, outcome)
-            case CycleRefused(message=text):
-                _reject(self._cycle, Fenced(text))
+                _resolve(self._outcome_future(outcome.token, outcome.cycle), outcome)
+            case CycleRefused(token=token, cycle=cycle, message=text):
+                _reject(self._outcome_future(token, cycle), Fenced(text))
             case SamplesDone(outcomes=outcomes):
+                self._samples.difference_update(outcome.request_id for outcome in outcomes)
                 on_samples(outcomes)
             case CallDone(call_id=call_id):
                 _resolve(self._calls.get(call_id), message)
+            case Progress():
+                pass
             case _:
                 assert_never(message)
 
+    def _outcome_future(self, token: int, cycle: int) -> asyncio.Future[CycleOutcome] | None:
+        waiting = self._cycles.get((token, cycle))
+        return None if waiting is None else waiting.outcome
+
     def _ended(self, status: int, on_death: DeathCallback) -> None:
         """The process is gone: fail what waits for it, and tell the owner unless it was asked to go."""
-        reason = f"the worker process ended with status {status}"
+        reason = self._hang_reason or f"the worker process ended with status {status}"
         self._death_reason = reason
         self._outbox.put(None)
-        waiting = [self._loaded, self._cycle, *self._calls.values()]
+        if self._watching is not None:
+            self._watching.cancel()
+        waiting = [self._loaded, *(one.outcome for one in self._cycles.values()), *self._calls.values()]
         was_loaded = self._has_loaded
         for future in waiting:
             _reject(future, WorkerDied(reason))
         if was_loaded and not self._is_stopping:
-            log.error("worker died", base_model=self._config.base_model, status=status)
+            log.error("worker died", base_model=self._config.base_model, status=status, reason=reason)
             on_death(reason)
 
 

@@ -7,12 +7,12 @@ the network is ever unpickled.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from treadle.domain.ids import ModelId, RequestId
 from treadle.domain.limits import PARK_AFTER_S
-from treadle.domain.outcome import CycleOutcome, PoolFacts, SampleOutcome
+from treadle.domain.outcome import CycleOutcome, PoolFacts, SampleOutcome, SnapshotWritten
 from treadle.domain.plan import CycleWork, SampleWork, StateTag
 
 
@@ -61,6 +61,7 @@ class CancelSamples:
 class Snapshot:
     call_id: int
     targets: tuple[tuple[StateTag, str], ...]
+    with_open_gradient: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +95,9 @@ class CycleDone:
 
 @dataclass(frozen=True, slots=True)
 class CycleRefused:
-    """The plan's token is older than one the worker has seen."""
+    """The plan's token is older than one the worker has seen, from the start or since a newer one came."""
 
+    token: int
     cycle: int
     message: str
 
@@ -107,11 +109,16 @@ class SamplesDone:
 
 @dataclass(frozen=True, slots=True)
 class CallDone:
-    """The answer to Snapshot or Evict; bytes written per run for a snapshot."""
+    """The answer to Snapshot or Evict; what is durable of a snapshot."""
 
     call_id: int
-    num_bytes: Mapping[ModelId, int]
+    written: Mapping[ModelId, SnapshotWritten] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """A unit of work ended, or the worker is only waiting for a disk: it is not hung."""
 
 
 ToWorker = RunCycle | SubmitSamples | CancelSamples | Snapshot | Evict | Stop
-FromWorker = Loaded | LoadFailed | CycleDone | CycleRefused | SamplesDone | CallDone
+FromWorker = Loaded | LoadFailed | CycleDone | CycleRefused | SamplesDone | CallDone | Progress

@@ -65,21 +65,35 @@ class Driver:
 
     async def run(self, *ops: TrainingOp, restores: Sequence[RestoreItem] = ()) -> list[OpOutcome]:
         """One cycle of whole ops."""
+        return list((await self.run_cycle(*ops, restores=restores)).outcomes)
+
+    async def run_cycle(self, *ops: TrainingOp, restores: Sequence[RestoreItem] = ()) -> CycleOutcome:
+        """One cycle of whole ops, restores first: the ops start from what those make."""
         for restore in restores:
             self.tags[restore.model_id] = restore.tag
-        return list((await self.run_items([self.item(op) for op in ops], restores=restores)).outcomes)
+        return await self.run_items([self.item(op) for op in ops], restores=restores)
 
-    async def run_items(self, items: Sequence[WorkItem], *, restores: Sequence[RestoreItem] = ()) -> CycleOutcome:
+    async def run_items(
+        self, items: Sequence[WorkItem], *, restores: Sequence[RestoreItem] = (), predicted_s: float = 0.0
+    ) -> CycleOutcome:
         """One cycle of items made by `item`."""
         for model_id in {item.planned.model_id for item in items}:
             seq_ids = [item.planned.seq_id for item in items if item.planned.model_id == model_id]
             assert seq_ids == sorted(set(seq_ids)), "a plan keeps each model's order"
-        work = CycleWork(token=self.token, cycle=next(self._cycles), items=tuple(items), restores=tuple(restores))
+        work = CycleWork(self.token, next(self._cycles), tuple(items), tuple(restores), predicted_s)
         async with asyncio.timeout(PATIENCE_S):
             outcome = await self.executor.run_cycle(work)
         for op_outcome in outcome.outcomes:
             self.tags[op_outcome.model_id] = op_outcome.tag_after
         return outcome
+
+    async def snapshot(self, tag: StateTag, *, with_open_gradient: bool = False) -> BlobKey | None:
+        """Write the run's state at this tag; the key of its file, or None when it was left out."""
+        key = self.new_key()
+        async with asyncio.timeout(PATIENCE_S):
+            written = await self.executor.snapshot([(tag, key)], with_open_gradient=with_open_gradient)
+        assert written.keys() <= {tag.model_id}
+        return key if written else None
 
     def item(self, op: TrainingOp, *, quanta: tuple[int, int] | None = None, tag: StateTag | None = None) -> WorkItem:
         """The work item of an op, or of the quanta [start, stop) of a pass; `tag` replaces the one it should have."""
@@ -112,10 +126,12 @@ class Driver:
         incarnation = FIRST_INCARNATION if held is None else held.incarnation
         return StateTag(op.model_id, incarnation=incarnation, applied_seq=seq_id - 1)
 
-    def restore_item(self, tag: StateTag, lora: LoraSpec, blob_key: BlobKey | None) -> RestoreItem:
+    def restore_item(
+        self, tag: StateTag, lora: LoraSpec, blob_key: BlobKey | None, *, with_optimizer: bool = True
+    ) -> RestoreItem:
         """Rebuild the run that `tag` names, as its next incarnation."""
         next_tag = StateTag(tag.model_id, incarnation=tag.incarnation + 1, applied_seq=tag.applied_seq)
-        return RestoreItem(model_id=tag.model_id, lora=lora, blob_key=blob_key, tag=next_tag)
+        return RestoreItem(tag.model_id, lora, blob_key, tag=next_tag, with_optimizer=with_optimizer)
 
     async def sample(self, *ops: SampleOp, prefix: str = "") -> list[SampleOutcome]:
         """Submit samples together and wait for all of them; outcomes in the order of `ops`."""

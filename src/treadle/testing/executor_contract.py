@@ -4,8 +4,10 @@ Each check is an async function of a `Driver` and raises AssertionError when the
 runs of their own, so they may share one executor and come in any order:
 
     async with started(make_executor()) as driver:
-        for check in CHECKS:
+        for check in (*CHECKS, *RECOVERY_CHECKS):
             await check(driver)
+
+Those of state tags, fencing, snapshots and restores are in recovery_contract.py.
 
 They need a vocabulary of 64 ids, a context of 64 tokens, rank 8, and determinism: the same run twice gives the same
 numbers to the bit. Nothing here knows what the model computes, only that training on a datum makes it likelier.
@@ -31,11 +33,16 @@ from treadle.domain.ops import (
     SaveWeightsOp,
     UnloadModelOp,
 )
-from treadle.domain.outcome import BlobResult, ModelResult, OpOutcome, PassResult, StepResult
+from treadle.domain.outcome import (
+    BlobResult,
+    ModelResult,
+    OpOutcome,
+    PassResult,
+    StepResult,
+)
 from treadle.domain.plan import FIRST_INCARNATION, StateTag
 from treadle.domain.quanta import cut_quanta
 from treadle.domain.states import Category
-from treadle.errors import Fenced
 from treadle.testing.builders import datum, pass_op, sample_op, step_op
 from treadle.testing.driver import Driver, Floats, pass_logprobs, pass_loss, read_sample
 
@@ -80,14 +87,14 @@ class Run:
     def step(self) -> OptimStepOp:
         return step_op(self.next_seq_id(), model_id=self.model_id, learning_rate=LEARNING_RATE)
 
-    def load(self, key: BlobKey, *, creates_model: bool = False) -> LoadWeightsOp:
+    def load(self, key: BlobKey, *, creates_model: bool = False, with_optimizer: bool = True) -> LoadWeightsOp:
         return LoadWeightsOp(
             model_id=self.model_id,
             seq_id=self.next_seq_id(),
             path="tinker://contract/weights/one",
             blob_key=key,
             lora=LORA,
-            with_optimizer=True,
+            with_optimizer=with_optimizer,
             creates_model=creates_model,
         )
 
@@ -113,6 +120,7 @@ def assert_user_failure(outcome: OpOutcome) -> None:
     assert outcome.result is None
     assert outcome.failure is not None
     assert outcome.failure.category is Category.USER, outcome.failure
+    assert not outcome.must_restore
 
 
 async def check_start_gives_facts(driver: Driver) -> None:
@@ -224,29 +232,6 @@ async def check_a_save_loads(driver: Driver) -> None:
     assert_same(await other.logprobs(), saved_at)
 
 
-async def check_a_wrong_tag_is_refused(driver: Driver) -> None:
-    # Another incarnation; a state behind the one held; the op's own future.
-    for incarnation, seqs_behind in ((FIRST_INCARNATION + 1, 1), (FIRST_INCARNATION, 2), (FIRST_INCARNATION, 0)):
-        run = await Run(driver).trained()
-        before = await run.logprobs()
-        held = driver.tags[run.model_id]
-        op = run.backward()
-        tag = StateTag(run.model_id, incarnation, applied_seq=op.seq_id - seqs_behind)
-        (refused,) = (await driver.run_items([driver.item(op, tag=tag)])).outcomes
-        assert refused.result is None
-        assert refused.failure is not None
-        assert refused.failure.category is Category.SERVER
-        # The worker may keep the state as it was, or drop it for a restore; it may not have run the op on it.
-        if refused.tag_after is None:
-            driver.tags[run.model_id] = held
-            (second,) = await driver.run(run.forward())
-            assert second.failure is not None, "a dropped state came back"
-        else:
-            assert_same(await run.logprobs(), before)
-            (stepped,) = await driver.run(run.step())
-            assert_user_failure(stepped)
-
-
 async def check_skipped_seq_ids_are_no_obstacle(driver: Driver) -> None:
     run = await Run(driver).trained()
     run.last_seq_id += 5
@@ -255,11 +240,17 @@ async def check_skipped_seq_ids_are_no_obstacle(driver: Driver) -> None:
     assert passed.tag_after == run.tag(run.last_seq_id)
 
 
-async def check_a_pass_in_parts_is_one_pass(driver: Driver) -> None:
+def quanta_of_datums(driver: Driver, num_quanta: int) -> list[Datum]:
+    """Datums that are cut into so many quanta."""
     num_tokens = min(QUANTUM_TOKENS // 2 + 1, driver.facts.max_context_length)
     per_quantum = max(1, QUANTUM_TOKENS // num_tokens)
-    data = [datum(num_tokens, seed=seed) for seed in range(2 * per_quantum + 1)]
-    assert len(cut_quanta([num_tokens] * len(data))) == 3
+    data = [datum(num_tokens, seed=seed) for seed in range((num_quanta - 1) * per_quantum + 1)]
+    assert len(cut_quanta([num_tokens] * len(data))) == num_quanta
+    return data
+
+
+async def check_a_pass_in_parts_is_one_pass(driver: Driver) -> None:
+    data = quanta_of_datums(driver, 3)
     whole, parted = Run(driver), Run(driver)
     (_, expected, _) = await driver.run(whole.create(), whole.backward_on(data), whole.step())
     await driver.run(parted.create())
@@ -278,70 +269,6 @@ async def check_a_pass_in_parts_is_one_pass(driver: Driver) -> None:
     assert_same(np.concatenate(pass_logprobs(done)), np.concatenate(pass_logprobs(expected)))
     await driver.run(parted.step())
     assert_same(await parted.logprobs(), await whole.logprobs())
-
-
-async def check_an_older_token_is_fenced(driver: Driver) -> None:
-    run = await Run(driver).trained()
-    before = await run.logprobs()
-    driver.token += 1
-    await driver.run(run.forward())
-    driver.token -= 1
-    item = driver.item(run.backward())
-    try:
-        await driver.run_items([item])
-    except Fenced:
-        pass
-    else:
-        raise AssertionError("a plan with an older token was run")
-    finally:
-        driver.token += 1
-    assert_same(await run.logprobs(), before)
-
-
-async def check_snapshot_evict_restore_continues_the_run(driver: Driver) -> None:
-    run, undisturbed = await Run(driver).trained(), await Run(driver).trained()
-    await driver.run(run.backward(seed=5), undisturbed.backward(seed=5))
-    key = driver.new_key()
-    held = run.tag(run.last_seq_id)
-    stale = replace(held, applied_seq=held.applied_seq - 1)
-    assert await driver.executor.snapshot([(stale, driver.new_key())]) == {}
-    written = await driver.executor.snapshot([(held, key)])
-    assert written.keys() == {run.model_id}
-    assert written[run.model_id] > 0
-    await driver.executor.evict([run.model_id])
-    restore = driver.restore_item(held, LORA, key)
-    (stepped,) = await driver.run(run.step(), restores=[restore])
-    assert stepped.failure is None
-    assert stepped.tag_after == replace(restore.tag, applied_seq=run.last_seq_id)
-    await driver.run(undisturbed.step())
-    assert_same(await run.logprobs(), await undisturbed.logprobs())
-
-
-async def check_a_new_run_restores_from_its_seed(driver: Driver) -> None:
-    run, undisturbed = Run(driver), Run(driver)
-    await driver.run(run.create(), undisturbed.create())
-    await driver.executor.evict([run.model_id])
-    restore = driver.restore_item(run.tag(0), LORA, None)
-    await driver.run(run.backward(), run.step(), restores=[restore])
-    await driver.run(undisturbed.backward(), undisturbed.step())
-    assert_same(await run.logprobs(), await undisturbed.logprobs())
-
-
-async def check_a_failed_restore_fails_the_ops_behind_it(driver: Driver) -> None:
-    run = await Run(driver).trained()
-    restore = driver.restore_item(run.tag(run.last_seq_id), LORA, driver.new_key())
-    outcomes = await driver.run(run.backward(), run.step(), restores=[restore])
-    assert all(outcome.failure is not None and outcome.tag_after is None for outcome in outcomes)
-
-
-async def check_evict_is_idempotent(driver: Driver) -> None:
-    run = await Run(driver).trained()
-    for _ in range(2):
-        await driver.executor.evict([run.model_id, driver.new_model_id()])
-    assert await driver.executor.snapshot([(run.tag(run.last_seq_id), driver.new_key())]) == {}
-    (refused,) = await driver.run(run.forward())
-    assert refused.failure is not None
-    assert refused.tag_after is None
 
 
 async def check_unload_ends_a_run(driver: Driver) -> None:
@@ -422,14 +349,8 @@ CHECKS: tuple[Check, ...] = (
     check_an_unreadable_payload_fails_its_own_op_only,
     check_a_step_applies_what_succeeded_and_counts_the_rest,
     check_a_save_loads,
-    check_a_wrong_tag_is_refused,
     check_skipped_seq_ids_are_no_obstacle,
     check_a_pass_in_parts_is_one_pass,
-    check_an_older_token_is_fenced,
-    check_snapshot_evict_restore_continues_the_run,
-    check_a_new_run_restores_from_its_seed,
-    check_a_failed_restore_fails_the_ops_behind_it,
-    check_evict_is_idempotent,
     check_unload_ends_a_run,
     check_published_weights_are_sampled_and_never_change,
     check_each_sample_ends_in_one_outcome,

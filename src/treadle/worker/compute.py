@@ -1,19 +1,21 @@
 """One compute thread, two kinds of work: training cycles and samples share the device here.
 
 Each call of `run_unit` runs one bounded piece (a micro-batch, a prefill chunk, a decode burst) of the side whose
-turn it is; domain/share.py decides whose. Idle runs are parked between units. Nothing here knows how messages arrive
-or leave.
+turn it is; domain/share.py decides whose. Between units snapshots are encoded and idle runs are parked. Nothing here
+knows how messages arrive or leave.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, replace
 
 from treadle.domain.ids import RequestId
+from treadle.domain.limits import PROGRESS_EVERY_S
 from treadle.domain.outcome import CycleOutcome, SampleOutcome
 from treadle.domain.share import DeviceShare, Side, charge, next_side
+from treadle.worker.snapshots import SnapshotCall, Snapshots, SnapshotsDone
 from treadle.worker.work import DecodedCycle, DecodedSample
 from treadle.worker.worker import Worker
 
@@ -27,29 +29,55 @@ class Finished:
 
     cycle: CycleOutcome | None = None
     samples: tuple[SampleOutcome, ...] = ()
+    snapshots: tuple[SnapshotsDone, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _RunningCycle:
+    cycle: DecodedCycle
+    units: Generator[None, None, CycleOutcome]
 
 
 class ComputeLoop:
-    """The work at hand and whose turn it is."""
+    """The work at hand and whose turn it is. wake: called from another thread when there is new work here."""
 
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, worker: Worker, *, wake: Callable[[], object]) -> None:
         self.worker = worker
-        self._cycle: Generator[None, None, CycleOutcome] | None = None
+        self._running: _RunningCycle | None = None
+        self._snapshots = Snapshots(encode=worker.encode_snapshot, write=worker.write_blob, wake=wake)
         self._share = DeviceShare()
 
     @property
     def has_work(self) -> bool:
-        return self._cycle is not None or self.worker.has_samples
+        return self._running is not None or self.worker.has_samples or self._snapshots.has_work
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether snapshots are on their way, with or without work for the compute thread."""
+        return self._snapshots.is_open
 
     @property
     def idle_s(self) -> float | None:
         """Without work: how long `run_unit` may wait to be called again. None: until there is some."""
-        return self.worker.seconds_until_parking
+        until_parking = self.worker.seconds_until_parking
+        if not self.is_writing:
+            return until_parking
+        return PROGRESS_EVERY_S if until_parking is None else min(PROGRESS_EVERY_S, until_parking)
 
-    def begin_cycle(self, cycle: DecodedCycle) -> None:
-        """Take a cycle on. Raises Fenced when a newer leader has spoken to this worker."""
-        assert self._cycle is None, "one cycle at a time"
-        self._cycle = self.worker.begin_cycle(cycle)
+    def begin_cycle(self, cycle: DecodedCycle) -> DecodedCycle | None:
+        """Take a cycle on; the older leader's cycle that is abandoned for it, if one was on its way.
+
+        Raises Fenced when a newer leader has spoken to this worker.
+        """
+        units = self.worker.begin_cycle(cycle)
+        before, self._running = self._running, _RunningCycle(cycle, units)
+        if before is None:
+            return None
+        assert before.cycle.token < cycle.token, "one cycle of a leader at a time"
+        before.units.close()
+        # Nobody will hear which of its ops were applied.
+        self.worker.evict(sorted(before.cycle.model_ids))
+        return before.cycle
 
     def submit_samples(self, samples: Sequence[DecodedSample]) -> None:
         """Queue samples."""
@@ -59,25 +87,30 @@ class ComputeLoop:
         """Drop samples that nobody waits for."""
         self.worker.cancel_samples(request_ids)
 
+    def ask_snapshots(self, call: SnapshotCall) -> None:
+        """Queue snapshots: of each run the state that it has when its turn comes, if that is the one asked for."""
+        self._snapshots.ask(call)
+
     def run_unit(self) -> Finished:
         """Run one bounded piece of work, if there is any."""
-        side = next_side(self._share, training_waits=self._cycle is not None, sampling_waits=self.worker.has_samples)
+        snapshots = tuple(self._snapshots.run_one())
+        side = next_side(self._share, training_waits=self._running is not None, sampling_waits=self.worker.has_samples)
         if side is None:
             self.worker.park_idle()
-            return Finished()
+            return Finished(snapshots=snapshots)
         started = time.perf_counter()
         finished = self._train() if side is Side.TRAINING else Finished(samples=self.worker.sample_step(MAX_UNIT_S))
         self._share = charge(self._share, side, time.perf_counter() - started)
-        if self._cycle is None:
+        if self._running is None:
             # Also behind samples, which may never end: an idle run's memory is theirs to use.
             self.worker.park_idle()
-        return finished
+        return replace(finished, snapshots=snapshots)
 
     def _train(self) -> Finished:
-        assert self._cycle is not None
+        assert self._running is not None
         try:
-            next(self._cycle)
+            next(self._running.units)
         except StopIteration as done:
-            self._cycle = None
+            self._running = None
             return Finished(cycle=done.value)
         return Finished()

@@ -34,22 +34,25 @@ from treadle.domain.outcome import (
     ModelResult,
     OpOutcome,
     OpResult,
+    RestoreEnd,
+    RestoreOutcome,
     StepResult,
 )
 from treadle.domain.plan import FIRST_INCARNATION, RestoreItem, StateTag, WorkItem
-from treadle.domain.states import Category
 from treadle.engine.base_model import BaseModel
 from treadle.engine.files import decode_state, encode_state
 from treadle.engine.memory import PassLimits, is_out_of_memory
 from treadle.engine.optim import adamw_steps
 from treadle.engine.state import TrainingState, new_training_state
 from treadle.errors import StaleTag, TreadleError
+from treadle.telemetry import phases
 from treadle.telemetry.logs import get_logger
 from treadle.worker.blob_io import BlobIO
 from treadle.worker.device_loss import reraise_if_device_is_lost
-from treadle.worker.failures import failure_of, internal_failure
+from treadle.worker.failures import MustRestore, failure_of, internal_failure, must_restore
 from treadle.worker.micro_batches import MicroBatches, check_fits
 from treadle.worker.open_pass import OpenPass
+from treadle.worker.restoring import restore_run
 from treadle.worker.slots import Slots
 from treadle.worker.versions import Versions
 from treadle.worker.work import DecodedCycle, DecodedItem
@@ -81,6 +84,7 @@ class CycleRunner:
         # Steps whose runs are on the device and must stay there until they are taken.
         self._due_steps: dict[ModelId, _DueStep] = {}
         self._outcomes: dict[RequestId, OpOutcome] = {}
+        # Why a run's ops cannot run in this cycle, once its creation or its restore has failed.
         self._lost: dict[ModelId, Failure] = {}
 
     @property
@@ -98,16 +102,20 @@ class CycleRunner:
         parts = {name: part for name, part in self._open_passes.items() if part.op.model_id == model_id}
         for request_id, part in parts.items():
             del self._open_passes[request_id]
-            part.fail(internal_failure(f"a pass on run {model_id}, whose state was dropped"))
+            part.fail(must_restore(f"the state of run {model_id} was dropped"))
 
     def execute(self, cycle: DecodedCycle) -> Generator[None, None, CycleOutcome]:
-        """Run the cycle in bounded pieces and return its outcome, in plan order."""
+        """Run the cycle in bounded pieces and return its outcome, in plan order.
+
+        Closed before its end, it leaves some ops of its runs applied and others not: evict them all.
+        """
         started = time.perf_counter()
         self._outcomes = {}
         self._lost = {}
         self._micro_batches.num_forwards = 0
+        restores = []
         for restore in cycle.restores:
-            self._restore(restore)
+            restores.append(self._restore(restore))
             self._slots.park_over_limit(busy=self.busy_runs)
             yield
         by_phase: dict[Phase, list[DecodedItem]] = {phase: [] for phase in Phase}
@@ -124,35 +132,23 @@ class CycleRunner:
             outcomes=outcomes,
             compute_s=time.perf_counter() - started,
             num_forwards=self._micro_batches.num_forwards,
+            restores=tuple(restores),
         )
 
-    def _restore(self, restore: RestoreItem) -> None:
-        """Rebuild a run; when that fails, its ops in this cycle fail with the reason, as an error of ours."""
+    def _restore(self, restore: RestoreItem) -> RestoreOutcome:
+        """Rebuild a run; when that fails, its ops in this cycle do not start."""
         self._drop(restore.model_id)
-        try:
-            state = self.with_room(lambda: self._restored(restore))
-        except TreadleError as error:
-            log.error("restore failed", model_id=restore.model_id, reason=error.message)
-            self._lost[restore.model_id] = Failure(
-                f"the state of run {restore.model_id} could not be read back: {error.message}", Category.SERVER
+        outcome = restore_run(restore, base=self._base, blobs=self._blobs, slots=self._slots, with_room=self.with_room)
+        if outcome.end is not RestoreEnd.DONE:
+            self._lost[restore.model_id] = must_restore(
+                f"run {restore.model_id} could not be restored: {outcome.message}"
             )
-            return
-        except Exception as error:  # noqa: BLE001 (worker entry: no memory for one run must not end the others)
-            reraise_if_device_is_lost(error)
-            log.error("restore failed", model_id=restore.model_id, exc=error)
-            self._lost[restore.model_id] = internal_failure(f"the restore of run {restore.model_id}")
-            return
-        self._slots.put(state, restore.tag)
+        return outcome
 
     def _drop(self, model_id: ModelId) -> None:
         """Forget a run's state, and first the passes on it: one begun on the state before must not go on."""
         self.forget_run(model_id)
         self._slots.drop(model_id)
-
-    def _restored(self, restore: RestoreItem) -> TrainingState:
-        if restore.blob_key is None:
-            return new_training_state(self._base, restore.lora)
-        return decode_state(self._blobs.read(restore.blob_key), self._base)
 
     def with_room(self, make: Callable[[], Value]) -> Value:
         """What `make` gives, tried again without idle runs and kept versions in memory when it ran out."""
@@ -187,7 +183,7 @@ class CycleRunner:
         refusal = self._refusal(item)
         result = self._guarded(item, self._apply) if refusal is None else refusal
         if isinstance(result, Failure):
-            if item.item.starts_from is None:
+            if item.item.starts_from is None and not isinstance(result, MustRestore):
                 message = f"run {planned.model_id} does not exist: its creation failed: {result.message}"
                 self._lost[planned.model_id] = Failure(message, result.category)
             self._settle(item.item, failure=result)
@@ -235,6 +231,7 @@ class CycleRunner:
                 assert_never(op)
 
     def _load(self, op: LoadWeightsOp, item: WorkItem) -> ModelResult:
+        phases.phase(phases.Phase.LOAD, model_id=op.model_id, seq_id=op.seq_id)
         data = self._blobs.read(op.blob_key)
         state = self.with_room(lambda: decode_state(data, self._base, with_optimizer=op.with_optimizer))
         incarnation = FIRST_INCARNATION if item.starts_from is None else item.starts_from.incarnation
@@ -245,6 +242,8 @@ class CycleRunner:
         assert key is not None, "the scheduler assigns a key to every save"
         state = self._state(model_id)
         data = encode_state(state, self._base, with_optimizer=with_optimizer, applied_seq=seq_id)
+        name = phases.Phase.SAVE if with_optimizer else phases.Phase.SAVE_FOR_SAMPLER
+        phases.phase(name, model_id=model_id, seq_id=seq_id)
         return BlobResult(blob_key=key, num_bytes=self._blobs.write(key, data), lora=state.spec)
 
     def _keep_version(self, model_id: ModelId, key: BlobKey) -> None:
@@ -267,6 +266,8 @@ class CycleRunner:
         ]
         for _ in self._micro_batches.run(refs):
             self._close_parts(waiting)
+            if waiting:
+                phases.phase(phases.Phase.MID_PASS, num_ops_left=len(waiting))
             yield
         self._close_parts(waiting)
         assert not waiting, "every planned quantum ran or its op failed"
@@ -349,6 +350,7 @@ class CycleRunner:
         else:
             for one, metrics in zip(due, taken, strict=True):
                 self._settle_step(one.item, metrics)
+            phases.phase(phases.Phase.STEPPED, num_runs=len(due))
             return
         is_touched = [_versions(one.state) != version for one, version in zip(due, versions, strict=True)]
         if ran_out:
@@ -370,7 +372,7 @@ class CycleRunner:
         self._settle(item, result=StepResult({**metrics, "skipped_passes": float(num_skipped)}))
 
     def _refusal(self, item: DecodedItem) -> Failure | None:
-        """Why an op may not start here. A state that is not the one the leader means is dropped, for a restore."""
+        """Why an op may not start here. A state that is not the one it starts from is dropped, for a restore."""
         if isinstance(item.op, Failure):
             return item.op
         planned = item.item.planned
@@ -423,10 +425,12 @@ class CycleRunner:
         self._settle(item, failure=open_pass.failure)
 
     def _settle(self, item: WorkItem, *, result: OpResult | None = None, failure: Failure | None = None) -> None:
-        """The op is over: its number is consumed, its outcome is final."""
+        """The op is over, its number consumed and its outcome final; or it did not start, and its run is not held."""
         assert (result is None) != (failure is None)
         planned = item.planned
         assert planned.request_id not in self._outcomes, "one outcome per op"
+        if isinstance(failure, MustRestore):
+            assert planned.model_id not in self._slots, "a run that is held needs no restore"
         self._slots.advance(planned.model_id, planned.seq_id)
         self._outcomes[planned.request_id] = self._outcome(item, result=result, failure=failure)
 
@@ -445,10 +449,11 @@ class CycleRunner:
             seq_id=planned.seq_id,
             kind=planned.kind,
             result=result,
-            failure=failure,
+            failure=None if failure is None else Failure(failure.message, failure.category),
             is_partial=is_partial,
             tag_after=self._slots.tag(planned.model_id),
             num_tokens=planned.num_tokens if failure is None else 0,
+            must_restore=isinstance(failure, MustRestore),
         )
 
 

@@ -134,6 +134,11 @@ class Slots:
         self._skipped_passes[model_id] = 0
         return num_skipped
 
+    def has_open_gradient(self, model_id: ModelId) -> bool:
+        """Whether a run that is held, parked or not, has passes behind its last step."""
+        parked = self._parked.get(model_id)
+        return (self._states[model_id] if parked is None else parked).num_open_passes > 0
+
     def is_parked(self, model_id: ModelId) -> bool:
         """Whether the run is held, but not on the device."""
         return model_id in self._parked

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from treadle.domain.ids import RequestId, TenantId
+from treadle.domain.ids import ModelId, RequestId, TenantId
 from treadle.domain.ops import SampleOp, TrainingOp
 from treadle.domain.outcome import Failure
 from treadle.domain.plan import RestoreItem, WorkItem
@@ -24,6 +24,13 @@ class DecodedCycle:
     cycle: int
     items: tuple[DecodedItem, ...]
     restores: tuple[RestoreItem, ...] = ()
+
+    @property
+    def model_ids(self) -> frozenset[ModelId]:
+        """All runs named in it."""
+        return frozenset(
+            [item.item.planned.model_id for item in self.items] + [restore.model_id for restore in self.restores]
+        )
 
 
 @dataclass(frozen=True, slots=True)

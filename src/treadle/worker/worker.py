@@ -17,6 +17,7 @@ from treadle.engine.files import encode_state
 from treadle.engine.memory import PassLimits
 from treadle.errors import Fenced, TreadleError
 from treadle.sampler.base import Sampler, SampleRequest
+from treadle.telemetry import phases
 from treadle.telemetry.logs import get_logger
 from treadle.worker.blob_io import BlobIO
 from treadle.worker.cycle import CycleRunner
@@ -74,30 +75,32 @@ class Worker:
             self._runner.forget_parts()
         return self._runner.execute(cycle)
 
-    def snapshot(self, targets: Sequence[tuple[StateTag, str]]) -> dict[ModelId, int]:
-        """Write whole states under the given keys; bytes per run.
+    def encode_snapshot(self, tag: StateTag, with_open_gradient: bool) -> bytes | None:
+        """The file of a run's whole state at exactly that tag; None to leave it out (see Executor.snapshot).
 
-        Runs not held at exactly that tag are left out, and so are those that the blob store does not take: one run's
-        failure must not cost the others their snapshot.
+        Also when it cannot be made: one run's failure must not cost the others theirs. Raises when the device is lost.
         """
-        written: dict[ModelId, int] = {}
-        for tag, key in targets:
-            if self._slots.tag(tag.model_id) != tag:
-                continue
-            try:
-                written[tag.model_id] = self._write_snapshot(tag, key)
-            except Exception as error:  # noqa: BLE001 (worker entry: one run must not cost the others theirs)
-                reraise_if_device_is_lost(error)
-                log.error("snapshot failed", model_id=tag.model_id, exc=error)
-        return written
+        model_id = tag.model_id
+        if self._slots.tag(model_id) != tag:
+            return None
+        is_open = model_id in self._runner.busy_runs or self._slots.has_open_gradient(model_id)
+        if is_open and not with_open_gradient:
+            return None
+        try:
+            was_parked = self._slots.is_parked(model_id)
+            state = self._runner.with_room(lambda: self._slots.state(model_id))
+            data = encode_state(state, self._base, with_optimizer=True, applied_seq=tag.applied_seq)
+            if was_parked:
+                # A drain writes all runs, and they may be more than memory holds together.
+                self._slots.park(model_id)
+        except Exception as error:  # noqa: BLE001 (worker entry: one run must not cost the others theirs)
+            reraise_if_device_is_lost(error)
+            log.error("snapshot failed", model_id=model_id, exc=error)
+            return None
+        return data
 
-    def _write_snapshot(self, tag: StateTag, key: str) -> int:
-        was_parked = self._slots.is_parked(tag.model_id)
-        state = self._runner.with_room(lambda: self._slots.state(tag.model_id))
-        data = encode_state(state, self._base, with_optimizer=True, applied_seq=tag.applied_seq)
-        if was_parked:
-            # A drain writes all runs, and they may be more than memory holds together.
-            self._slots.park(tag.model_id)
+    def write_blob(self, key: str, data: bytes) -> int:
+        """Store bytes durably; how many. May be called from another thread. Raises as the blob store does."""
         return self._blobs.write(key, data)
 
     def evict(self, model_ids: Sequence[ModelId]) -> None:
@@ -150,4 +153,6 @@ class Worker:
         """Run one bounded unit of sampling; what finished."""
         refused, self._refused = self._refused, []
         finished = self._sampler.step(max_s) if self._sampler.has_work else []
+        if self._sampler.has_work:
+            phases.phase(phases.Phase.SAMPLING)
         return (*refused, *finished)
