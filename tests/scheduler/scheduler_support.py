@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from treadle.domain.quanta import cut_quanta, quantum_tokens
 from treadle.domain.records import FutureRecord, ModelRecord, NewRequest, SamplingSessionRecord, SessionRecord
 from treadle.domain.states import Category, ModelState, RequestState, SessionState
 from treadle.executor.fake import FakeExecutor
+from treadle.executor.faults import Faults
 from treadle.scheduler.cycle_loop import CycleSettings
 from treadle.scheduler.pool import PoolRunner
 from treadle.store import Store
@@ -55,8 +57,9 @@ class Cluster:
         self.blobs = blobs
         self.clock = clock
         self.executors: list[FakeExecutor] = []
-        # What makes the next workers, and how the clock of the next runner beats.
-        self.new_worker: Callable[[BlobStore], FakeExecutor] = FakeExecutor
+        # What goes wrong in any of them, what makes the next ones, and how the clock of the next runner beats.
+        self.faults = Faults()
+        self.new_worker: Callable[[BlobStore], FakeExecutor] = lambda blobs: FakeExecutor(blobs, faults=self.faults)
         self.settings = SETTINGS
         self.runner = self._new_runner()
         self._task: asyncio.Task[None] | None = None
@@ -172,7 +175,7 @@ class Cluster:
     async def submit_large(self, op: TrainingOp | SampleOp) -> tuple[RequestId, BlobKey]:
         """Queue an op whose payload is a blob, as the gateway does with more than 64 KiB."""
         request = _sample_request(op) if isinstance(op, SampleOp) else _request(op)
-        key = BlobKey(f"payloads/{request.request_id.replace(':', '_')}")
+        key = BlobKey(f"payloads/{request.request_id.replace(':', '_')}/{uuid.uuid4().hex}")
         self.blobs.write(key, request.payload)
         return await self.store.requests.enqueue(replace(request, payload=b"", payload_key=key)), key
 

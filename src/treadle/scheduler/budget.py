@@ -32,6 +32,10 @@ class TokenBudget:
             return INITIAL_TOKENS
         return max(QUANTUM_TOKENS, int(self._tokens_per_s * self._target_cycle_s))
 
+    def predict_s(self, num_tokens: int) -> float:
+        """How long a cycle of so many tokens should take; 0.0 before anything was measured."""
+        return 0.0 if self._tokens_per_s is None else num_tokens / self._tokens_per_s
+
     def observe(self, *, num_tokens: int, compute_s: float) -> None:
         """Learn from a cycle. Cycles too short to say anything about speed are ignored."""
         if num_tokens < 64 or compute_s <= 0:

@@ -1,15 +1,16 @@
 """From a worker's outcomes to what one cycle commits. Pure: it reads no clock and writes nothing.
 
-The rules of the log live here: which sequence numbers are consumed, when a run's state changed, which blob is
-its newest exact snapshot, and which names become visible.
+The rules of the log live here: which sequence numbers are consumed, when a run's state changed, which blobs hold
+exactly that state and so serve as its snapshots, and which names become visible. Replayed ops never come here.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import assert_never
 
-from treadle.domain.ids import BlobKey, CheckpointKind, ModelId, RequestId, TenantId, TinkerPath
+from treadle.domain.ids import BlobKey, CheckpointKind, ModelId, RequestId, TinkerPath
 from treadle.domain.ops import LoadWeightsOp, OpKind, SaveForSamplerOp, SaveWeightsOp, TrainingOp
 from treadle.domain.outcome import (
     BlobResult,
@@ -29,6 +30,7 @@ from treadle.domain.records import (
     NewRequest,
     RunLogEntry,
     SamplingSessionRecord,
+    SnapshotRecord,
 )
 from treadle.domain.states import ModelState
 from treadle.scheduler.runs import Run
@@ -44,21 +46,33 @@ class _RunChange:
     state_message: str = ""
     incarnation: int | None = None
     changed_seq: int | None = None
-    snapshot_key: BlobKey | None = None
-    snapshot_seq: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class OpTimes:
+    """When an op's row came in and when the first part of it was sent to a worker, on the store's clock."""
+
+    queued_at: float
+    sent_at: float
 
 
 @dataclass(slots=True)
 class CycleLedger:
-    """Collects what a cycle commits. `now` is the store's clock at its end."""
+    """Collects what a cycle commits.
+
+    now: the store's clock at its end. cycle: its number. times: of its ops. numerics_profile: the worker's.
+    """
 
     now: float
+    cycle: int = 0
+    times: Mapping[RequestId, OpTimes] = field(default_factory=dict)
+    numerics_profile: str = ""
     finished: list[FinishedRequest] = field(default_factory=list)
     never_received: list[NewRequest] = field(default_factory=list)
     checkpoints: list[CheckpointRecord] = field(default_factory=list)
     sampling_sessions: list[SamplingSessionRecord] = field(default_factory=list)
+    snapshots: list[SnapshotRecord] = field(default_factory=list)
     run_log: list[RunLogEntry] = field(default_factory=list)
-    trained_tokens: dict[TenantId, int] = field(default_factory=dict)
     _changes: dict[ModelId, _RunChange] = field(default_factory=dict)
 
     def _change(self, run: Run) -> _RunChange:
@@ -70,7 +84,7 @@ class CycleLedger:
     @property
     def is_empty(self) -> bool:
         """Nothing to commit."""
-        return not (self.finished or self._changes)
+        return not (self.finished or self.snapshots or self._changes)
 
     def consume(self, run: Run, seq_id: int) -> None:
         """Everything up to `seq_id` is settled."""
@@ -83,6 +97,10 @@ class CycleLedger:
         self.consume(run, seq_id)
         if seq_id == 0:
             self.set_state(run, ModelState.FAILED, failure.message)
+
+    def refuse(self, request_id: RequestId, failure: Failure) -> None:
+        """A request that ends in an error and has no part in its run."""
+        self.finished.append(FinishedRequest(request_id=request_id, failure=failure))
 
     def set_state(self, run: Run, state: ModelState, message: str) -> None:
         """The run is lost, failed or ready."""
@@ -137,6 +155,7 @@ class CycleLedger:
                     created_at=self.now,
                     blob_key=blob.blob_key,
                     model_id=record.model_id,
+                    seq_id=outcome.seq_id,
                 )
             )
             return results.saved_for_sampler_result(sampling_session_id=op.sampling_session_id)
@@ -165,33 +184,28 @@ class CycleLedger:
         return results.saved_for_sampler_result(path=path)
 
     def _book_state(self, run: Run, outcome: OpOutcome, op: TrainingOp | None) -> None:
-        """R1 and R3 of the log: what the op did to the run's state, and whether a blob now holds exactly that."""
+        """What the op did to the run's state, and whether a blob now holds exactly that."""
         change = self._change(run)
         match outcome.kind:
             case OpKind.CREATE_MODEL:
                 change.state, change.incarnation = ModelState.READY, FIRST_INCARNATION
+                change.changed_seq = outcome.seq_id
                 # The seed makes the untouched run again: a snapshot without a blob.
-                change.changed_seq, change.snapshot_seq = outcome.seq_id, outcome.seq_id
+                self._register(outcome, None)
             case OpKind.LOAD_WEIGHTS:
                 assert isinstance(op, LoadWeightsOp)
                 change.changed_seq = outcome.seq_id
                 if op.creates_model:
                     change.state, change.incarnation = ModelState.READY, FIRST_INCARNATION
-                if op.with_optimizer:
-                    # Without the optimiser the blob is not the state: restoring it would revive old moments.
-                    change.snapshot_key, change.snapshot_seq = op.blob_key, outcome.seq_id
-            case OpKind.FORWARD_BACKWARD:
-                change.changed_seq = outcome.seq_id
-                tenant = run.record.tenant_id
-                self.trained_tokens[tenant] = self.trained_tokens.get(tenant, 0) + outcome.num_tokens_of_op
-                self._log(outcome)
-            case OpKind.OPTIM_STEP:
+                # So a load is never replayed, and what becomes of the checkpoint's name changes nothing.
+                self._register(outcome, op.blob_key, with_optimizer=op.with_optimizer)
+            case OpKind.FORWARD_BACKWARD | OpKind.OPTIM_STEP:
                 change.changed_seq = outcome.seq_id
                 self._log(outcome)
             case OpKind.SAVE_WEIGHTS:
                 # The file holds everything, the open gradient included.
                 assert isinstance(outcome.result, BlobResult)
-                change.snapshot_key, change.snapshot_seq = outcome.result.blob_key, outcome.seq_id
+                self._register(outcome, outcome.result.blob_key, num_bytes=outcome.result.num_bytes)
             case OpKind.UNLOAD_MODEL:
                 change.state = ModelState.UNLOADED
             case OpKind.FORWARD | OpKind.SAVE_FOR_SAMPLER:
@@ -201,8 +215,24 @@ class CycleLedger:
             case _:
                 assert_never(outcome.kind)
 
+    def _register(
+        self, outcome: OpOutcome, key: BlobKey | None, *, with_optimizer: bool = True, num_bytes: int = 0
+    ) -> None:
+        """The blob holds the run's state right behind this op; without one, the run's seed does."""
+        self.snapshots.append(
+            SnapshotRecord(
+                model_id=outcome.model_id,
+                seq_id=outcome.seq_id,
+                blob_key=key,
+                with_optimizer=with_optimizer,
+                num_bytes=num_bytes,
+                numerics_profile=self.numerics_profile,
+            )
+        )
+
     def _log(self, outcome: OpOutcome) -> None:
         assert isinstance(outcome.result, PassResult | StepResult)
+        times = self.times[outcome.request_id]
         metrics = {**outcome.result.metrics, "num_tokens": float(outcome.num_tokens_of_op)}
         self.run_log.append(
             RunLogEntry(
@@ -211,6 +241,9 @@ class CycleLedger:
                 kind=outcome.kind,
                 created_at=self.now,
                 metrics=metrics,
+                queued_s=max(0.0, times.sent_at - times.queued_at),
+                run_s=max(0.0, self.now - times.sent_at),
+                cycle=self.cycle,
             )
         )
 
@@ -224,8 +257,6 @@ class CycleLedger:
                 state_message=change.state_message,
                 incarnation=change.incarnation,
                 changed_seq=change.changed_seq,
-                snapshot_key=change.snapshot_key,
-                snapshot_seq=change.snapshot_seq,
             )
             for model_id, change in self._changes.items()
         )
@@ -235,6 +266,6 @@ class CycleLedger:
             advances=advances,
             checkpoints=tuple(self.checkpoints),
             sampling_sessions=tuple(self.sampling_sessions),
+            snapshots=tuple(self.snapshots),
             run_log=tuple(self.run_log),
-            trained_tokens=self.trained_tokens,
         )

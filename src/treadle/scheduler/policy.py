@@ -29,6 +29,8 @@ from treadle.scheduler.line import PHASE_INDEX, Line
 
 # Waiting steps, saves and set-ups may take this much of a cycle, so that they cannot keep passes out.
 _MAX_FREE_HEADS: Final = MAX_OPS_PER_CYCLE // 2
+# Of these, one tenant's while others wait: each costs milliseconds, and the others' cycle would be as long as they all.
+_MAX_FREE_HEADS_PER_TENANT: Final = _MAX_FREE_HEADS // 4
 
 
 def plan_cycle(policy_input: PolicyInput) -> tuple[CyclePlan, PolicyState]:
@@ -128,7 +130,9 @@ class _Cycle:
                 turns.append((tenant.tenant_id, deque(free)))
         last = after
         spare = self.slots - _MAX_FREE_HEADS
-        while turns and self.slots > spare:
+        rounds_left = _MAX_FREE_HEADS_PER_TENANT if len(tenants) > 1 else _MAX_FREE_HEADS
+        num_in_round = len(turns)
+        while turns and self.slots > spare and rounds_left:
             last, lines = turns.popleft()
             lines[0].take_free()
             self.slots -= 1
@@ -136,6 +140,9 @@ class _Cycle:
                 lines.popleft()
             if lines:
                 turns.append((last, lines))
+            num_in_round -= 1
+            if num_in_round == 0:
+                num_in_round, rounds_left = len(turns), rounds_left - 1
         return last
 
     def serve_passes(self, tenants: Iterable[_Tenant]) -> None:

@@ -1,27 +1,30 @@
-"""One pool: its lease, its worker and the two loops that feed it, kept alive until the server drains.
+"""One pool on one server: led from here with a worker and the two loops that feed it, or by another server.
 
-A worker that dies is replaced; runs whose exact state survives in a snapshot are restored by the cycle loop, the
-others say that they are lost. A lease that is lost ends the pool here: another leader has it.
+A worker that dies is replaced, and the cycle loop restores and replays what it held. Whoever does not lead stands by
+for the lease and shows what the leader reports; a leader that lost its lease drops its worker and stands by again.
+Invariant: a worker of this server runs only while its lease is believed to be held; every write proves that it is.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from treadle.blobs import BlobStore
-from treadle.domain.ids import PoolName
+from treadle.domain.ids import ModelId, PoolName, TenantId
 from treadle.domain.ops import OpKind
 from treadle.domain.outcome import PoolFacts
-from treadle.errors import ConfigError, Fenced, ServerError, WorkerDied
+from treadle.domain.records import LeaseRecord
+from treadle.errors import ConfigError, Fenced, ServerError, StoreUnavailable, WorkerDied
 from treadle.executor.base import DeathCallback, Executor
 from treadle.scheduler.cycle_loop import CycleLoop, CycleSettings
-from treadle.scheduler.lease import acquire_lease, keep_lease
+from treadle.scheduler.lease import Standby, keep_lease
+from treadle.scheduler.quarantine import Quarantine
 from treadle.scheduler.sampling_loop import SamplingLoop
-from treadle.store import Store
+from treadle.store import PoolReport, Store
 from treadle.telemetry.logs import get_logger
 from treadle.telemetry.metrics import Metrics
 
@@ -29,8 +32,11 @@ log = get_logger(__name__)
 
 # Pause before a dead worker is replaced: the first time at once, then doubling up to the last value.
 RESTART_PAUSES_S = (0.0, 1.0, 2.0, 5.0, 10.0)
-# A worker that lived this long did not die of starting: the next one gets no pause again.
+# A worker that lived this long, or ran a cycle, did not die of starting: the next one gets no pause again. What kills
+# in a cycle is the quarantine's to find.
 STEADY_S = 60.0
+# How long a leader waits before it tries again to tell the other servers how its pool is.
+PUBLISH_PAUSE_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +63,7 @@ class PoolRunner:
         lease_ttl_s: float,
         metrics: Metrics,
         clock: Callable[[], float],
+        weights: Callable[[], Mapping[TenantId, float]] = dict,
     ) -> None:
         self.pool = pool
         self._metrics = metrics
@@ -67,12 +74,17 @@ class PoolRunner:
         self._holder = holder
         self._lease_ttl_s = lease_ttl_s
         self._clock = clock
+        self._weights = weights
         self._status = PoolStatus(facts=None, is_ready=False, reason="waiting for the lease")
+        self._status_changed = asyncio.Event()
+        self._standby = Standby(store, pool, holder=holder, ttl_s=lease_ttl_s, on_report=self._show)
         self._cycles: CycleLoop | None = None
         self._samples: SamplingLoop | None = None
         self._draining = asyncio.Event()
-        # Set once the first worker has loaded; what happens later shows in `status`.
+        # Set once a worker of this server has loaded, and once the pool serves, from here or from another server;
+        # what happens later shows in `status`.
         self.loaded = asyncio.Event()
+        self.served = asyncio.Event()
 
     @property
     def status(self) -> PoolStatus:
@@ -86,16 +98,42 @@ class PoolRunner:
         elif self._cycles is not None:
             self._cycles.wake(kind)
 
+    def resident_runs(self) -> Collection[ModelId]:
+        """Runs that the worker of this server holds."""
+        return () if self._cycles is None else self._cycles.resident_runs()
+
+    def park_cold(self, model_ids: Iterable[ModelId]) -> None:
+        """Have these runs leave the worker between cycles, each once its state is durable."""
+        if self._cycles is not None:
+            self._cycles.park_cold(model_ids)
+
     def drain(self) -> None:
         """Finish the cycle in flight, persist every run, stop the worker; `run` then returns. Idempotent."""
         self._draining.set()
+        self._standby.stop()
         for loop in (self._cycles, self._samples):
             if loop is not None:
                 loop.stop()
 
     async def run(self) -> None:
-        """Lead the pool until drained. Raises ConfigError when the model cannot load, Fenced when the lease is lost."""
-        lease = await acquire_lease(self._store, self.pool, holder=self._holder, ttl_s=self._lease_ttl_s)
+        """Stand by and lead, in turn, until drained. Raises ConfigError when the model cannot load."""
+        while (lease := await self._standby.lease()) is not None:
+            try:
+                await self._lead(lease)
+            except Fenced as error:
+                log.warning("lead lost", pool=self.pool, token=lease.token, reason=error.message)
+                self._set_status(self._status.facts, reason="another server leads now")
+                continue
+            except Exception:
+                # Nobody need wait for it to expire: the worker is gone.
+                await self._store.leases.release(lease)
+                raise
+            await self._store.leases.release(lease)
+            return
+
+    async def _lead(self, lease: LeaseRecord) -> None:
+        """Serve until drained. Raises Fenced when another leader took over."""
+        quarantine = Quarantine()
         self._cycles = CycleLoop(
             pool=self.pool,
             store=self._store,
@@ -104,29 +142,67 @@ class PoolRunner:
             settings=self._settings,
             metrics=self._metrics,
             clock=self._clock,
+            quarantine=quarantine,
+            weights=self._weights,
         )
         self._samples = SamplingLoop(
-            pool=self.pool, store=self._store, blobs=self._blobs, lease=lease, metrics=self._metrics
+            pool=self.pool,
+            store=self._store,
+            blobs=self._blobs,
+            lease=lease,
+            metrics=self._metrics,
+            quarantine=quarantine,
         )
         keeper = asyncio.create_task(keep_lease(self._store, lease, ttl_s=self._lease_ttl_s))
+        publisher = asyncio.create_task(self._publish_forever(lease))
         serving = asyncio.create_task(self._serve_workers())
         try:
             done, _ = await asyncio.wait({keeper, serving}, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
         finally:
-            self._status = PoolStatus(facts=self._status.facts, is_ready=False, reason="stopped")
-            for task in (keeper, serving):
+            self._set_status(self._status.facts, reason="stopped")
+            for task in (keeper, publisher, serving):
                 task.cancel()
-            await asyncio.gather(keeper, serving, return_exceptions=True)
-        await self._store.leases.release(lease)
+            await asyncio.gather(keeper, publisher, serving, return_exceptions=True)
+            self._cycles = self._samples = None
+
+    def _set_status(self, facts: PoolFacts | None, *, reason: str) -> None:
+        """reason: why the pool is not ready; "" when it is."""
+        self._status = PoolStatus(facts, is_ready=not reason, reason=reason)
+        self._status_changed.set()
+        if not reason:
+            self.served.set()
+
+    def _show(self, report: PoolReport) -> None:
+        """What the leader says, while this server stands by."""
+        reason = "" if report.is_ready else report.reason or "its leader is starting"
+        self._set_status(report.facts or self._status.facts, reason=reason)
+
+    async def _publish_forever(self, lease: LeaseRecord) -> None:
+        """Tell the other servers how the pool is, now and whenever that changes."""
+        while True:
+            self._status_changed.clear()
+            status = self._status
+            try:
+                await self._store.pools.publish(
+                    lease, facts=status.facts, is_ready=status.is_ready, reason=status.reason
+                )
+            except Fenced:
+                return  # whoever keeps the lease finds out as well, and says so
+            except StoreUnavailable as error:
+                log.warning("pool not reported", pool=self.pool, reason=error.message)
+                await asyncio.sleep(PUBLISH_PAUSE_S)
+            else:
+                await self._status_changed.wait()
 
     async def _serve_workers(self) -> None:
         """One worker after another, for as long as the pool is led. Raises what ended the last one in a drain."""
         num_deaths = 0
         now = asyncio.get_running_loop().time
+        assert self._cycles is not None
         while not self._draining.is_set():
-            started_at = now()
+            started_at, num_cycles = now(), self._cycles.num_finished
             try:
                 await self._serve_one()
                 return
@@ -135,10 +211,11 @@ class PoolRunner:
                 if isinstance(death, Fenced) or not (self.loaded.is_set() or isinstance(death, WorkerDied)):
                     raise
                 self._metrics.worker_deaths.labels(self.pool).inc()
-                self._status = PoolStatus(self._status.facts, is_ready=False, reason=death.message)
+                self._cycles.note_death(death.message)
+                self._set_status(self._status.facts, reason=death.message)
                 if self._draining.is_set():
                     raise  # nothing was persisted, which must not look like a clean end
-                if now() - started_at > STEADY_S:
+                if now() - started_at > STEADY_S or self._cycles.num_finished > num_cycles:
                     num_deaths = 0
                 pause_s = RESTART_PAUSES_S[min(num_deaths, len(RESTART_PAUSES_S) - 1)]
                 num_deaths += 1
@@ -155,7 +232,7 @@ class PoolRunner:
         """Load a worker and feed it until the pool drains or the worker dies."""
         assert self._cycles is not None
         assert self._samples is not None
-        self._status = PoolStatus(self._status.facts, is_ready=False, reason="the worker is loading its model")
+        self._set_status(self._status.facts, reason="the worker is loading its model")
         executor = self._make_executor()
         died: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -167,13 +244,13 @@ class PoolRunner:
             facts = await self._started(executor, self._samples, on_death)
             if facts is None:
                 return
-            self._status = PoolStatus(facts, is_ready=True, reason="")
+            self._set_status(facts, reason="")
             self.loaded.set()
             log.info("pool ready", pool=self.pool, revision=facts.revision, device=facts.device, dtype=facts.dtype)
-            await self._feed(executor, died)
+            await self._feed(executor, facts, died)
             await self._cycles.persist(executor)
         except ConfigError as error:
-            self._status = PoolStatus(None, is_ready=False, reason=error.message)
+            self._set_status(None, reason=error.message)
             raise
         finally:
             died.cancel()
@@ -192,14 +269,17 @@ class PoolRunner:
             draining.cancel()
             await asyncio.gather(starting, draining, return_exceptions=True)
 
-    async def _feed(self, executor: Executor, died: asyncio.Future[None]) -> None:
+    async def _feed(self, executor: Executor, facts: PoolFacts, died: asyncio.Future[None]) -> None:
         """Run both loops until they were stopped. A death, or an error of either, ends both before it is raised.
 
         Loops are told to end rather than cancelled: a commit on its way must not be torn from its consequences.
         """
         assert self._cycles is not None
         assert self._samples is not None
-        loops = [asyncio.create_task(self._cycles.run(executor)), asyncio.create_task(self._samples.run(executor))]
+        loops = [
+            asyncio.create_task(self._cycles.run(executor, numerics_profile=facts.numerics_profile)),
+            asyncio.create_task(self._samples.run(executor)),
+        ]
         ends: set[asyncio.Future[None]] = {*loops, died}
         try:
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)

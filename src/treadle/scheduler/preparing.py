@@ -1,7 +1,8 @@
 """From a plan to the work a worker gets: payloads, state tags, blob keys, restores, and refusals that need the store.
 
-Refused here, before anything runs: a save whose name exists, and an op whose payload cannot be read. Whatever is wrong
-with one op ends that op: a plan that could not be prepared would come again for ever, and with it everybody's ops.
+Refused here, before anything runs: a save whose name exists, and an op whose payload is gone. Whatever is wrong with
+one op ends that op or holds its run up, and leaves the others alone: a plan that could not be prepared would come again
+for ever, and with it everybody's ops. It knows replayed ops only by their numbers; they become ordinary work.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from treadle.domain.ops import OpKind, SampleOp, SaveForSamplerOp, SaveWeightsOp
 from treadle.domain.outcome import Failure
 from treadle.domain.plan import FIRST_INCARNATION, CyclePlan, PlannedOp, RestoreItem, StateTag, WorkItem
 from treadle.domain.states import Category
-from treadle.errors import TreadleError
+from treadle.errors import NotFound, TreadleError
 from treadle.scheduler.runs import Run
 from treadle.store import Store
 from treadle.telemetry.logs import get_logger
@@ -29,14 +30,28 @@ NAMED_KINDS = frozenset({OpKind.SAVE_WEIGHTS, OpKind.SAVE_FOR_SAMPLER, OpKind.LO
 SAVE_KINDS = frozenset({OpKind.SAVE_WEIGHTS, OpKind.SAVE_FOR_SAMPLER})
 
 
+@dataclass(frozen=True, slots=True)
+class Unread:
+    """A payload that is not there. is_gone: for good; else it may be another time."""
+
+    reason: str
+    is_gone: bool
+
+
 @dataclass(slots=True)
 class Prepared:
-    """What goes to the worker, what was refused on the way, and the ops whose names finishing needs."""
+    """What goes to the worker, what was refused on the way, and the ops whose names finishing needs.
+
+    postponed: why nothing more of a run is in this cycle: an op of it could not be read now. broken_logs: why a run
+    cannot be replayed: an op of it is gone.
+    """
 
     items: list[WorkItem] = field(default_factory=list)
     restores: dict[ModelId, RestoreItem] = field(default_factory=dict)
     refused: list[tuple[PlannedOp, Failure]] = field(default_factory=list)
     named_ops: dict[RequestId, TrainingOp] = field(default_factory=dict)
+    postponed: dict[ModelId, str] = field(default_factory=dict)
+    broken_logs: dict[ModelId, str] = field(default_factory=dict)
 
 
 async def prepare(plan: CyclePlan, runs: Mapping[ModelId, Run], store: Store, blobs: BlobStore) -> Prepared:
@@ -45,37 +60,61 @@ async def prepare(plan: CyclePlan, runs: Mapping[ModelId, Run], store: Store, bl
     payloads = await read_payloads([op.request_id for op in plan.ops], store, blobs)
     names_taken: set[str] = set()
     for planned in plan.ops:
+        run = runs[planned.model_id]
+        if planned.model_id in prepared.postponed or planned.model_id in prepared.broken_logs:
+            continue
         payload = payloads[planned.request_id]
-        if isinstance(payload, Failure):
-            prepared.refused.append((planned, payload))
+        if isinstance(payload, Unread):
+            _set_aside(planned, payload, run, prepared)
             continue
         if planned.kind in NAMED_KINDS:
             failure = await _refused_name(planned, payload, store, names_taken, prepared)
             if failure is not None:
                 prepared.refused.append((planned, failure))
                 continue
-        prepared.items.append(_work_item(planned, payload, runs[planned.model_id], prepared))
+        prepared.items.append(_work_item(planned, payload, run, prepared))
     return prepared
+
+
+def _set_aside(planned: PlannedOp, unread: Unread, run: Run, prepared: Prepared) -> None:
+    """An op without its payload fails if that is gone for good, and waits else; a replay cannot do without it."""
+    if not unread.is_gone:
+        prepared.postponed[planned.model_id] = unread.reason
+    elif run.is_replayed(planned.seq_id):
+        prepared.broken_logs[planned.model_id] = f"request {planned.seq_id} of its log is gone"
+    else:
+        message = f"the stored content of request {planned.request_id} could not be read; send it again"
+        prepared.refused.append((planned, Failure(message, Category.SERVER)))
+        if planned.kind is OpKind.FORWARD_BACKWARD:
+            run.refused_passes.add(planned.seq_id)
 
 
 async def read_payloads(
     request_ids: Sequence[RequestId], store: Store, blobs: BlobStore
-) -> dict[RequestId, bytes | Failure]:
-    """Each request's payload, from its row or from the blob that its row names, or why it cannot be read."""
-    payloads: dict[RequestId, bytes | Failure] = {}
+) -> dict[RequestId, bytes | Unread]:
+    """Each request's payload, from its row or from the blob that its row names, or why it cannot be had."""
+    payloads: dict[RequestId, bytes | Unread] = {}
     for request_id, (inline, key) in (await store.requests.payloads(request_ids)).items():
-        try:
-            payloads[request_id] = inline if key is None else await asyncio.to_thread(blobs.read, key)
-        except TreadleError as error:
-            log.error("payload cannot be read", request_id=request_id, reason=error.message)
-            payloads[request_id] = Failure(
-                f"the stored content of request {request_id} could not be read; send it again", Category.SERVER
-            )
+        payload = inline if key is None else await asyncio.to_thread(_read, blobs, key)
+        # No op is encoded as nothing.
+        payloads[request_id] = payload or Unread("no payload is kept", is_gone=True)
+        if isinstance(unread := payloads[request_id], Unread):
+            tell = log.error if unread.is_gone else log.warning
+            tell("payload not read", request_id=request_id, reason=unread.reason)
     return payloads
 
 
+def _read(blobs: BlobStore, key: BlobKey) -> bytes | Unread:
+    try:
+        return blobs.read(key)
+    except NotFound as error:
+        return Unread(error.message, is_gone=True)
+    except TreadleError as error:
+        return Unread(error.message, is_gone=False)
+
+
 async def drop_blobs(blobs: BlobStore, keys: Sequence[BlobKey]) -> None:
-    """Delete payloads that nobody will read again. One that stays is only a file too many."""
+    """Delete what nobody will read again. One that stays is only a file too many."""
     if keys:
         await asyncio.to_thread(_delete_all, blobs, keys)
 
@@ -85,7 +124,7 @@ def _delete_all(blobs: BlobStore, keys: Sequence[BlobKey]) -> None:
         try:
             blobs.delete(key)
         except TreadleError as error:
-            log.warning("payload not deleted", key=key, reason=error.message)
+            log.warning("blob not deleted", key=key, reason=error.message)
 
 
 async def _refused_name(

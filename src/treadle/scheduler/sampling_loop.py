@@ -1,7 +1,8 @@
 """Samples flow to the sampler continuously, outside the cycle: read rows, hand them over, commit what comes back.
 
 Rows keep QUEUED while a sampler works on them. When its worker dies they are simply handed to the next one; draws
-are keyed by the seed in the row, so a second run gives the same tokens.
+are keyed by the seed in the row, so a second run gives the same tokens. Those that may have ended it are handed over in
+the company that the quarantine allows.
 """
 
 from __future__ import annotations
@@ -11,14 +12,15 @@ from collections import Counter
 from collections.abc import Sequence
 
 from treadle.blobs import BlobStore
-from treadle.domain.ids import BlobKey, PoolName, RequestId, TenantId
+from treadle.domain.ids import PoolName, RequestId, TenantId
 from treadle.domain.outcome import Failure, SampleOutcome
 from treadle.domain.plan import SampleWork
 from treadle.domain.records import FinishedRequest, LeaseRecord, RequestRecord
 from treadle.domain.states import Category
 from treadle.errors import Fenced, TreadleError, WorkerDied
 from treadle.executor.base import Executor
-from treadle.scheduler.preparing import drop_blobs, read_payloads
+from treadle.scheduler.preparing import Unread, drop_blobs, read_payloads
+from treadle.scheduler.quarantine import MAX_DEATHS, Quarantine
 from treadle.store import Store
 from treadle.telemetry.logs import get_logger
 from treadle.telemetry.metrics import Metrics
@@ -31,29 +33,36 @@ ERROR_PAUSE_S = 1.0
 MAX_HANDED_OVER = 256
 # Of these, one tenant's at most: a newcomer's sample finds room however many another one has queued.
 MAX_HANDED_OVER_PER_TENANT = 192
-# A sample that was running at this many worker deaths is given up.
-MAX_DEATHS = 3
 
 
 class SamplingLoop:
     """Feeds one sampler and commits its results. `run` lasts as long as its executor."""
 
-    def __init__(self, *, pool: PoolName, store: Store, blobs: BlobStore, lease: LeaseRecord, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        *,
+        pool: PoolName,
+        store: Store,
+        blobs: BlobStore,
+        lease: LeaseRecord,
+        metrics: Metrics,
+        quarantine: Quarantine,
+    ) -> None:
         self._pool = pool
         self._metrics = metrics
         self._store = store
         self._blobs = blobs
         self._lease = lease
         self._running: dict[RequestId, TenantId] = {}
-        self._deaths: dict[RequestId, int] = {}
+        self._quarantine = quarantine
         self._outcomes: list[SampleOutcome] = []
-        self._payload_keys: dict[RequestId, BlobKey] = {}
         self._wake = asyncio.Event()
         self._is_stopping = False
         self._is_abandoned = False
+        quarantine.on_change(self.wake)
 
     def wake(self) -> None:
-        """Something was queued."""
+        """Something was queued, or may run again."""
         self._wake.set()
 
     def on_samples(self, outcomes: Sequence[SampleOutcome]) -> None:
@@ -76,23 +85,20 @@ class SamplingLoop:
         self._outcomes.clear()
         self._running.clear()
         self._is_abandoned = False
-        try:
-            while not (self._is_stopping or self._is_abandoned):
-                self._wake.clear()
-                try:
-                    await self._commit()
-                    await self._hand_over(executor)
-                except (WorkerDied, Fenced):
-                    raise
-                except Exception as error:  # noqa: BLE001 (sample loop: the rows are still queued, so it tries again)
-                    log.error("sampling loop failed", pool=self._pool, exc=error)
-                    self._metrics.caught_errors.labels("sample_loop").inc()
-                    await asyncio.sleep(ERROR_PAUSE_S)
-                if not self._outcomes:
-                    await self._sleep()
-            await self._commit_last()
-        finally:
-            self._count_deaths()
+        while not (self._is_stopping or self._is_abandoned):
+            self._wake.clear()
+            try:
+                await self._commit()
+                await self._hand_over(executor)
+            except (WorkerDied, Fenced):
+                raise
+            except Exception as error:  # noqa: BLE001 (sample loop: the rows are still queued, so it tries again)
+                log.error("sampling loop failed", pool=self._pool, exc=error)
+                self._metrics.caught_errors.labels("sample_loop").inc()
+                await asyncio.sleep(ERROR_PAUSE_S)
+            if not self._outcomes:
+                await self._sleep()
+        await self._commit_last()
 
     async def _sleep(self) -> None:
         try:
@@ -107,24 +113,26 @@ class SamplingLoop:
             return
         rows = await self._store.requests.queued_samples(self._pool, MAX_HANDED_OVER + room)
         fresh = self._within_shares(rows)[:room]
-        poisoned = [row for row in fresh if self._deaths.get(row.request_id, 0) >= MAX_DEATHS]
-        if poisoned:
-            await self._give_up(poisoned)
-        ready = [row for row in fresh if row not in poisoned]
-        if not ready:
+        if condemned := [row for row in fresh if self._quarantine.is_condemned(row.request_id)]:
+            await self._give_up(condemned)
+        admitted = set(self._quarantine.admit_samples([row.request_id for row in fresh if row not in condemned]))
+        if not admitted:
             return
+        ready = [row for row in fresh if row.request_id in admitted]
         payloads = await read_payloads([row.request_id for row in ready], self._store, self._blobs)
         works = []
         for row in ready:
             payload = payloads[row.request_id]
-            if isinstance(payload, Failure):
-                self._outcomes.append(SampleOutcome(request_id=row.request_id, failure=payload))
-            else:
+            if not isinstance(payload, Unread):
                 works.append(SampleWork(request_id=row.request_id, tenant_id=row.tenant_id, payload=payload))
-            if row.payload_key is not None:
-                self._payload_keys[row.request_id] = row.payload_key
+            elif payload.is_gone:
+                message = f"the stored content of request {row.request_id} could not be read; send it again"
+                failure = Failure(message, Category.SERVER)
+                self._outcomes.append(SampleOutcome(request_id=row.request_id, failure=failure))
+                self._running[row.request_id] = row.tenant_id
         executor.submit_samples(works)
-        self._running.update((row.request_id, row.tenant_id) for row in ready)
+        self._running.update((work.request_id, work.tenant_id) for work in works)
+        self._quarantine.samples_begin(work.request_id for work in works)
 
     def _within_shares(self, rows: Sequence[RequestRecord]) -> list[RequestRecord]:
         """The rows that are not with the sampler yet, in their order, as far as their tenants' shares go."""
@@ -151,19 +159,16 @@ class SamplingLoop:
             for outcome in outcomes
         ]
         try:
-            await self._store.cycles.finish_samples(self._lease, finished)
+            unused = await self._store.cycles.finish_samples(self._lease, finished)
         except Exception:
             self._outcomes = outcomes + self._outcomes
             raise
-        over = []
         for outcome in outcomes:
             self._running.pop(outcome.request_id, None)
-            self._deaths.pop(outcome.request_id, None)
-            if (key := self._payload_keys.pop(outcome.request_id, None)) is not None:
-                over.append(key)
+            self._quarantine.sample_ended(outcome.request_id)
             self._metrics.sampled_tokens.labels(self._pool).inc(outcome.num_sampled_tokens)
             self._metrics.prompt_tokens.labels(self._pool).inc(outcome.num_prompt_tokens)
-        await drop_blobs(self._blobs, over)
+        await drop_blobs(self._blobs, unused)
 
     async def _commit_last(self) -> None:
         """Store what came back before the end. What cannot be stored is drawn again; nobody else waits for it."""
@@ -175,17 +180,10 @@ class SamplingLoop:
             log.warning("samples not committed", pool=self._pool, reason=error.message)
 
     async def _give_up(self, rows: Sequence[RequestRecord]) -> None:
-        failure = Failure(f"this sample was running when its worker ended {MAX_DEATHS} times", Category.SERVER)
-        await self._store.cycles.finish_samples(
+        failure = Failure(f"this sample ended its worker {MAX_DEATHS} times", Category.SERVER)
+        unused = await self._store.cycles.finish_samples(
             self._lease, [FinishedRequest(request_id=row.request_id, failure=failure) for row in rows]
         )
         for row in rows:
-            del self._deaths[row.request_id]
-        await drop_blobs(self._blobs, [row.payload_key for row in rows if row.payload_key is not None])
-
-    def _count_deaths(self) -> None:
-        """Whatever was still running when the executor went away was there at its end."""
-        if not self._is_stopping:
-            for request_id in self._running:
-                self._deaths[request_id] = self._deaths.get(request_id, 0) + 1
-        self._running.clear()
+            self._quarantine.sample_ended(row.request_id)
+        await drop_blobs(self._blobs, unused)

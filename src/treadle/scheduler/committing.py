@@ -1,0 +1,49 @@
+"""The leader's commits, with patience: a database that is away for a moment must not cost anybody finished work.
+
+It refuses to know what is committed. Invariant: blobs that nobody names any more go behind the commit that says so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from treadle.blobs import BlobStore
+from treadle.domain.records import FinishedCycle, LeaseRecord
+from treadle.errors import StoreUnavailable
+from treadle.scheduler.preparing import drop_blobs
+from treadle.store import Store
+from treadle.telemetry.logs import get_logger
+
+log = get_logger(__name__)
+
+# How long a commit is tried again while the database does not answer. Work that is done is worth waiting for: giving
+# up costs every run of the cycle a replay of it.
+COMMIT_PATIENCE_S = 60.0
+COMMIT_PAUSE_S = 0.25
+
+
+class Committer:
+    """Commits cycles under one lease."""
+
+    def __init__(self, *, store: Store, blobs: BlobStore, lease: LeaseRecord) -> None:
+        self._store = store
+        self._blobs = blobs
+        self._lease = lease
+
+    async def commit(self, finished: FinishedCycle) -> None:
+        """Return once it is public. Raises Fenced, and StoreUnavailable when the database stays away.
+
+        To commit again what may have been written after all changes nothing.
+        """
+        deadline = asyncio.get_running_loop().time() + COMMIT_PATIENCE_S
+        while True:
+            try:
+                unused = await self._store.cycles.finish(self._lease, finished)
+            except StoreUnavailable as error:
+                if asyncio.get_running_loop().time() >= deadline:
+                    raise
+                log.warning("commit is tried again", pool=self._lease.pool, reason=error.message)
+                await asyncio.sleep(COMMIT_PAUSE_S)
+            else:
+                break
+        await drop_blobs(self._blobs, unused)
