@@ -19,6 +19,7 @@
     |   +-- Draining              the server is stopping          503  server, retryable
     |   +-- PoolLoading           a base model is not loaded yet  503  server, retryable
     |   +-- QueueFull             back-pressure on asample        429  server, retryable
+    |   +-- Overloaded            no room for the body for long   503  server, retryable
     |   +-- StoreUnavailable      the database does not answer    503  server, retryable
     |   +-- ResultExpired         a sample's result is gone       410  server, retryable
     +-- ConfigError               the operator must fix it        start-up only
@@ -136,6 +137,13 @@ class QueueFull(ServerError):
     """Back-pressure: too much is queued. Only asample may answer so."""
 
     status = 429
+    retryable = True
+
+
+class Overloaded(ServerError):
+    """There was no room for this request for as long as a client waits; nothing of it was kept."""
+
+    status = 503
     retryable = True
 
 

@@ -68,7 +68,10 @@ async def test_an_unfinished_future_is_408_with_the_state_on_top(gateway: Harnes
     answer = await gateway.future(request_id)
 
     assert answer.status_code == 408
-    assert answer.json() == {"queue_state": "active"}
+    assert answer.json() == {
+        "queue_state": "active",
+        "queue_state_reason": "0 of this run's requests (0 tokens) are ahead; 0 other tenants have work in the pool",
+    }
 
 
 async def test_a_future_of_a_pool_that_is_not_ready_says_why(gateway: Harness, request_id: str) -> None:

@@ -24,8 +24,7 @@ from gateway_support import (
 from treadle.domain.ids import CheckpointKind, SamplingSessionId
 from treadle.domain.ops import OpKind, SampleOp
 from treadle.domain.states import RequestState
-from treadle.gateway import GatewaySettings
-from treadle.gateway.admission import INLINE_DECODE_BYTES, QUEUE_COUNT_CACHE_S
+from treadle.gateway.admission import INLINE_DECODE_BYTES
 
 
 @pytest.fixture
@@ -223,26 +222,3 @@ async def test_a_base_model_that_left_the_server_is_a_failure_with_a_name(gatewa
     answer = ok(await gateway.post("asample", sample_body(sampler_id)))
 
     assert POOL in failed(await gateway.future(answer["request_id"]))
-
-
-class TestWithAShortQueue:
-    @pytest.fixture
-    def settings(self) -> GatewaySettings:
-        return GatewaySettings(is_loopback=True, hold_s=0.05, max_queued_samples_per_tenant=2)
-
-    async def test_a_full_queue_pushes_back_until_there_is_room(self, gateway: Harness, sampler_id: str) -> None:
-        first = ok(await gateway.post("asample", sample_body(sampler_id, 1)))
-        ok(await gateway.post("asample", sample_body(sampler_id, 2)))
-        assert "limit is 2" in refused(await gateway.post("asample", sample_body(sampler_id, 3)), 429)
-
-        await gateway.finish(first["request_id"], b"x")
-        gateway.clock.advance(QUEUE_COUNT_CACHE_S)
-
-        ok(await gateway.post("asample", sample_body(sampler_id, 3)))
-
-    async def test_other_tenants_have_a_queue_of_their_own(self, gateway: Harness, sampler_id: str) -> None:
-        for seq_id in (1, 2):
-            ok(await gateway.post("asample", sample_body(sampler_id, seq_id)))
-
-        other = await gateway.new_sampler(await gateway.new_session(key=OTHER_KEY), key=OTHER_KEY)
-        ok(await gateway.post("asample", sample_body(other), key=OTHER_KEY))

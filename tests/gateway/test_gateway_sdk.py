@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +41,7 @@ from treadle.testing.clock import ManualClock
 from treadle.wire import results
 
 KEY = "tml-sdk"
+SETTINGS = GatewaySettings(is_loopback=True, hold_s=5)
 
 
 class Clerk:
@@ -112,14 +115,16 @@ def _result_of(op: Op) -> EncodedResult:
             return results.encode_sample_result(SampleResult((sequence,) * op.num_samples, prompt_logprobs))
 
 
-async def _serve(directory: Path, started: threading.Event, server_box: list[uvicorn.Server]) -> None:
+async def _serve(
+    directory: Path, started: threading.Event, server_box: list[uvicorn.Server], settings: GatewaySettings
+) -> None:
     clock = ManualClock()
     store = await Store.open(f"sqlite:///{directory}/treadle.db", clock=clock.now)
     harness = Harness(
         store=store,
         blobs=LocalBlobs(directory / "blobs"),
         clock=clock,
-        settings=GatewaySettings(is_loopback=True, hold_s=5),
+        settings=settings,
         pools=[PoolView(PoolName(POOL), facts=facts(), is_ready=True)],
     )
     config = uvicorn.Config(create_app(harness.deps()), port=0, log_level="error", access_log=False)
@@ -136,18 +141,24 @@ async def _serve(directory: Path, started: threading.Event, server_box: list[uvi
     await store.close()
 
 
-@pytest.fixture(scope="module")
-def base_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+@contextmanager
+def _served(directory: Path, settings: GatewaySettings) -> Iterator[str]:
+    """The URL of a gateway on a thread and a loop of its own."""
     started = threading.Event()
     box: list[uvicorn.Server] = []
-    directory = tmp_path_factory.mktemp("sdk")
-    thread = threading.Thread(target=lambda: asyncio.run(_serve(directory, started, box)), daemon=True)
+    thread = threading.Thread(target=lambda: asyncio.run(_serve(directory, started, box, settings)), daemon=True)
     thread.start()
     assert started.wait(30)
     yield f"http://127.0.0.1:{box[0].servers[0].sockets[0].getsockname()[1]}"
     box[0].should_exit = True
     thread.join(30)
     assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def base_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with _served(tmp_path_factory.mktemp("sdk"), SETTINGS) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
@@ -233,3 +244,32 @@ def test_the_rest_client_lists_what_was_made(base_url: str, training: tinker.Tra
     assert rest.list_user_checkpoints().result().checkpoints == []
     [model] = rest.get_server_capabilities().result().supported_models
     assert model.model_name == POOL
+
+
+def test_a_client_that_floods_is_slowed_down_and_loses_nothing(tmp_path: Path) -> None:
+    """Far more than may wait, pipelined: calls in many chunks, steps and samples all come back, in order."""
+    narrow = replace(
+        SETTINGS,
+        hold_s=1,
+        max_datums_per_request=2,
+        max_queued_tokens_per_tenant=100,
+        max_queued_samples_per_tenant=4,
+    )
+    with _served(tmp_path, narrow) as url:
+        service = tinker.ServiceClient(base_url=url, api_key=KEY)
+        training = service.create_lora_training_client(base_model=POOL, rank=8).result()
+        futures = []
+        for _ in range(4):
+            # 12 chunks of 12 tokens: more than the limit on its own.
+            futures.append(training.forward_backward([sdk_datum() for _ in range(24)], "cross_entropy"))
+            futures.append(training.optim_step(types.AdamParams(learning_rate=0.5)))
+        sampler = service.create_sampling_client(base_model=POOL).result()
+        params = types.SamplingParams(max_tokens=2)
+        samples = [
+            sampler.sample(types.ModelInput.from_ints([1]), num_samples=1, sampling_params=params) for _ in range(12)
+        ]
+        for passed, stepped in zip(futures[::2], futures[1::2], strict=True):
+            assert passed.result(120).metrics["loss:sum"] == pytest.approx(72.0)
+            assert stepped.result(120).metrics == {"learning_rate": 0.5}
+        assert all(sample.result(120).sequences[0].tokens == [0, 1] for sample in samples)
+        service.close("success").result()

@@ -15,8 +15,11 @@ from treadle.domain.limits import MAX_INLINE_PAYLOAD_BYTES, MAX_SEQ_ID_LEAD, QUA
 from treadle.domain.ops import AdamParams, OpKind, OptimStepOp, PassOp, SaveForSamplerOp, SaveWeightsOp
 from treadle.domain.records import FinishedCycle, ModelAdvance
 from treadle.domain.states import RequestState
-from treadle.gateway import GatewaySettings
+from treadle.errors import UserError
+from treadle.gateway import GatewaySettings, admission
 from treadle.gateway.admission import INLINE_DECODE_BYTES
+from treadle.gateway.intake import op_place
+from treadle.telemetry.phases import EVENT
 from treadle.testing.builders import datum, pass_op
 from treadle.wire.passes import encode_pass
 
@@ -143,6 +146,30 @@ async def test_an_unknown_loss_and_a_foreign_token_fail_through_the_future(gatew
     op.datums[0].tokens[0] = VOCAB_SIZE
     answer = ok(await send_pass(gateway, op))
     assert str(VOCAB_SIZE) in failed(await gateway.future(answer["request_id"]))
+
+
+async def test_a_refusal_quotes_nothing_that_no_database_can_hold(gateway: Harness, model_id: ModelId) -> None:
+    """PostgreSQL has no NUL in texts, and nobody encodes half of a surrogate pair."""
+    body = encode_pass(pass_op(1, model_id=model_id)).replace(b"cross_entropy", b"cross\0entropy")
+    message = failed(await gateway.future(ok(await send_bytes(gateway, body))["request_id"]))
+    assert "\0" not in message
+    assert "cross" in message
+
+    model = await gateway.store.models.get(model_id)
+    assert model is not None
+    place = op_place(model, OpKind.OPTIM_STEP, 2)
+    failure = admission.refused(place, UserError("a\0b \ud800 \u00fc")).failure
+    assert failure is not None
+    assert failure.message == "a\\0b \\ud800 \u00fc"
+
+
+async def test_the_moment_of_the_commit_can_be_waited_for(
+    gateway: Harness, model_id: ModelId, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("DEBUG", logger="treadle"):
+        ok(await send_pass(gateway, pass_op(1, model_id=model_id)))
+    phases = [record.treadle_fields for record in caplog.records if record.getMessage() == EVENT]
+    assert {"phase": "queued", "request_id": f"{model_id}:1"} in phases
 
 
 @pytest.mark.parametrize("body", [b"", b"garbage", b"\xff" * 100, b'{"model_id": "x"}'])

@@ -16,15 +16,16 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from treadle.blobs import BlobStore
-from treadle.domain.ids import BlobKey, RequestId, TenantId
+from treadle.domain.ids import BlobKey, RequestId
 from treadle.domain.limits import MAX_INLINE_PAYLOAD_BYTES
 from treadle.domain.ops import OpKind
 from treadle.domain.outcome import Failure
 from treadle.domain.records import ModelRecord, NewRequest
 from treadle.domain.states import Category
-from treadle.errors import QueueFull, UserError
-from treadle.gateway.deps import Clock
+from treadle.errors import UserError
+from treadle.gateway.backlog import Backlog
 from treadle.store import Store
+from treadle.telemetry.phases import Phase, phase
 
 T = TypeVar("T")
 
@@ -33,9 +34,6 @@ T = TypeVar("T")
 INLINE_DECODE_BYTES = 256 * 2**10
 # Decoding is bound by memory and shares the machine with the workers.
 NUM_DECODE_THREADS = 2
-# How long a tenant's queue length is believed; own admissions in between are counted on top.
-QUEUE_COUNT_CACHE_S = 0.25
-MAX_COUNTED_TENANTS = 4_096
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +49,10 @@ class Draft:
 class Admission:
     """Makes rows. Owns the decoding threads until `close`."""
 
-    def __init__(self, *, store: Store, blobs: BlobStore, clock: Clock, max_queued_per_tenant: int) -> None:
+    def __init__(self, *, store: Store, blobs: BlobStore, backlog: Backlog) -> None:
         self._store = store
         self._blobs = blobs
-        self._clock = clock
-        self._max_queued_per_tenant = max_queued_per_tenant
-        self._queued: dict[TenantId, tuple[float, int]] = {}
+        self._backlog = backlog
         self._threads = ThreadPoolExecutor(NUM_DECODE_THREADS, thread_name_prefix="gateway-decode")
 
     def close(self) -> None:
@@ -85,7 +81,10 @@ class Admission:
         """`submit` for content that was checked already."""
         row = await self._filled(place, draft)
         is_new = await self._store.requests.add(row)
-        if row.payload_key is not None and not is_new:
+        phase(Phase.QUEUED, request_id=row.request_id)
+        if is_new:
+            self._backlog.admitted(row)
+        elif row.payload_key is not None:
             # The row names the first one's blob, and nobody would ever find this one.
             await asyncio.get_running_loop().run_in_executor(self._threads, self._blobs.delete, row.payload_key)
         return row.request_id
@@ -99,20 +98,9 @@ class Admission:
 
         A replay changes nothing and gets the id of the first.
         """
-        return await self._store.models.create(model, await self._filled(place, draft))
-
-    async def check_sample_queue(self, tenant_id: TenantId) -> None:
-        """Raises QueueFull when the tenant has too much queued; the SDK waits a second and sends again."""
-        now = self._clock.monotonic()
-        believed_until, num_queued = self._queued.get(tenant_id, (now, 0))
-        if now >= believed_until:
-            num_queued, _ = await self._store.requests.count_queued(tenant_id)
-            believed_until = now + QUEUE_COUNT_CACHE_S
-        if num_queued >= self._max_queued_per_tenant:
-            raise QueueFull(f"{num_queued} requests of yours are queued; the limit is {self._max_queued_per_tenant}")
-        if len(self._queued) >= MAX_COUNTED_TENANTS:
-            self._queued.clear()
-        self._queued[tenant_id] = (believed_until, num_queued + 1)
+        request_id = await self._store.models.create(model, await self._filled(place, draft))
+        phase(Phase.QUEUED, request_id=request_id)
+        return request_id
 
     async def _filled(self, place: NewRequest, draft: Draft) -> NewRequest:
         """The row with its content. A large payload is a blob, written before the row that names it."""
@@ -127,9 +115,14 @@ class Admission:
             return row
         key = BlobKey(f"payloads/{uuid.uuid4().hex}")
         await asyncio.get_running_loop().run_in_executor(self._threads, self._blobs.write, key, draft.payload)
-        return replace(row, payload=b"", payload_key=key)
+        return replace(row, payload=b"", payload_key=key, payload_bytes=len(draft.payload))
 
 
 def refused(place: NewRequest, refusal: UserError) -> NewRequest:
     """The row of a request that will not run."""
-    return replace(place, failure=Failure(message=refusal.message, category=Category(refusal.category)))
+    return replace(place, failure=Failure(message=_storable(refusal.message), category=Category(refusal.category)))
+
+
+def _storable(text: str) -> str:
+    """`text` with what a database cannot hold written out: a refusal may quote whatever a client sent."""
+    return text.replace("\0", "\\0").encode("utf-8", "backslashreplace").decode("utf-8")

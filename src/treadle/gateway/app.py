@@ -21,7 +21,7 @@ from treadle.gateway.answers import json_response
 from treadle.gateway.context import Gateway
 from treadle.gateway.deps import GatewayDeps
 from treadle.gateway.middleware import ErrorMiddleware
-from treadle.gateway.routes import futures, models, runs, sampling, service, sessions, tokenizers, training
+from treadle.gateway.routes import clock, futures, models, runs, sampling, service, sessions, tokenizers, training
 
 
 def create_app(deps: GatewayDeps) -> FastAPI:
@@ -37,7 +37,7 @@ def create_app(deps: GatewayDeps) -> FastAPI:
             await gateway.stop()
 
     # Routes are tried in order; the busy ones come first.
-    resources = (training, futures, sessions, sampling, models, service, runs, tokenizers)
+    resources = (training, futures, sessions, sampling, models, service, runs, clock, tokenizers)
     # No interactive docs: their pages load scripts from elsewhere, and the API's client is the SDK.
     app = FastAPI(
         title="treadle",
@@ -46,7 +46,7 @@ def create_app(deps: GatewayDeps) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,
         routes=[route for resource in resources for route in resource.router.routes],
-        middleware=[Middleware(ErrorMiddleware, metrics=deps.metrics)],
+        middleware=[Middleware(ErrorMiddleware, metrics=deps.metrics, body_room=gateway.body_room)],
         exception_handlers={HTTPException: _http_error},
         lifespan=lifespan,
     )

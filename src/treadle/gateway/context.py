@@ -15,7 +15,9 @@ from treadle.errors import Draining, NotFound, PoolLoading
 from treadle.gateway.access import Access
 from treadle.gateway.admission import Admission
 from treadle.gateway.auth import Authenticator, Principal
-from treadle.gateway.deps import GatewayDeps, PoolView
+from treadle.gateway.backlog import Backlog, BacklogLimits
+from treadle.gateway.bodies import BodyRoom, room_of
+from treadle.gateway.deps import GatewayDeps, GatewaySettings, PoolView
 from treadle.gateway.futures import FuturesHub
 
 
@@ -29,31 +31,34 @@ class Gateway:
         self.auth = Authenticator(store=deps.store, settings=deps.settings, clock=deps.clock)
         self.access = Access(store=deps.store, clock=deps.clock)
         self.hub = FuturesHub(store=deps.store, is_draining=deps.is_draining, metrics=deps.metrics)
-        self.admission = Admission(
-            store=deps.store,
-            blobs=deps.blobs,
-            clock=deps.clock,
-            max_queued_per_tenant=deps.settings.max_queued_samples_per_tenant,
+        self.body_room = BodyRoom(deps.settings.max_body_bytes_in_memory)
+        self.backlog = Backlog(
+            store=deps.store, limits=_backlog_limits(deps.settings), metrics=deps.metrics, clock=deps.clock
         )
+        self.admission = Admission(store=deps.store, blobs=deps.blobs, backlog=self.backlog)
 
     async def start(self) -> None:
         """Listen to committed rows. Called once, on the event loop that serves."""
         await self.hub.start()
+        await self.backlog.start()
 
     async def stop(self) -> None:
         """Let every waiter go and end the threads. Idempotent."""
+        await self.backlog.stop()
         await self.hub.stop()
         self.admission.close()
 
     async def caller(self, request: Request) -> Principal:
         """Who sent a request that reads. Raises Unauthenticated."""
-        return await self.auth.principal(request.headers)
+        principal = await self.auth.principal(request.headers)
+        room_of(request.scope).owner = principal.tenant_id
+        return principal
 
     async def submitter(self, request: Request) -> Principal:
         """Who sent a request that makes new work. Raises Unauthenticated, and Draining while the server stops."""
         if self.deps.is_draining():
             raise Draining("the server is stopping; ask again in a moment")
-        return await self.auth.principal(request.headers)
+        return await self.caller(request)
 
     def pool_for(self, base_model: str) -> PoolView:
         """The pool that serves `base_model`, by its name or an alias. Raises NotFound, naming what is served."""
@@ -69,6 +74,16 @@ def loaded_facts(pool: PoolView) -> PoolFacts:
     if pool.facts is None:
         raise PoolLoading(f"base model {pool.name} is not loaded yet: {pool.reason or 'loading'}")
     return pool.facts
+
+
+def _backlog_limits(settings: GatewaySettings) -> BacklogLimits:
+    return BacklogLimits(
+        tokens_of_tenant=settings.max_queued_tokens_per_tenant,
+        bytes_of_tenant=settings.max_queued_bytes_per_tenant,
+        tokens=settings.max_queued_tokens,
+        bytes=settings.max_queued_bytes,
+        sample_ops_of_tenant=settings.max_queued_samples_per_tenant,
+    )
 
 
 def gateway_of(request: Request) -> Gateway:

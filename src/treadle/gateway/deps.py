@@ -82,6 +82,11 @@ class GatewaySettings:
     max_num_samples: int = limits.MAX_NUM_SAMPLES
     # Back-pressure starts here: the SDK then resends the same sample every second, without a limit.
     max_queued_samples_per_tenant: int = 4_096
+    max_queued_tokens_per_tenant: int = limits.MAX_QUEUED_TOKENS_PER_TENANT
+    max_queued_bytes_per_tenant: int = limits.MAX_QUEUED_BYTES_PER_TENANT
+    max_queued_tokens: int = limits.MAX_QUEUED_TOKENS
+    max_queued_bytes: int = limits.MAX_QUEUED_BYTES
+    max_body_bytes_in_memory: int = limits.MAX_BODY_BYTES_IN_MEMORY
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,15 +19,16 @@ from treadle.domain.ops import OpKind, TrainingOp, kind_of
 from treadle.domain.outcome import PoolFacts
 from treadle.domain.records import ModelRecord, NewRequest
 from treadle.domain.states import ModelState
-from treadle.errors import BodyTooLarge, InvalidRequest, NotFound, UnreadableBody, UserError
+from treadle.errors import BodyTooLarge, InvalidRequest, NotFound, Overloaded, UnreadableBody, UserError
 from treadle.gateway.admission import INLINE_DECODE_BYTES, Draft
 from treadle.gateway.answers import json_response
 from treadle.gateway.auth import Principal
-from treadle.gateway.bodies import MAX_JSON_BYTES, read_body
+from treadle.gateway.backlog import HARD_FACTOR
+from treadle.gateway.bodies import MAX_JSON_BYTES, read_body, room_of
 from treadle.gateway.context import Gateway, gateway_of, loaded_facts
 from treadle.gateway.deps import PoolView
 from treadle.wire.bodies import OpHead, read_op_head
-from treadle.wire.compression import decompress
+from treadle.wire.compression import declared_bytes, decompress
 from treadle.wire.passes import PassLimits
 from treadle.wire.payloads import encode_payload
 
@@ -48,7 +49,7 @@ BuildTrainingOp = Callable[[Submission], Awaitable[TrainingOp]]
 async def read_plain_body(gateway: Gateway, request: Request) -> bytes:
     """The body of a large request (passes, samples), decompressed.
 
-    Raises BodyTooLarge, UnreadableBody for damaged compression, InvalidRequest for another encoding.
+    Raises BodyTooLarge, UnreadableBody for damaged compression, InvalidRequest for another encoding, Overloaded.
     """
     raw = await read_body(request, limit_bytes=gateway.settings.max_body_bytes)
     encoding = request.headers.get("content-encoding")
@@ -62,6 +63,8 @@ async def read_plain_body(gateway: Gateway, request: Request) -> bytes:
     except BodyTooLarge:
         if limit <= INLINE_DECODE_BYTES:
             raise
+    declared = declared_bytes(raw, encoding)
+    await room_of(request.scope).for_plain(limit if declared is None else min(limit, declared))
     return await gateway.admission.run(lambda: decompress(raw, encoding, limit=limit), num_bytes=limit)
 
 
@@ -72,14 +75,16 @@ async def submit_training_op(request: Request, kind: OpKind, build: BuildTrainin
     """
     gateway = gateway_of(request)
     principal = await gateway.submitter(request)
+    await let_in(gateway, principal)
     raw = await read_body(request, limit_bytes=MAX_JSON_BYTES)
-    return await admit_training_op(gateway, principal, raw, kind, build)
+    place = await admit_training_op(gateway, principal, raw, kind, build)
+    return await answer_op(request, place)
 
 
 async def admit_training_op(
     gateway: Gateway, principal: Principal, raw: bytes, kind: OpKind, build: BuildTrainingOp
-) -> Response:
-    """`submit_training_op` for a body that was read already."""
+) -> NewRequest:
+    """`submit_training_op` for a body that was read already: the place that the op has taken."""
     model_id, seq_id = _op_address(read_op_head(raw))
     model = await gateway.access.model_of_op(principal, model_id, seq_id=seq_id)
     place = op_place(model, kind, seq_id)
@@ -87,9 +92,39 @@ async def admit_training_op(
         await open_pool(gateway, principal, model, seq_id)
         op = await build(Submission(gateway, principal, raw, model))
     except UserError as refusal:
-        return future_of(await gateway.admission.submit_refused(place, refusal), model_id=model_id)
-    draft = Draft(kind=kind_of(op), payload=encode_payload(op))
-    return future_of(await gateway.admission.submit_checked(place, draft), model_id=model_id)
+        await gateway.admission.submit_refused(place, refusal)
+    else:
+        await gateway.admission.submit_checked(place, Draft(kind=kind_of(op), payload=encode_payload(op)))
+    return place
+
+
+async def let_in(gateway: Gateway, principal: Principal) -> None:
+    """Return when the tenant may send another training op. Raises Overloaded, before its body is read.
+
+    Only far beyond the limits, where slowing the client down (`answer_op`) was not enough.
+    """
+    excess = await gateway.backlog.wait_for_room(
+        principal.tenant_id, hold_s=gateway.settings.hold_s, is_over=gateway.deps.is_draining, factor=HARD_FACTOR
+    )
+    if excess is not None:
+        raise Overloaded(f"{excess.words}; send this op again when some of it was done")
+
+
+async def answer_op(request: Request, place: NewRequest) -> Response:
+    """The future of an admitted op; late when too much of its tenant waits, so that the client slows down.
+
+    The SDK sends a run's next op after the answer to this one (docs/decisions/0014). Not held back is an op with a hole
+    in front of it: one of several chunks, whose client sends the first when the others are answered.
+    """
+    gateway = gateway_of(request)
+    assert place.model_id is not None
+    if gateway.backlog.excess(place.tenant_id, is_sample=False) is not None:
+        room_of(request.scope).give_back()
+        if await gateway.store.backlog.first_missing(place.model_id, before=place.seq_id) is None:
+            await gateway.backlog.wait_for_room(
+                place.tenant_id, hold_s=gateway.settings.hold_s, is_over=gateway.deps.is_draining
+            )
+    return future_of(place.request_id, model_id=place.model_id)
 
 
 def op_place(model: ModelRecord, kind: OpKind, seq_id: int) -> NewRequest:

@@ -1,4 +1,4 @@
-"""The outermost layer: every error becomes a JSON answer, every answer is counted.
+"""The outermost layer: every error becomes a JSON answer, every answer is counted, every body's room is given back.
 
 It knows errors by their class and routes by their template, and refuses to know bodies. Invariants: a
 client never sees a traceback, a path or SQL, only an error id that the log has too; and no 4xx has an
@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from treadle.errors import TreadleError
 from treadle.gateway.answers import json_response
+from treadle.gateway.bodies import ROOM, BodyRoom, Room
 from treadle.gateway.routing import ROUTE_TEMPLATE
 from treadle.telemetry.logs import get_logger
 from treadle.telemetry.metrics import Metrics
@@ -23,16 +24,18 @@ log = get_logger(__name__)
 
 # Held by design: their time says how long clients waited, not how fast we are.
 LONG_POLLS = frozenset({"/api/v1/retrieve_future", "/api/v1/retrieve_futures"})
-# What a 503 asks for; the SDK's HTTP layer obeys it (protocol 1.3).
+# Answers that ask for patience, and how much; the SDK's HTTP layer obeys it (protocol 1.3).
+BACK_OFF = frozenset({429, 503})
 RETRY_AFTER_S = "1"
 
 
 class ErrorMiddleware:
     """Pure ASGI, so that it costs no task and no copy per request."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, body_room: BodyRoom) -> None:
         self._app = app
         self._metrics = metrics
+        self._body_room = body_room
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -40,6 +43,7 @@ class ErrorMiddleware:
             return
         started_at = time.perf_counter()
         status = 0
+        room = scope[ROOM] = Room(self._body_room)
 
         async def counting_send(message: Message) -> None:
             nonlocal status
@@ -57,7 +61,7 @@ class ErrorMiddleware:
                 raise
             if error.status >= 500:
                 log.warning("request refused", path=_template(scope), status=error.status, reason=error.message)
-            headers = {"Retry-After": RETRY_AFTER_S} if error.status == 503 else None
+            headers = {"Retry-After": RETRY_AFTER_S} if error.status in BACK_OFF else None
             body = {"detail": error.message, "category": error.category}
             await json_response(body, status=error.status, headers=headers)(scope, receive, counting_send)
         except Exception as error:
@@ -69,6 +73,7 @@ class ErrorMiddleware:
             body = {"detail": "internal error", "category": "server", "error_id": error_id}
             await json_response(body, status=500)(scope, receive, counting_send)
         finally:
+            room.give_back()
             self._count(scope, status, time.perf_counter() - started_at)
 
     def _count(self, scope: Scope, status: int, seconds: float) -> None:

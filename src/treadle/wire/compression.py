@@ -38,6 +38,17 @@ def decompress(body: bytes, content_encoding: str | None, *, limit: int) -> byte
             raise InvalidRequest(f"Content-Encoding {encoding[:80]!r} is not supported; send zstd, gzip or none")
 
 
+def declared_bytes(body: bytes, content_encoding: str) -> int | None:
+    """How many bytes `decompress` returns, where the body says so. One that lies about it is refused there."""
+    if content_encoding.strip().lower() != "zstd":
+        return None
+    try:
+        declared = zstandard.frame_content_size(body)
+    except zstandard.ZstdError:
+        return None
+    return declared if declared >= 0 else None
+
+
 def _from_zstd(body: bytes, limit: int) -> bytes:
     try:
         declared = zstandard.frame_content_size(body)

@@ -16,6 +16,7 @@ from treadle.gateway.answers import JSON, json_response
 from treadle.gateway.bodies import MAX_JSON_BYTES, read_body
 from treadle.gateway.context import Gateway, gateway_of
 from treadle.gateway.routing import Resource
+from treadle.gateway.waiting import why_queued
 from treadle.store import Completion
 from treadle.wire.bodies import RetrieveFutureBody, RetrieveFuturesBody, parse_body
 from treadle.wire.results import failure_body, queue_state_body
@@ -75,13 +76,12 @@ async def retrieve_futures(request: Request) -> Response:
 
 async def _still_queued(gateway: Gateway, request_id: RequestId) -> Response:
     """408 with the state on top level, where the SDK looks for it (protocol trap 5)."""
-    state, reason = QueueState.ACTIVE, None
+    state, reason = QueueState.ACTIVE, ""
     row = await gateway.store.requests.get(request_id)
-    pool = None if row is None else gateway.deps.pools.by_name(row.pool)
-    if row is not None and pool is None:
-        state, reason = QueueState.PAUSED_CAPACITY, f"base model {row.pool} is not served by this server now"
-    if pool is not None and not pool.is_ready:
-        state, reason = QueueState.PAUSED_CAPACITY, f"base model {pool.name} is not ready: {pool.reason or 'loading'}"
+    # It may have ended since; the client asks again at once.
+    if row is not None and row.state is RequestState.QUEUED:
+        wait = await why_queued(gateway, row)
+        state, reason = wait.state, wait.reason
     return Response(queue_state_body(state, reason=reason), status_code=408, media_type=JSON)
 
 

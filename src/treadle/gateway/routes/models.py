@@ -19,7 +19,15 @@ from treadle.gateway.bodies import MAX_JSON_BYTES, read_body
 from treadle.gateway.checkpoints import check_fits, readable_checkpoint
 from treadle.gateway.context import Gateway, gateway_of, loaded_facts
 from treadle.gateway.deps import PoolView
-from treadle.gateway.intake import Submission, admit_training_op, check_lead, checked_pool, future_of, op_place
+from treadle.gateway.intake import (
+    Submission,
+    admit_training_op,
+    answer_op,
+    check_lead,
+    checked_pool,
+    future_of,
+    op_place,
+)
 from treadle.gateway.routing import Resource
 from treadle.wire.bodies import (
     CreateModelBody,
@@ -76,7 +84,8 @@ async def load_weights(request: Request) -> Response:
     if head.model_id is not None:
         if head.seq_id is None or head.session_id is not None:
             raise UnreadableBody("load_weights takes model_id and seq_id, or session_id and model_seq_id, not both")
-        return await admit_training_op(gateway, principal, raw, OpKind.LOAD_WEIGHTS, _load_into_run)
+        place = await admit_training_op(gateway, principal, raw, OpKind.LOAD_WEIGHTS, _load_into_run)
+        return await answer_op(request, place)
     session_id, model_seq_id = _run_address(head)
     session = await gateway.access.active_session(principal, session_id)
     record = _new_run(gateway, session, model_seq_id)

@@ -15,7 +15,7 @@ from treadle.domain.ids import (
 )
 from treadle.domain.ops import OpKind, SampleOp
 from treadle.domain.records import CheckpointRecord, NewRequest, SamplingSessionRecord
-from treadle.errors import InvalidRequest, NotFound, UnreadableBody
+from treadle.errors import InvalidRequest, NotFound, QueueFull, UnreadableBody
 from treadle.gateway.admission import Draft
 from treadle.gateway.answers import json_response
 from treadle.gateway.auth import Principal
@@ -93,6 +93,9 @@ async def asample(request: Request) -> Response:
     """A sample. Its sequence ids are known now, since they follow from the request's id (SDK 0.26 insists on them)."""
     gateway = gateway_of(request)
     principal = await gateway.submitter(request)
+    if (excess := gateway.backlog.excess(principal.tenant_id, is_sample=True)) is not None:
+        # The SDK stops sending for a second or five, then sends the same sample again, as often as it takes.
+        raise QueueFull(excess.words)
     raw = await read_plain_body(gateway, request)
     head = await gateway.admission.run(lambda: read_op_head(raw), num_bytes=len(raw))
     if head.sampling_session_id is None or head.seq_id is None:
@@ -100,7 +103,6 @@ async def asample(request: Request) -> Response:
         raise UnreadableBody(f"{missing} is missing")
     sampler = await gateway.access.sampling_session(principal, head.sampling_session_id)
     await gateway.access.active_session(principal, sampler.session_id)
-    await gateway.admission.check_sample_queue(principal.tenant_id)
     pool = gateway.deps.pools.by_name(sampler.pool)
     limits = pool_limits(pool)
     # Refused requests have sequences too, as far as their number can be read.

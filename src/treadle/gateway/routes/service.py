@@ -84,6 +84,7 @@ async def telemetry(request: Request) -> Response:
     return json_response({"status": "accepted"})
 
 
+@router.get("/healthz")
 @router.get("/api/v1/healthz")
 async def healthz(_: Request) -> Response:
     """The process is alive. It says nothing about models: see /readyz."""

@@ -1,4 +1,8 @@
-"""Sessions: one per client process, kept alive by heartbeats, ended by `finish`."""
+"""Sessions: one per client process, kept alive by heartbeats, ended by `finish`.
+
+Here nothing ever expires: the sweeps find out who is silent, and an expired session takes heartbeats and work like any
+other (docs/lifecycle.md).
+"""
 
 from __future__ import annotations
 
@@ -49,7 +53,7 @@ async def create_session(request: Request) -> Response:
 
 @router.post("/session_heartbeat")
 async def session_heartbeat(request: Request) -> Response:
-    """Noted; 410 once the session is finished, which ends the SDK's heartbeat loop."""
+    """Noted; 410 once the session is finished, which ends the SDK's heartbeat loop. An expired session wakes up."""
     gateway = gateway_of(request)
     principal = await gateway.caller(request)
     body = parse_body(HeartbeatBody, await read_body(request, limit_bytes=MAX_JSON_BYTES))

@@ -16,6 +16,7 @@ from starlette.responses import Response
 
 from treadle.errors import NotFound
 from treadle.gateway.context import gateway_of, loaded_facts
+from treadle.gateway.deps import PoolView
 from treadle.gateway.routing import Resource
 
 router = Resource("/api/v1/tokenizers")
@@ -50,11 +51,14 @@ async def get_tokenizer(request: Request, name: str) -> Response:
     facts = loaded_facts(pool)
     if facts.tokenizer_dir is None:
         raise NotFound(f"base model {pool.name} has no tokenizer")
-    body = await asyncio.to_thread(_pack, Path(facts.tokenizer_dir))
+    body = await asyncio.to_thread(_pack, Path(facts.tokenizer_dir), pool)
     return Response(body, media_type="application/x-tar")
 
 
-def _pack(directory: Path) -> bytes:
+def _pack(directory: Path, pool: PoolView) -> bytes:
+    if not directory.is_dir():
+        # The facts are the leader's, and so is the path.
+        raise NotFound(f"the tokenizer of {pool.name} lies on the server that leads this base model; ask that one")
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         for name in TOKENIZER_FILES:

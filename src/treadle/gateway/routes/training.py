@@ -7,12 +7,15 @@ from starlette.responses import Response
 
 from treadle.domain.ops import OpKind, OptimStepOp, PassOp, SaveForSamplerOp, SaveWeightsOp, kind_of
 from treadle.domain.quanta import cut_quanta, quantum_tokens
+from treadle.domain.records import NewRequest
 from treadle.errors import InvalidRequest, NotSupported, UserError
 from treadle.gateway.admission import Draft
-from treadle.gateway.context import gateway_of, loaded_facts
+from treadle.gateway.auth import Principal
+from treadle.gateway.context import Gateway, gateway_of, loaded_facts
 from treadle.gateway.intake import (
     Submission,
-    future_of,
+    answer_op,
+    let_in,
     op_place,
     open_pool,
     pass_limits,
@@ -34,6 +37,12 @@ async def forward_backward(request: Request) -> Response:
     principal = await gateway.submitter(request)
     if request.headers.get("content-type", "").startswith("application/json"):
         raise NotSupported("forward_backward takes protobuf; use tinker 0.25 or newer")
+    await let_in(gateway, principal)
+    # In a call of its own, so that an answer that is held does not hold the body in memory.
+    return await answer_op(request, await _admit_pass(gateway, principal, request))
+
+
+async def _admit_pass(gateway: Gateway, principal: Principal, request: Request) -> NewRequest:
     raw = await read_plain_body(gateway, request)
     head = await gateway.admission.run(lambda: read_pass_head(raw), num_bytes=len(raw))
     model = await gateway.access.model_of_op(principal, head.model_id, seq_id=head.seq_id)
@@ -41,7 +50,8 @@ async def forward_backward(request: Request) -> Response:
     try:
         pool = await open_pool(gateway, principal, model, head.seq_id)
     except UserError as refusal:
-        return future_of(await gateway.admission.submit_refused(place, refusal), model_id=model.model_id)
+        await gateway.admission.submit_refused(place, refusal)
+        return place
     limits = pass_limits(loaded_facts(pool))
 
     def draft() -> Draft:
@@ -52,8 +62,8 @@ async def forward_backward(request: Request) -> Response:
             )
         return _pass_draft(op, raw)
 
-    request_id = await gateway.admission.submit(place, draft, num_bytes=len(raw))
-    return future_of(request_id, model_id=model.model_id)
+    await gateway.admission.submit(place, draft, num_bytes=len(raw))
+    return place
 
 
 @router.post("/optim_step")

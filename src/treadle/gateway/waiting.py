@@ -1,0 +1,49 @@
+"""Why a queued request has no result yet, for the client that waits and the user who asks.
+
+It refuses to know how cycles are planned: it says what stands in front of a request, not when its turn comes.
+Invariant: nothing about another tenant is told but sums over a whole pool.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from treadle.domain.backlog import Place
+from treadle.domain.records import RequestRecord
+from treadle.domain.states import QueueState
+from treadle.gateway.context import Gateway
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Why one request waits: the SDK's word for it, words for a person, and its place in its own line."""
+
+    state: QueueState
+    reason: str
+    place: Place
+
+
+async def why_queued(gateway: Gateway, row: RequestRecord) -> Wait:
+    """Why the request of this queued row waits. The first of several reasons is given."""
+    place = await gateway.store.backlog.place_of(row)
+    pool = gateway.deps.pools.by_name(row.pool)
+    if pool is None:
+        return Wait(QueueState.PAUSED_CAPACITY, f"base model {row.pool} is not served by this server now", place)
+    if not pool.is_ready:
+        reason = f"base model {pool.name} is not ready: {pool.reason or 'loading'}"
+        return Wait(QueueState.PAUSED_CAPACITY, reason, place)
+    if place.missing_seq_id is not None:
+        return Wait(
+            QueueState.PAUSED_CAPACITY, f"waiting for request {place.missing_seq_id}, which has not come", place
+        )
+    is_sample = row.model_id is None
+    if (excess := gateway.backlog.excess(row.tenant_id, is_sample=is_sample)) is not None:
+        return Wait(excess.state, excess.words, place)
+    return Wait(QueueState.ACTIVE, _in_line(gateway, row, place), place)
+
+
+def _in_line(gateway: Gateway, row: RequestRecord, place: Place) -> str:
+    whose = "your samples" if row.model_id is None else "this run's requests"
+    ahead = f"{place.ahead.num_ops:,} of {whose} ({place.ahead.num_tokens:,} tokens) are ahead"
+    others = {entry.tenant_id for entry in gateway.backlog.in_pool(row.pool)} - {row.tenant_id}
+    return f"{ahead}; {len(others):,} other tenants have work in the pool"
