@@ -76,11 +76,12 @@ class FakeWorker:
                 executor.submit_samples(samples)
             case CancelSamples(request_ids=request_ids):
                 executor.cancel_samples(request_ids)
-            case Snapshot(call_id=call_id, targets=targets):
-                self._send(CallDone(call_id=call_id, num_bytes=await executor.snapshot(targets)))
+            case Snapshot(call_id=call_id, targets=targets, with_open_gradient=with_open_gradient):
+                written = await executor.snapshot(targets, with_open_gradient=with_open_gradient)
+                self._send(CallDone(call_id=call_id, written=written))
             case Evict(call_id=call_id, model_ids=model_ids):
                 await executor.evict(model_ids)
-                self._send(CallDone(call_id=call_id, num_bytes={}))
+                self._send(CallDone(call_id=call_id))
             case _:
                 raise AssertionError(f"a fake worker cannot {message}")
 

@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import IO, TypeAlias
 
 import uvicorn
 import uvloop
@@ -32,18 +32,22 @@ from treadle.domain.ops import OpKind
 from treadle.errors import ConfigError, TreadleError
 from treadle.executor.local import LocalExecutor
 from treadle.executor.messages import WorkerConfig
+from treadle.executor.spare import WORKER_COMMAND, Spare
 from treadle.gateway.app import create_app
 from treadle.gateway.deps import GatewayDeps, GatewaySettings, PoolDirectory, PoolView, Readiness
 from treadle.scheduler.cycle_loop import CycleSettings
+from treadle.scheduler.holders import this_process
 from treadle.scheduler.pool import PoolRunner
-from treadle.scheduler.sweeps import sweep_forever
+from treadle.scheduler.sweeps import Sweeper
+from treadle.scheduler.weights import TenantWeights
 from treadle.store import Store
 from treadle.telemetry.logs import configure_logging, get_logger
 from treadle.telemetry.metrics import Metrics
 
 log = get_logger(__name__)
 
-MakeExecutor: TypeAlias = Callable[[WorkerConfig], LocalExecutor]
+# LocalExecutor, or something with the same arguments.
+MakeExecutor: TypeAlias = Callable[..., LocalExecutor]
 
 # The garbage collector's generations: the middle one ends at 25,000 objects, which takes it some 10 ms.
 GC_THRESHOLDS = (5_000, 5, 10)
@@ -57,16 +61,14 @@ def run(settings: Settings, *, make_executor: MakeExecutor = LocalExecutor) -> i
     make_executor: a worker that is not started yet, for its configuration.
     """
     configure_logging(level=settings.log.level, style=settings.log.format)
-    with locked(settings.data_dir), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+    with _claimed(settings), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(Server(settings, make_executor=make_executor).serve())
 
 
 @contextlib.contextmanager
-def locked(data_dir: Path) -> Iterator[None]:
-    """Hold the data directory for this process alone.
-
-    Raises ConfigError while another server holds it, or when it cannot be written.
-    """
+def _claimed(settings: Settings) -> Iterator[None]:
+    """The data directory exists, and is this server's alone unless servers share the database and thus the work."""
+    data_dir = settings.data_dir
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
         file = (data_dir / "lock").open("a")
@@ -75,13 +77,19 @@ def locked(data_dir: Path) -> Iterator[None]:
             f"the data directory {data_dir} cannot be written: {error.strerror or error}; choose another with --data"
         ) from error
     with file as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"another treadle server runs on the data directory {data_dir}; stop it, or choose another with --data"
-            ) from None
+        if not settings.is_shareable:
+            _lock(lock, data_dir)
         yield
+
+
+def _lock(file: IO[str], data_dir: Path) -> None:
+    """Lock an open file until it is closed. Raises ConfigError while another server holds it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ConfigError(
+            f"another treadle server runs on the data directory {data_dir}; stop it, or choose another with --data"
+        ) from None
 
 
 class Clock:
@@ -101,7 +109,7 @@ class Server:
         self._settings = settings
         self._make_executor = make_executor
         self._metrics = Metrics(CollectorRegistry())
-        self._blobs_url = str(settings.data_dir.resolve() / "blobs")
+        self._spare = Spare() if settings.worker.spare else None
         self._pools: list[PoolRunner] = []
         # Looked up once: views of the pools are asked for with every request, and these are questions to a disk.
         self._model_dirs = [model.local_dir() for model in settings.models]
@@ -111,7 +119,7 @@ class Server:
     async def serve(self) -> int:
         """Run until a signal; 0 after a drain in time, 1 when something that serves ended on its own."""
         self._handle_signals()
-        launched = {model.name: self._launch(model) for model in self._settings.models}
+        launched = self._launch_early()
         try:
             store = await Store.open(self._settings.database_url)
             try:
@@ -121,6 +129,8 @@ class Server:
         finally:
             # Whatever went wrong, no worker outlives this.
             await asyncio.gather(*(executor.stop() for executor in launched.values()))
+            if self._spare is not None:
+                self._spare.stop()
 
     async def _serve_on(self, store: Store, launched: Mapping[str, LocalExecutor]) -> int:
         settings = self._settings
@@ -128,17 +138,25 @@ class Server:
         check_bind(settings.server.host, any_key_exists=any_key_exists, mode=settings.auth.mode)
         if settings.auth.mode == "open" or (settings.auth.mode == "auto" and not any_key_exists):
             log.warning("open mode: every tml- key is accepted as a tenant of its own; treadle keys create ends it")
-        blobs = open_blobs(self._blobs_url)
-        self._pools = [self._pool(model, store, blobs, launched[model.name]) for model in settings.models]
+        blobs = open_blobs(settings.blobs_url)
+        self._pools = [self._pool(model, store, blobs, launched.get(model.name)) for model in settings.models]
         store.events.on_enqueued(self._wake)
         with _listening(settings.server.host, settings.server.port) as listener:
             return await self._serve_http(store, blobs, listener)
 
-    def _launch(self, model: ModelSettings) -> LocalExecutor:
-        """Start a worker process early; it imports and loads while this one opens its store."""
-        executor = self._executor(model)
-        executor.launch()
-        return executor
+    def _launch_early(self) -> dict[str, LocalExecutor]:
+        """Start worker processes; they import and load while this one opens its store.
+
+        Where another server may lead already, there is only a spare, which has no model until it leads.
+        """
+        if self._settings.is_shareable and not self._settings.scheduler.preload_standby:
+            if self._spare is not None:
+                self._spare.prepare(WORKER_COMMAND)
+            return {}
+        launched = {model.name: self._executor(model) for model in self._settings.models}
+        for executor in launched.values():
+            executor.launch()
+        return launched
 
     def _executor(self, model: ModelSettings) -> LocalExecutor:
         engine, sampler = self._settings.engine, self._settings.sampler
@@ -151,7 +169,7 @@ class Server:
                 device=engine.device,
                 dtype=engine.dtype,
                 num_threads=engine.threads,
-                blobs_url=self._blobs_url,
+                blobs_url=self._settings.blobs_url,
                 max_running_samples=sampler.max_running,
                 max_cached_tokens=sampler.max_cached_tokens,
                 micro_batch_tokens=engine.micro_batch_tokens,
@@ -161,12 +179,14 @@ class Server:
                 hub=engine.hub,
                 log_level=self._settings.log.level,
                 log_format=self._settings.log.format,
-            )
+            ),
+            spare=self._spare,
+            hang_after_s=self._settings.worker.hang_after_s,
         )
 
-    def _pool(self, model: ModelSettings, store: Store, blobs: BlobStore, first: LocalExecutor) -> PoolRunner:
+    def _pool(self, model: ModelSettings, store: Store, blobs: BlobStore, first: LocalExecutor | None) -> PoolRunner:
         scheduler = self._settings.scheduler
-        launched = [first]
+        launched = [] if first is None else [first]
 
         def make_executor() -> LocalExecutor:
             return launched.pop() if launched else self._executor(model)
@@ -182,10 +202,11 @@ class Server:
                 budget_tokens=scheduler.cycle_budget_tokens,
                 cap_fraction=scheduler.tenant_cap_fraction,
                 gap_wait_s=scheduler.gap_wait_s,
+                max_replay_s=scheduler.max_replay_s,
             ),
-            # The lock on the data directory makes this process the only one of that name.
-            holder=f"{socket.gethostname()}:{self._settings.data_dir.resolve()}",
+            holder=this_process(),
             lease_ttl_s=scheduler.lease_ttl_s,
+            weights=TenantWeights(store, scheduler.weight_of, monotonic=time.monotonic),
             metrics=self._metrics,
             clock=time.time,
         )
@@ -213,7 +234,15 @@ class Server:
         serving = asyncio.create_task(http.serve(sockets=[listener]), name="http")
         leading = [asyncio.create_task(runner.run(), name=f"pool {runner.pool}") for runner in self._pools]
         announcing = asyncio.create_task(self._announce(listener))
-        sweeping = asyncio.create_task(sweep_forever(store, clock=time.time, metrics=self._metrics))
+        sweeper = Sweeper(
+            store=store,
+            blobs=blobs,
+            pools=self._pools,
+            settings=settings.retention,
+            clock=time.time,
+            metrics=self._metrics,
+        )
+        sweeping = asyncio.create_task(sweeper.run(), name="sweeps")
         try:
             stopping = asyncio.create_task(self._stop.wait())
             await asyncio.wait({serving, stopping, *leading}, return_when=asyncio.FIRST_COMPLETED)
@@ -260,7 +289,7 @@ class Server:
     async def _announce(self, listener: socket.socket) -> None:
         """The one line on stdout: where the server is, once every pool serves."""
         for runner in self._pools:
-            await runner.loaded.wait()
+            await runner.served.wait()
         _settle_garbage()
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
@@ -288,6 +317,11 @@ class Server:
                 max_datums_per_request=settings.limits.max_datums_per_request,
                 max_num_samples=settings.limits.max_num_samples,
                 max_queued_samples_per_tenant=settings.sampler.max_queued_samples_per_tenant,
+                max_queued_tokens_per_tenant=settings.limits.max_queued_tokens_per_tenant,
+                max_queued_bytes_per_tenant=settings.limits.max_queued_bytes_per_tenant,
+                max_queued_tokens=settings.limits.max_queued_tokens,
+                max_queued_bytes=settings.limits.max_queued_bytes,
+                max_body_bytes_in_memory=settings.limits.max_body_bytes_in_memory,
             ),
             readiness=readiness,
             is_draining=lambda: self._is_draining,

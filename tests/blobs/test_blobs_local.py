@@ -1,78 +1,27 @@
-"""The contract of a blob store, on the local one, and what only files can get wrong."""
+"""What only files can get wrong, and which places blobs can be kept in. The contract is test_blobs_contract.py."""
 
 from __future__ import annotations
 
 import os
-import threading
-from concurrent.futures import ThreadPoolExecutor
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from treadle.blobs import BlobStore, LocalBlobs, open_blobs
+from treadle.blobs import LocalBlobs, open_blobs
 from treadle.blobs import local as local_module
-from treadle.errors import ConfigError, InvalidRequest, NotFound, ServerError, StoreUnavailable
-
-
-@pytest.fixture(params=["local"])
-def blobs(request: pytest.FixtureRequest, tmp_path: Path) -> BlobStore:
-    assert request.param == "local"
-    return open_blobs(tmp_path / "blobs")
+from treadle.blobs.object_store import ObjectBlobs
+from treadle.errors import ConfigError, NotFound, ServerError, StoreUnavailable
 
 
 def files_below(root: Path) -> list[str]:
     return sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
 
 
-def test_written_blob_is_read_back(blobs: BlobStore) -> None:
-    assert blobs.write("models/s1:train:0/12.safetensors", b"\x00bytes") == 6
-    assert blobs.read("models/s1:train:0/12.safetensors") == b"\x00bytes"
-    assert blobs.size("models/s1:train:0/12.safetensors") == 6
-    assert blobs.exists("models/s1:train:0/12.safetensors")
-    assert not blobs.exists("models/s1:train:0")
-
-
-@pytest.mark.parametrize("data", [b"", bytearray(b"abc"), memoryview(b"abcd")[1:]])
-def test_any_kind_of_bytes_can_be_written(blobs: BlobStore, data: bytes | bytearray | memoryview) -> None:
-    assert blobs.write("a", data) == len(data)
-    assert blobs.read("a") == bytes(data)
-
-
-def test_blob_is_never_overwritten(blobs: BlobStore) -> None:
-    blobs.write("a/b", b"first")
-    for data in (b"second", b"first"):
-        with pytest.raises(ServerError, match="exists already"):
-            blobs.write("a/b", data)
-    assert blobs.read("a/b") == b"first"
-
-
-def test_one_of_many_writers_of_a_key_wins(blobs: BlobStore) -> None:
-    barrier = threading.Barrier(8)
-
-    def write(n: int) -> int | None:
-        barrier.wait()
-        try:
-            blobs.write("raced/key", bytes([n]) * 10_000)
-        except ServerError:
-            return None
-        return n
-
-    with ThreadPoolExecutor(8) as pool:
-        winners = [n for n in pool.map(write, range(8)) if n is not None]
-    assert len(winners) == 1
-    assert blobs.read("raced/key") == bytes([winners[0]]) * 10_000
-
-
-def test_missing_blob_is_not_found(blobs: BlobStore) -> None:
-    blobs.write("a/b", b"")
-    for key in ("c", "a/c", "a", "a/b/c"):
-        for method in (blobs.read, blobs.size, blobs.path_of):
-            with pytest.raises(NotFound):
-                method(key)
-        assert not blobs.exists(key)
-
-
-def test_blob_is_not_a_directory(blobs: BlobStore) -> None:
+def test_blob_is_not_a_directory(tmp_path: Path) -> None:
+    blobs = LocalBlobs(tmp_path)
     blobs.write("a", b"1")
     blobs.write("b/c", b"2")
     for key in ("a/b", "b"):
@@ -81,60 +30,11 @@ def test_blob_is_not_a_directory(blobs: BlobStore) -> None:
     assert (blobs.read("a"), blobs.read("b/c")) == (b"1", b"2")
 
 
-def test_deletion_is_final_and_idempotent(blobs: BlobStore) -> None:
-    blobs.write("a/b", b"1")
-    blobs.delete("a/b")
-    blobs.delete("a/b")
-    blobs.delete("never/was")
-    assert not blobs.exists("a/b")
-    blobs.write("a/b", b"2")
-    assert blobs.read("a/b") == b"2"
-
-
-def test_keys_are_listed_in_order_by_prefix(blobs: BlobStore) -> None:
-    keys = ["a-b", "a.b/c", "a/b/c", "a/b/d", "ab/c", "b"]
-    for key in reversed(keys):
-        blobs.write(key, b"")
-    assert list(blobs.iter_keys()) == sorted(keys)
-    assert list(blobs.iter_keys("a/")) == ["a/b/c", "a/b/d"]
-    assert list(blobs.iter_keys("a/b/d")) == ["a/b/d"]
-    assert list(blobs.iter_keys("a")) == sorted(key for key in keys if key.startswith("a"))
-    assert list(blobs.iter_keys("zz")) == []
-
-
-@pytest.mark.parametrize(
-    "key",
-    [
-        "",
-        "/etc/passwd",
-        "a//b",
-        "a/",
-        "../a",
-        "a/../../b",
-        "a/./b",
-        ".hidden",
-        "a/.incoming",
-        "a\\b",
-        "a\nb",
-        "a b",
-        "ä",
-        "a\x00",
-        "x" * 201,
-        "/".join(["x" * 100] * 11),
-    ],
-)
-def test_malformed_key_is_refused_everywhere(blobs: BlobStore, key: str, tmp_path: Path) -> None:
-    for method in (blobs.read, blobs.exists, blobs.size, blobs.delete, blobs.path_of):
-        with pytest.raises(InvalidRequest, match="blob key"):
-            method(key)
-    with pytest.raises(InvalidRequest, match="blob key"):
-        blobs.write(key, b"")
-    assert files_below(tmp_path) == []
-
-
 def test_local_reader_gets_the_file(tmp_path: Path) -> None:
     blobs = LocalBlobs(tmp_path)
     blobs.write("a/b", b"12")
+    with pytest.raises(NotFound):
+        blobs.path_of("a/c")
     path = blobs.path_of("a/b")
     assert path == tmp_path / "a" / "b"
     assert path.read_bytes() == b"12"
@@ -188,6 +88,30 @@ def test_abandoned_writes_are_removed_at_opening_and_fresh_ones_kept(tmp_path: P
     assert list(blobs.iter_keys()) == []
 
 
+def test_writer_killed_at_any_moment_leaves_whole_blobs_only(tmp_path: Path) -> None:
+    data = bytes(range(256)) * 4_096
+    script = f"""
+import sys
+from pathlib import Path
+from treadle.blobs import LocalBlobs
+blobs = LocalBlobs(Path(sys.argv[1]))
+data = bytes(range(256)) * {len(data) // 256}
+for n in range(100_000):
+    blobs.write(f"a/{{n}}", data)
+    print(n, flush=True)
+"""
+    with subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True) as writer:
+        assert writer.stdout is not None
+        acknowledged = [int(writer.stdout.readline()) for _ in range(5)]
+        writer.kill()
+    blobs = LocalBlobs(tmp_path)
+    found = list(blobs.iter_keys())
+    assert {f"a/{n}" for n in acknowledged} <= set(found)
+    assert all(blobs.read(key) == data for key in found)
+    assert blobs.drop_unfinished(older_than_s=-1) <= 1
+    assert files_below(tmp_path) == sorted(found)
+
+
 def test_places_blobs_can_be_kept(tmp_path: Path) -> None:
     for place in (tmp_path / "a b", str(tmp_path / "a b"), f"file://{tmp_path}/a%20b"):
         blobs = open_blobs(place)
@@ -195,7 +119,19 @@ def test_places_blobs_can_be_kept(tmp_path: Path) -> None:
         assert blobs.root == tmp_path / "a b"
 
 
-@pytest.mark.parametrize("place", ["s3://bucket/x", "file://host/x", "http://host/x"])
+@pytest.mark.parametrize("place", ["s3://bucket/some/prefix", "gs://bucket"])
+def test_bucket_is_opened_without_being_asked_anything(place: str) -> None:
+    assert isinstance(open_blobs(place), ObjectBlobs)
+
+
+def test_bucket_without_its_library_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "treadle.blobs.object_store")
+    monkeypatch.setitem(sys.modules, "obstore", None)
+    with pytest.raises(ConfigError, match=re.escape("treadle[object-store]")):
+        open_blobs("s3://bucket")
+
+
+@pytest.mark.parametrize("place", ["s3://", "memory:///x", "file://host/x", "http://host/x"])
 def test_unsupported_place_is_a_configuration_error(place: str) -> None:
     with pytest.raises(ConfigError, match="blobs cannot be kept"):
         open_blobs(place)

@@ -10,10 +10,10 @@ import subprocess
 import sys
 import threading
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 import httpx
 import tinker
@@ -36,15 +36,27 @@ def new_key() -> str:
 
 
 class ServerProcess:
-    """`treadle serve` as a subprocess. Entering starts it and waits for its ready line."""
+    """`treadle serve` as a subprocess. Entering starts it and waits for its ready line.
 
-    def __init__(self, data_dir: Path, *, args: Sequence[str] = (), env: dict[str, str] | None = None) -> None:
+    on_log: called with each line that the server and its workers write to standard error, in a thread of its own;
+    without it they go where the test's own do.
+    """
+
+    def __init__(
+        self,
+        data_dir: Path,
+        *,
+        args: Sequence[str] = (),
+        env: dict[str, str] | None = None,
+        on_log: Callable[[str], None] | None = None,
+    ) -> None:
         self.data_dir = data_dir
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._args = list(args)
         self._env = env or {}
-        self._lines: queue.Queue[str | None] = queue.Queue()
+        self._on_log = on_log
+        self._lines: queue.Queue[str] = queue.Queue()
         self.process: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> ServerProcess:
@@ -64,17 +76,18 @@ class ServerProcess:
         command = [sys.executable, "-m", "treadle.cli", "serve", "--port", str(self.port), "--data", str(self.data_dir)]
         self._lines = queue.Queue()
         self.process = subprocess.Popen(
-            [*command, *self._args], stdout=subprocess.PIPE, text=True, env={**os.environ, **self._env}
+            [*command, *self._args],
+            stdout=subprocess.PIPE,
+            stderr=None if self._on_log is None else subprocess.PIPE,
+            text=True,
+            errors="replace",
+            env={**os.environ, **self._env},
         )
-        threading.Thread(target=self._read, args=(self.process, self._lines), daemon=True).start()
-
-    @staticmethod
-    def _read(process: subprocess.Popen[str], lines: queue.Queue[str | None]) -> None:
-        assert process.stdout is not None
-        with process.stdout as stdout:
-            for line in stdout:
-                lines.put(line.strip())
-        lines.put(None)
+        assert self.process.stdout is not None
+        threading.Thread(target=_read, args=(self.process.stdout, self._lines.put), daemon=True).start()
+        if self._on_log is not None:
+            assert self.process.stderr is not None
+            threading.Thread(target=_read, args=(self.process.stderr, self._on_log), daemon=True).start()
 
     def wait_ready(self) -> None:
         """Return at the ready line."""
@@ -108,6 +121,14 @@ class ServerProcess:
     def http(self, key: str | None = None) -> httpx.Client:
         """Raw HTTP against the API."""
         return httpx.Client(base_url=f"{self.url}/api/v1/", headers={"X-API-Key": key or new_key()}, timeout=60)
+
+
+def _read(stream: IO[str], on_line: Callable[[str], None]) -> None:
+    """Hand over each line, and an empty one at the end."""
+    with stream:
+        for line in stream:
+            on_line(line.strip())
+    on_line("")
 
 
 def new_run(service: tinker.ServiceClient, *, rank: int = 8, **options: Any) -> tinker.TrainingClient:

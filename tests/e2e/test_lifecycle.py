@@ -11,7 +11,6 @@ from pathlib import Path
 
 import httpx
 import pytest
-import tinker
 from e2e_support import MODEL, ServerProcess, batch, failure_of, free_port, logprobs_of, new_key, new_run, train_step
 from tinker import types
 
@@ -60,13 +59,10 @@ def test_sigterm_persists_runs_and_a_restart_continues_them(own_server: ServerPr
     assert metrics["step"] == 2
 
 
-def test_sigkill_with_queued_ops_ends_every_one_of_them(own_server: ServerProcess) -> None:
-    """50 queued ops of 5 clients: each ends in a result or a named server error within 10 s of readiness."""
-    clients = [own_server.training_client() for _ in range(5)]
-    paths = []
+def test_sigkill_with_queued_ops_loses_none_of_them(own_server: ServerProcess) -> None:
+    """50 queued ops of 5 clients, each of which goes on from the very weights it would have had."""
+    clients = [own_server.training_client(seed=1) for _ in range(5)]
     for client in clients:
-        train_step(client, batch())
-        paths.append(client.save_state("safe").result(timeout=60).path)
         train_step(client, batch())
     futures = []
     for client in clients:
@@ -78,19 +74,17 @@ def test_sigkill_with_queued_ops_ends_every_one_of_them(own_server: ServerProces
     time.sleep(0.2)
     own_server.kill()
     own_server.start()
-    ready = time.monotonic()
-    messages = []
-    for future in futures:
-        error = failure_of(future, timeout_s=30)
-        if error is not None:
-            assert error.category.value == "server"
-            messages.append(str(error))
-    assert time.monotonic() - ready < 10
-    for path in paths:
-        assert any(path in message for message in messages), "the newest checkpoint is not named"
-    # Nothing of a lost run goes on, and a new one from the checkpoint does.
-    with pytest.raises(tinker.RequestFailedError, match="lost"):
-        train_step(clients[0], batch())
+    results = [future.result(timeout=60) for future in futures]
+    losses = [result.metrics["loss:sum"] for result in results if isinstance(result, types.ForwardBackwardOutput)]
+    # Same seed, same batches: five equal curves.
+    assert losses == losses[:5] * 5
+    for client in clients:
+        metrics = client.optim_step(types.AdamParams())
+        assert "without a successful forward_backward" in str(failure_of(metrics))
+        client.forward_backward(batch(), "cross_entropy").result(timeout=60)
+        metrics = client.optim_step(types.AdamParams()).result(timeout=60).metrics
+        assert metrics is not None
+        assert metrics["step"] == 7
 
 
 def test_a_run_that_nothing_has_changed_survives_sigkill(own_server: ServerProcess) -> None:
@@ -114,8 +108,9 @@ def test_a_killed_worker_is_replaced(own_server: ServerProcess) -> None:
 
     client = own_server.training_client()
     assert own_server.process is not None
-    (worker,) = psutil.Process(own_server.process.pid).children()
-    worker.kill()
+    # With the spare, which would take its place at once.
+    for worker in psutil.Process(own_server.process.pid).children():
+        worker.kill()
     sampler = own_server.service().create_sampling_client(base_model=MODEL).result(timeout=60)
     params = types.SamplingParams(max_tokens=4)
     prompt = types.ModelInput.from_ints([10, 11])
@@ -127,9 +122,13 @@ def test_no_worker_outlives_a_killed_server(own_server: ServerProcess) -> None:
     import psutil
 
     assert own_server.process is not None
-    (worker,) = psutil.Process(own_server.process.pid).children()
+    workers = psutil.Process(own_server.process.pid).children()
+    assert workers
     own_server.kill()
-    worker.wait(timeout=10)
+    deadline = time.monotonic() + 30
+    while left := [worker for worker in workers if worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
 
 
 def test_second_server_on_one_data_directory_refuses(own_server: ServerProcess) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from treadle.blobs.base import BlobStore
+from treadle.blobs.base import BlobInfo, BlobStore
 from treadle.blobs.local import LocalBlobs
 from treadle.blobs.opening import open_blobs
 
-__all__ = ["BlobStore", "LocalBlobs", "open_blobs"]
+__all__ = ["BlobInfo", "BlobStore", "LocalBlobs", "open_blobs"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -19,6 +20,15 @@ MAX_SEGMENT_CHARS = 200
 MAX_KEY_CHARS = 1_000
 
 _SEGMENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._:\-]*")
+
+
+@dataclass(frozen=True, slots=True)
+class BlobInfo:
+    """One blob of a listing. written_at: seconds since the epoch, by the clock of the medium."""
+
+    key: str
+    num_bytes: int
+    written_at: float
 
 
 class BlobStore(Protocol):
@@ -52,6 +62,17 @@ class BlobStore(Protocol):
 
     def iter_keys(self, prefix: str = "") -> Iterator[str]:
         """All keys that start with `prefix` (any text, not only whole segments), in sorted order."""
+        ...
+
+    def iter_blobs(self, prefix: str = "") -> Iterator[BlobInfo]:
+        """What `iter_keys` lists, with size and age. A blob that goes meanwhile may be missing."""
+        ...
+
+    def drop_unfinished(self, *, older_than_s: float) -> int:
+        """Remove what writes left behind that ended half-way that long ago; how many. Idempotent.
+
+        Nothing of them was ever readable. No write may take as long as `older_than_s`.
+        """
         ...
 
     def path_of(self, key: str) -> Path | None:

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from treadle.blobs.base import checked_key
+from treadle.blobs.base import BlobInfo, checked_key
 from treadle.errors import NotFound, ServerError, StoreUnavailable
 from treadle.telemetry.logs import get_logger
 
@@ -38,7 +38,7 @@ class LocalBlobs:
         self._incoming = self._root / _INCOMING
         with _translated("open"):
             self._incoming.mkdir(parents=True, exist_ok=True)
-            self._remove_abandoned()
+        self.drop_unfinished(older_than_s=_ABANDONED_AFTER_S)
 
     @property
     def root(self) -> Path:
@@ -84,7 +84,29 @@ class LocalBlobs:
 
     def iter_keys(self, prefix: str = "") -> Iterator[str]:
         """See `BlobStore.iter_keys`. One directory is read at a time, so memory is bounded by the largest."""
-        yield from self._keys_below(self._root, "", prefix)
+        return (key for key, _entry in self._files_below(self._root, "", prefix))
+
+    def iter_blobs(self, prefix: str = "") -> Iterator[BlobInfo]:
+        """See `BlobStore.iter_blobs`."""
+        for key, entry in self._files_below(self._root, "", prefix):
+            try:
+                with _translated("list", key):
+                    found = entry.stat()
+            except NotFound:
+                continue
+            yield BlobInfo(key, found.st_size, found.st_mtime)
+
+    def drop_unfinished(self, *, older_than_s: float) -> int:
+        """See `BlobStore.drop_unfinished`. Ages are measured against the wall clock of the machine that wrote."""
+        oldest = time.time() - older_than_s
+        num_dropped = 0
+        with _translated("clean up"), os.scandir(self._incoming) as entries:
+            for entry in entries:
+                with suppress(FileNotFoundError):
+                    if entry.stat().st_mtime < oldest:
+                        os.unlink(entry.path)
+                        num_dropped += 1
+        return num_dropped
 
     def path_of(self, key: str) -> Path | None:
         """See `BlobStore.path_of`."""
@@ -105,11 +127,12 @@ class LocalBlobs:
             directory = directory.parent
         yield self._root
 
-    def _keys_below(self, directory: Path, base: str, prefix: str) -> Iterator[str]:
+    def _files_below(self, directory: Path, base: str, prefix: str) -> Iterator[tuple[str, os.DirEntry[str]]]:
         with _translated("list"):
             try:
-                # A directory sorts as "name/", so that the keys come out in plain string order.
-                entries = sorted((entry.name + "/" * entry.is_dir(), entry) for entry in os.scandir(directory))
+                with os.scandir(directory) as scanned:
+                    # A directory sorts as "name/", so that the keys come out in plain string order.
+                    entries = sorted((entry.name + "/" * entry.is_dir(), entry) for entry in scanned)
             except FileNotFoundError:
                 return
         for name, entry in entries:
@@ -118,17 +141,9 @@ class LocalBlobs:
                 continue
             if not name.endswith("/"):
                 if key.startswith(prefix):
-                    yield key
+                    yield key, entry
             elif key.startswith(prefix) or prefix.startswith(key):
-                yield from self._keys_below(Path(entry.path), key, prefix)
-
-    def _remove_abandoned(self) -> None:
-        # The age of a file is measured against the wall clock of the machine that wrote it.
-        oldest = time.time() - _ABANDONED_AFTER_S
-        for entry in os.scandir(self._incoming):
-            with suppress(FileNotFoundError):
-                if entry.stat().st_mtime < oldest:
-                    os.unlink(entry.path)
+                yield from self._files_below(Path(entry.path), key, prefix)
 
 
 def _stat_of_file(path: Path) -> os.stat_result:

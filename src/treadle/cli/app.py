@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 
 from treadle import __version__
-from treadle.cli import common, config, demo, doctor, keys, runs, serve, tokenizer
+from treadle.cli import admin, common, config, db, demo, doctor, keys, runs, serve, tokenizer
 from treadle.errors import ConfigError, TreadleError, UserError
 
 app = typer.Typer(
@@ -30,6 +30,8 @@ app.command(name="doctor", epilog=doctor.EXAMPLES)(doctor.doctor)
 app.add_typer(keys.app, name="keys")
 app.add_typer(runs.app, name="runs")
 app.add_typer(tokenizer.app, name="tokenizer")
+app.add_typer(admin.app, name="admin")
+app.add_typer(db.app, name="db")
 app.add_typer(config.app, name="config")
 
 

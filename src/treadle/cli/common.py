@@ -39,10 +39,11 @@ def stderr() -> Console:
 
 
 @asynccontextmanager
-async def open_store(settings: Settings, *, create: bool = False) -> AsyncIterator[Store]:
+async def open_store(settings: Settings, *, create: bool = False, migrate: bool = True) -> AsyncIterator[Store]:
     """The store that a server with these settings uses; it may be running meanwhile. Closed at the end.
 
-    Without `create`, a data directory that has no database yet is a ConfigError: most likely --data is wrong.
+    Without `create`, a data directory that has no database yet is a ConfigError: most likely --data is wrong. Without
+    `migrate`, the schema stays as it is.
     """
     from treadle.store import Store
 
@@ -51,7 +52,7 @@ async def open_store(settings: Settings, *, create: bool = False) -> AsyncIterat
             settings.data_dir.mkdir(parents=True, exist_ok=True)
         elif not settings.database_file.is_file():
             raise ConfigError(f"there is no database in {settings.data_dir}; is --data right?")
-    store = await Store.open(settings.database_url)
+    store = await Store.open(settings.database_url, migrate=migrate)
     try:
         yield store
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
@@ -19,10 +20,12 @@ from treadle.domain.limits import MAX_PAGE_ROWS
 from treadle.errors import NotFound
 
 if TYPE_CHECKING:
-    from treadle.domain.records import CheckpointRecord, ModelRecord, RunLogEntry
+    from treadle.domain.records import CheckpointRecord, ModelRecord, ReplayDebt, RunLogEntry
     from treadle.store import Store
 
 LOSS = "loss:sum"
+# Of the newest requests, so many are listed one by one.
+NUM_RECENT = 10
 
 app = typer.Typer(help="Look at training runs.", no_args_is_help=True)
 
@@ -32,6 +35,7 @@ class _Run:
     """A run and what belongs to it."""
 
     model: ModelRecord
+    debt: ReplayDebt
     checkpoints: tuple[CheckpointRecord, ...]
     log: tuple[RunLogEntry, ...]
 
@@ -65,7 +69,7 @@ def show(
     data: DataOption = None,
     config: ConfigOption = None,
 ) -> None:
-    """Show one run: its shape, its checkpoints and the loss curve of its last 1,000 requests."""
+    """Show one run: its state and what it can be restored from, its last requests, checkpoints, and loss curve."""
     run = asyncio.run(_run(load_settings(config, {"data_dir": data}), run_id))
     model, console = run.model, stdout()
     console.print(Text(model.model_id, "bold"), soft_wrap=True)
@@ -75,6 +79,10 @@ def show(
         highlight=False,
         markup=False,
     )
+    for line in recovery_lines(model, run.debt, run.log, now=time.time()):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if run.log:
+        console.print(_recent(run.log[-NUM_RECENT:]))
     if run.checkpoints:
         table = Table("checkpoint", "kind", "bytes", "created")
         for checkpoint in run.checkpoints:
@@ -83,6 +91,35 @@ def show(
         console.print(table)
     for line in loss_lines(run.log):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def recovery_lines(model: ModelRecord, debt: ReplayDebt, log: Sequence[RunLogEntry], *, now: float) -> list[str]:
+    """How far the run is, what a restore would start from and have to run again, and how often that happened."""
+    lines = [f"committed up to request {model.next_seq_id - 1}; restored {model.incarnation} times"]
+    if not debt.snapshots:
+        return [*lines, "no snapshot: its state cannot be had back"]
+    newest = debt.snapshots[0]
+    what = "its seed" if newest.blob_key is None else f"{newest.num_bytes:,} bytes"
+    lines.append(f"newest snapshot: request {newest.seq_id}, {now - newest.created_at:,.0f} s ago ({what})")
+    if newest.seq_id >= model.changed_seq:
+        lines.append("replay debt: none")
+    else:
+        replay_s = sum(entry.run_s for entry in log if newest.seq_id < entry.seq_id <= model.changed_seq)
+        lines.append(
+            f"replay debt: {replay_s:.1f} s of work behind it; {debt.num_payloads} requests "
+            f"({debt.payload_bytes:,} bytes) are kept"
+        )
+    return lines
+
+
+def _recent(entries: Sequence[RunLogEntry]) -> Table:
+    """The newest requests one by one: what each waited and ran."""
+    table = Table("request", "kind", "waited", "ran", "cycle", "committed")
+    for entry in entries:
+        waited, ran = f"{entry.queued_s:.3f} s", f"{entry.run_s:.3f} s"
+        when = shown_time(entry.created_at)
+        table.add_row(str(entry.seq_id), entry.kind.value, waited, ran, str(entry.cycle), when)
+    return table
 
 
 def loss_lines(log: Sequence[RunLogEntry]) -> list[str]:
@@ -107,8 +144,12 @@ async def _models(settings: Settings) -> list[ModelRecord]:
 async def _run(settings: Settings, prefix: str) -> _Run:
     async with open_store(settings) as store:
         model = await store.models.get(ModelId(prefix)) or await _newest_with(store, prefix)
-        checkpoints = tuple(await store.checkpoints.of_model(model.model_id))
-        return _Run(model, checkpoints, tuple(await store.run_log.read(model.model_id, MAX_PAGE_ROWS)))
+        return _Run(
+            model,
+            await store.snapshots.debt(model.model_id),
+            tuple(await store.checkpoints.of_model(model.model_id)),
+            tuple(await store.run_log.read(model.model_id, MAX_PAGE_ROWS)),
+        )
 
 
 async def _newest_with(store: Store, prefix: str) -> ModelRecord:

@@ -97,6 +97,11 @@ def environment_for_child() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.upper().startswith(ENV_PREFIX)}
 
 
+def environment_of_tool(more: Mapping[str, str]) -> dict[str, str]:
+    """This process's environment with `more` in it: for a program that another project made."""
+    return {**os.environ, **more}
+
+
 def tinker_api_key() -> str:
     """The SDK's own TINKER_API_KEY; without one a key that any server in open mode accepts."""
     return os.environ.get("TINKER_API_KEY") or "tml-anonymous"

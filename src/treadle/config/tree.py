@@ -15,6 +15,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from treadle.config.names import BUNDLED_MODEL, local_dir_of, parse_model, why_name_is_refused
 from treadle.domain import limits
+from treadle.domain.fairness import DEFAULT_WEIGHTS, WeightClass
 from treadle.errors import ConfigError
 
 ENV_PREFIX = "TREADLE_"
@@ -96,7 +97,7 @@ class EngineSettings(Section):
 
 
 class WorkerSettings(Section):
-    """Where a worker keeps the runs that it holds."""
+    """The process that runs the model: where it keeps the runs that it holds, and what happens when it ends."""
 
     park_after_s: float = Field(default=limits.PARK_AFTER_S, gt=0)
     """Seconds without work after which a run leaves device memory: to host memory beside a GPU, to a file in the data
@@ -104,6 +105,12 @@ class WorkerSettings(Section):
     max_resident_bytes: int = Field(default=0, ge=0)
     """Most device memory of runs, in bytes; beyond it the one that has been idle the longest leaves at once. 0: no
     limit but the memory there is."""
+    hang_after_s: float = Field(default=limits.HANG_AFTER_S, ge=5)
+    """Seconds that a worker with work may be silent before it counts as hung and is replaced; ten times as long as
+    predicted for a cycle that was predicted to take longer. Loading the model is not bounded."""
+    spare: bool = True
+    """Keep a second worker process that has imported everything and takes over when the worker dies, some seconds
+    sooner than a new one. It holds no model, but about 0.3 GB of memory."""
 
 
 class SchedulerSettings(Section):
@@ -119,8 +126,30 @@ class SchedulerSettings(Section):
     """Seconds to wait for a request that was skipped in a run's sequence, once a later step or save is queued."""
     target_cycle_s: float = Field(default=0.5, gt=0)
     """Seconds that one cycle should take when there is enough to do."""
-    lease_ttl_s: float = Field(default=5.0, gt=0)
-    """Seconds after which the lease of a scheduler that stopped renewing it is free."""
+    max_replay_s: float = Field(default=limits.MAX_REPLAY_S, gt=0)
+    """Seconds of work of one run that the death of its worker may cost: snapshots are taken so often, as far as they
+    cost less than 3 % of the time."""
+    lease_ttl_s: float = Field(default=3.0, ge=0.5)
+    """Seconds after which another server takes over a pool whose leader stopped renewing its lease. On the machine of
+    the leader a standby takes over at once when the leader's process has ended."""
+    preload_standby: bool = False
+    """Load the model of a standing-by server too, so that it takes over without a pause; it holds the same memory as
+    the leader then. Otherwise it keeps a process ready that has imported everything but the model (`worker.spare`)."""
+    weight_interactive: float = Field(default=DEFAULT_WEIGHTS[WeightClass.INTERACTIVE], gt=0)
+    """What a token of an `interactive` tenant weighs while others wait (`treadle admin tenants set`)."""
+    weight_standard: float = Field(default=DEFAULT_WEIGHTS[WeightClass.STANDARD], gt=0)
+    """The same for a tenant that was given no class."""
+    weight_bulk: float = Field(default=DEFAULT_WEIGHTS[WeightClass.BULK], gt=0)
+    """The same for a `bulk` tenant."""
+
+    @property
+    def weight_of(self) -> dict[WeightClass, float]:
+        """The weight of each class."""
+        return {
+            WeightClass.INTERACTIVE: self.weight_interactive,
+            WeightClass.STANDARD: self.weight_standard,
+            WeightClass.BULK: self.weight_bulk,
+        }
 
 
 class SamplerSettings(Section):
@@ -135,7 +164,7 @@ class SamplerSettings(Section):
 
 
 class LimitSettings(Section):
-    """What one request may ask for."""
+    """What one request may ask for, and how much may wait."""
 
     max_lora_rank: int = Field(default=limits.MAX_LORA_RANK, gt=0)
     """Largest LoRA rank."""
@@ -143,13 +172,56 @@ class LimitSettings(Section):
     """Most datums in one forward_backward request. The SDK's chunks hold up to 1,024."""
     max_num_samples: int = Field(default=limits.MAX_NUM_SAMPLES, gt=0, le=limits.MAX_NUM_SAMPLES)
     """Most sequences in one sample request."""
+    max_queued_tokens_per_tenant: int = Field(default=limits.MAX_QUEUED_TOKENS_PER_TENANT, gt=0)
+    """Tokens of one tenant that may wait, samples and training apart. Beyond it samples are told to come back (429),
+    and training ops are admitted but answered late, so that the client slows down."""
+    max_queued_bytes_per_tenant: int = Field(default=limits.MAX_QUEUED_BYTES_PER_TENANT, gt=0)
+    """The same in bytes of stored requests."""
+    max_queued_tokens: int = Field(default=limits.MAX_QUEUED_TOKENS, gt=0)
+    """The same for all tenants together, in tokens."""
+    max_queued_bytes: int = Field(default=limits.MAX_QUEUED_BYTES, gt=0)
+    """The same for all tenants together, in bytes: what the disk must have room for."""
+    max_body_bytes_in_memory: int = Field(default=limits.MAX_BODY_BYTES_IN_MEMORY, ge=limits.MAX_BODY_BYTES)
+    """Bytes of large request bodies that are read and decoded at the same time, tenants taking turns; others wait."""
 
 
 class StoreSettings(Section):
     """The database that is the queue."""
 
     url: str = ""
-    """SQLAlchemy URL of the database; empty means SQLite in the data directory."""
+    """URL of the database, `postgresql://USER@HOST/DATABASE` or `sqlite:////PATH`; empty means SQLite in the data
+    directory. Several servers on one PostgreSQL stand by for each other; they must share `blobs.url` as well."""
+
+
+class BlobSettings(Section):
+    """Where checkpoints, snapshots and large requests are kept."""
+
+    url: str = ""
+    """A directory, shared by all servers of one database; empty means `blobs` in the data directory."""
+
+
+class RetentionSettings(Section):
+    """How long what is over is kept; docs/lifecycle.md has the rules. Times are seconds."""
+
+    sweep_interval_s: float = Field(default=limits.SWEEP_INTERVAL_S, gt=0)
+    """Pause between two sweeps."""
+    session_silence_s: float = Field(default=limits.SESSION_SILENCE_S, ge=1)
+    """A session whose client sent nothing for so long expires: its runs go to cold storage, and none is ever dropped.
+    The next sign of life makes it active again. The SDK sends a heartbeat every 10 s."""
+    finished_session_s: float = Field(default=limits.FINISHED_SESSION_KEPT_S, ge=1)
+    """A session that its client finished keeps the training state of its runs for so long. Checkpoints stay."""
+    delivered_results_s: float = Field(default=limits.RESULT_KEPT_AFTER_DELIVERY_S, ge=1)
+    """A result can be fetched again for so long after its first delivery."""
+    undelivered_results_s: float = Field(default=limits.RESULT_KEPT_UNDELIVERED_S, ge=1)
+    """A result that nobody fetched is kept for so long."""
+    requests_s: float = Field(default=limits.FINISHED_REQUEST_KEPT_S, ge=1)
+    """The row of a request that is over is kept at least for so long, and for as long as a restore may need it."""
+    sampler_versions: int = Field(default=limits.SAMPLER_VERSIONS_KEPT, ge=1)
+    """Newest unnamed sampler versions kept per run (`save_weights_and_get_sampling_client`)."""
+    sampler_version_s: float = Field(default=limits.SAMPLER_VERSION_KEPT_S, ge=1)
+    """An older unnamed version is kept for so long after its last use while its session lives."""
+    unnamed_blobs_s: float = Field(default=limits.UNNAMED_BLOB_KEPT_S, ge=1)
+    """A file that nothing names is kept for so long after it was written; no write may take as long."""
 
 
 class AuthSettings(Section):
@@ -192,6 +264,8 @@ class Settings(BaseSettings):
     sampler: SamplerSettings = SamplerSettings()
     limits: LimitSettings = LimitSettings()
     store: StoreSettings = StoreSettings()
+    blobs: BlobSettings = BlobSettings()
+    retention: RetentionSettings = RetentionSettings()
     auth: AuthSettings = AuthSettings()
     log: LogSettings = LogSettings()
 
@@ -199,6 +273,16 @@ class Settings(BaseSettings):
     def database_url(self) -> str:
         """`store.url`, or the SQLite file in the data directory."""
         return self.store.url or f"sqlite:///{self.database_file}"
+
+    @property
+    def blobs_url(self) -> str:
+        """`blobs.url`, or the directory in the data directory."""
+        return self.blobs.url or str(self.data_dir.resolve() / "blobs")
+
+    @property
+    def is_shareable(self) -> bool:
+        """Whether several servers may use the database at once."""
+        return self.store.url.startswith("postgresql")
 
     @property
     def database_file(self) -> Path:

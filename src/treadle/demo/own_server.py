@@ -39,7 +39,8 @@ class OwnServer:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
-                env=environment_for_child(),
+                # Nobody kills the demo's worker, and the spare's imports would slow the demo down.
+                env=environment_for_child() | {"TREADLE_WORKER__SPARE": "false"},
             )
 
     def wait_until_ready(self) -> str:
