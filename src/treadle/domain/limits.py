@@ -87,7 +87,7 @@ RESULT_KEPT_AFTER_DELIVERY_S = 600.0
 RESULT_KEPT_UNDELIVERED_S = 24 * 3600.0
 SWEEP_INTERVAL_S = 60.0
 # What may wait, samples and training apart. A token of a training request is stored in 12 (supervised) to 24 bytes
-# (RL), so these bytes are the 20 to 40 million tokens that a laptop works on for hours; a tenth of its free disk in all.
+# (RL), so these bytes are the 20 to 40 million tokens that a laptop works on for hours; all are a tenth of its disk.
 MAX_QUEUED_BYTES_PER_TENANT = 512 * 2**20
 MAX_QUEUED_BYTES = 4 * 2**30
 # Samples are small and long: a batch of 256 prompts x 16 sequences of up to 2,048 tokens counts 8.4 million.

@@ -33,7 +33,9 @@ class Access:
             capacity=MAX_CACHED_ROWS, lifetime_s=SESSION_CACHE_S, clock=clock, ended=store.sessions.finished_among
         )
         self._models: RecentRows[ModelId, ModelRecord] = RecentRows(MAX_CACHED_ROWS)
-        self._samplers: RecentRows[SamplingSessionId, SamplingSessionRecord] = RecentRows(MAX_CACHED_ROWS)
+        self._samplers: ConfirmedRows[SamplingSessionId, SamplingSessionRecord] = ConfirmedRows(
+            capacity=MAX_CACHED_ROWS, lifetime_s=SESSION_CACHE_S, clock=clock, ended=store.retention.dropped_among
+        )
 
     async def session(self, principal: Principal, session_id: SessionId) -> SessionRecord:
         """The caller's session in whatever state. Raises NotFound."""
@@ -80,11 +82,14 @@ class Access:
     async def sampling_session(
         self, principal: Principal, sampling_session_id: SamplingSessionId
     ) -> SamplingSessionRecord:
-        """The caller's sampling session; its row never changes. Raises NotFound."""
-        record = self._samplers.get(sampling_session_id)
-        if record is None:
-            record = await self._store.sampling.get(sampling_session_id)
+        """The caller's sampling session; of its row only `is_dropped` ever changes. Raises NotFound."""
+        record = await self._samplers.get(sampling_session_id)
+        if record is not None and record.tenant_id == principal.tenant_id:
+            return record
+        read_at = self._clock.monotonic()
+        record = await self._store.sampling.get(sampling_session_id)
         if record is None or record.tenant_id != principal.tenant_id:
             raise NotFound(f"sampling session {sampling_session_id[:80]!r} does not exist")
-        self._samplers.put(sampling_session_id, record)
+        if not record.is_dropped:
+            self._samplers.put(sampling_session_id, record, read_at=read_at)
         return record

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from treadle.domain.ids import RequestId, SamplingSessionId, SessionId, TenantId
 from treadle.domain.records import FutureRecord
 from treadle.domain.states import RequestState
-from treadle.errors import NotFound, TreadleError
+from treadle.errors import NotFound, ResultExpired, StoreUnavailable, TreadleError
 from treadle.store import Completion, Store
 from treadle.telemetry.logs import get_logger
 from treadle.telemetry.metrics import Metrics
@@ -104,7 +104,15 @@ class FuturesHub:
         deadline = self._deadline(hold_s)
         with self._subscribed(self._waiters, request_id) as waiter:
             while True:
-                record = await self._store.requests.future(request_id)
+                try:
+                    record = await self._store.requests.future(request_id)
+                except StoreUnavailable:
+                    # The SDK would ask again at once, for ever (protocol 3.1): hold it like any other waiter.
+                    if await self._waited(waiter, min(deadline, asyncio.get_running_loop().time() + POLL_S)):
+                        continue
+                    raise
+                if record is None and await self._store.retention.was_forgotten(request_id, tenant_id):
+                    raise ResultExpired(f"request {request_id} is over, and no longer kept")
                 if record is None or record.tenant_id != tenant_id:
                     raise NotFound(f"request {request_id[:120]!r} does not exist")
                 if record.state is not RequestState.QUEUED or not await self._waited(waiter, deadline):

@@ -111,6 +111,11 @@ async def asample(request: Request) -> Response:
     def draft() -> Draft:
         nonlocal num_samples
         num_samples = _num_samples_asked(raw, gateway.settings.max_num_samples)
+        if sampler.is_dropped:
+            raise InvalidRequest(
+                f"the weights of sampling session {sampler.sampling_session_id} are no longer kept; sample a newer "
+                "version, or save weights under a name to keep them"
+            )
         body = parse_body(SampleBody, raw)
         if body.num_samples > gateway.settings.max_num_samples:
             raise InvalidRequest(
