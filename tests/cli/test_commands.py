@@ -16,7 +16,12 @@ from treadle.cli.app import app, main
 
 # The frozen surface. A removed or renamed line breaks somebody's script: change it with an entry in CHANGELOG.md.
 SURFACE = {
+    "admin tenants list": ["--config", "--data"],
+    "admin tenants set": ["--class", "--config", "--data", "tenant"],
     "config show": ["--config"],
+    "db backup": ["--config", "--data", "target"],
+    "db check": ["--config", "--data"],
+    "db upgrade": ["--config", "--data"],
     "demo": ["--learning-rate", "--model", "--steps", "--url"],
     "doctor": ["--config", "--data", "--model", "--port"],
     "keys create": ["--admin", "--config", "--data", "user"],

@@ -38,8 +38,9 @@ def new_key() -> str:
 class ServerProcess:
     """`treadle serve` as a subprocess. Entering starts it and waits for its ready line.
 
-    on_log: called with each line that the server and its workers write to standard error, in a thread of its own;
-    without it they go where the test's own do.
+    Without the worker in reserve, whose imports cost seconds of the machine: tests of how fast a server recovers switch
+    it on. on_log: called with each line that the server and its workers write to standard error, in a thread of its
+    own; without it they go where the test's own do.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class ServerProcess:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._args = list(args)
-        self._env = env or {}
+        self._env = {"TREADLE_WORKER__SPARE": "false", **(env or {})}
         self._on_log = on_log
         self._lines: queue.Queue[str] = queue.Queue()
         self.process: subprocess.Popen[str] | None = None

@@ -37,7 +37,11 @@ class Pair:
 @pytest.fixture
 def pair(postgres_url: str, tmp_path: Path) -> Iterator[Pair]:
     """Each has a data directory of its own and shares the blobs, as on two machines."""
-    env = {"TREADLE_STORE__URL": postgres_url, "TREADLE_BLOBS__URL": str(tmp_path / "blobs")}
+    env = {
+        "TREADLE_STORE__URL": postgres_url,
+        "TREADLE_BLOBS__URL": str(tmp_path / "blobs"),
+        "TREADLE_WORKER__SPARE": "true",
+    }
     leader, standby = (ServerProcess(tmp_path / name, env=env) for name in ("a", "b"))
     with leader, standby:
         yield Pair(leader, standby)

@@ -24,9 +24,9 @@ def settings() -> GatewaySettings:
 
 
 @pytest.fixture
-async def gateway(settings: GatewaySettings, tmp_path: Path) -> AsyncIterator[Harness]:
+async def gateway(settings: GatewaySettings, sqlite_url: str, tmp_path: Path) -> AsyncIterator[Harness]:
     clock = ManualClock()
-    store = await Store.open(f"sqlite:///{tmp_path}/treadle.db", clock=clock.now)
+    store = await Store.open(sqlite_url, clock=clock.now)
     harness = Harness(
         store=store,
         blobs=LocalBlobs(tmp_path / "blobs"),

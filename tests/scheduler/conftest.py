@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -8,8 +9,9 @@ from scheduler_support import Cluster
 
 
 @pytest.fixture
-async def cluster(tmp_path: Path) -> AsyncIterator[Cluster]:
+async def cluster(sqlite_template: Path, tmp_path: Path) -> AsyncIterator[Cluster]:
     """A pool that leads, with its first worker."""
+    shutil.copyfile(sqlite_template, tmp_path / "test.db")
     cluster = await Cluster.open(tmp_path)
     cluster.start()
     try:

@@ -21,25 +21,19 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def sqlite_url(tmp_path: Path) -> str:
-    return f"sqlite:///{tmp_path}/treadle.db"
-
-
-@pytest.fixture
 def database_url(backend: str, request: pytest.FixtureRequest) -> str:
-    """The database of `store`: with today's schema, or empty where making that schema is cheap."""
+    """The database of `store`, with today's schema."""
     url: str = request.getfixturevalue("sqlite_url" if backend == "sqlite" else "postgres_url")
     return url
 
 
 @pytest.fixture
-def empty_database_url(backend: str, request: pytest.FixtureRequest) -> str:
-    """A database without a schema."""
+def empty_database_url(backend: str, tmp_path: Path, request: pytest.FixtureRequest) -> str:
+    """A database without a schema, for this test alone."""
     if backend == "sqlite":
-        url: str = request.getfixturevalue("sqlite_url")
-        return url
-    new_url: Callable[..., str] = request.getfixturevalue("new_postgres_url")
-    return new_url(is_migrated=False)
+        return f"sqlite:///{tmp_path}/empty.db"
+    new_url: Callable[[], str] = request.getfixturevalue("new_postgres_url")
+    return new_url()
 
 
 @pytest.fixture

@@ -99,11 +99,11 @@ async def test_what_else_the_old_schema_holds_is_read(old_url: str) -> None:
 
 
 @pytest.mark.postgres
-async def test_migrated_postgresql_is_the_declared_one_to_the_letter(new_postgres_url: Callable[..., str]) -> None:
+async def test_migrated_postgresql_is_the_declared_one_to_the_letter(new_postgres_url: Callable[[], str]) -> None:
     """Comparing by reflection overlooks conditions of partial indexes and names of constraints."""
     found = []
     for build in (metadata.create_all, lambda conn: migrate.upgrade(conn, Dialect("postgresql"))):
-        database = Database.of(new_postgres_url(is_migrated=False))
+        database = Database.of(new_postgres_url())
         await database.write(build)
         found.append(await database.read(_postgresql_schema))
         await database.close()

@@ -35,15 +35,15 @@ async def test_migrated_schema_is_the_declared_one(store: Store) -> None:
     assert await store._database.read(differences) == []
 
 
-async def test_database_of_a_newer_treadle_is_refused(database_url: str) -> None:
-    store = await Store.open(database_url)
+async def test_database_of_a_newer_treadle_is_refused(empty_database_url: str) -> None:
+    store = await Store.open(empty_database_url)
     await store._writer.run(
         lambda conn: conn.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'").rowcount
     )
     assert not await store.schema_is_current()
     await store.close()
     with pytest.raises(ConfigError, match="newer"):
-        await Store.open(database_url)
+        await Store.open(empty_database_url)
 
 
 async def test_failed_migration_leaves_nothing(empty_database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,6 +58,7 @@ async def bench(database_url: str) -> AsyncIterator[Bench]:
     writer = Writer(database)
     yield Bench(database, writer)
     await writer.close()
+    await database.write(_TABLE.drop)
     await database.close()
 
 
