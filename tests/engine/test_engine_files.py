@@ -241,6 +241,17 @@ def test_a_file_in_which_one_bit_has_changed_is_refused(base: BaseModel) -> None
             decode_state(bytes(damaged), base)
 
 
+def test_a_file_from_before_checksums_is_read(base: BaseModel) -> None:
+    state = trained_state(base, LoraSpec(rank=2, seed=0), open_gradient=True)
+    data = encode_state(state, base, with_optimizer=True, applied_seq=12)
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["treadle"])
+    del header["crc32"]
+    text = json.dumps({**header, "format_version": 2})
+    old = safetensors.numpy.save(safetensors.numpy.load(data), {"treadle": text})
+    assert torch.equal(decode_state(old, base).weights.flat, state.weights.flat)
+
+
 @pytest.mark.parametrize(
     ("make", "named"),
     [

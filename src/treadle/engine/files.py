@@ -30,6 +30,7 @@ from treadle.errors import InvalidRequest
 
 # 2: the arenas of moments and gradient hold the A's of a group side by side. 3: a checksum over header and tensors.
 FORMAT_VERSION = 3
+_WITHOUT_CHECKSUM = 2
 _METADATA_KEY = "treadle"
 # Among the header's fields: safetensors writes several metadata keys in an order of chance.
 _CHECKSUM_FIELD = "crc32"
@@ -134,9 +135,10 @@ def read_header(data: bytes) -> FileHeader:
     try:
         fields = _fields(data)
         version = fields["format_version"]
-        if version != FORMAT_VERSION:
+        if version not in (FORMAT_VERSION, _WITHOUT_CHECKSUM):
             raise InvalidRequest(f"checkpoint format {version!r} is not known; this server reads {FORMAT_VERSION}")
-        del fields[_CHECKSUM_FIELD]
+        if version != _WITHOUT_CHECKSUM:
+            del fields[_CHECKSUM_FIELD]
         return FileHeader(**{**fields, "lora": LoraSpec(**fields["lora"])})
     except (ValueError, KeyError, TypeError) as error:
         raise InvalidRequest("the file is not a treadle checkpoint: its header cannot be read") from error
@@ -181,9 +183,10 @@ def _read(data: bytes) -> tuple[FileHeader, dict[str, NDArray[np.float32]]]:
         tensors = safetensors.numpy.load(data)
     except safetensors.SafetensorError as error:
         raise InvalidRequest("the checkpoint is damaged: its tensors cannot be read") from error
-    fields = _fields(data)
-    if fields.pop(_CHECKSUM_FIELD) != _checksum(fields, tensors):
-        raise InvalidRequest("the checkpoint is damaged: its checksum does not match")
+    if header.format_version != _WITHOUT_CHECKSUM:
+        fields = _fields(data)
+        if fields.pop(_CHECKSUM_FIELD) != _checksum(fields, tensors):
+            raise InvalidRequest("the checkpoint is damaged: its checksum does not match")
     return header, tensors
 
 
