@@ -1,6 +1,6 @@
 """How many small training requests one server takes from 1,000 connected tenants, and what each costs it.
 
-    python scripts/bench/gateway.py [--rates 500 1000 1500] [--json benchmarks/results/NAME.json]
+    python scripts/bench/gateway.py [--store postgresql] [--rates 500 1000 1500] [--json FILE] [--save]
 
 Open loop: steps start at a fixed rate, whatever the server does, and every latency counts from the scheduled time. A
 step is forward_backward (zstd protobuf, 1 x 16 tokens) and optim_step sent together, each followed by its
@@ -8,7 +8,8 @@ retrieve_future: 4 requests. Every tenant has a key, a session with a heartbeat 
 its sampling session that is held all the time; heartbeats and polls come on top of the rate.
 
 The server is the real one with a worker that computes almost nothing (fake_server.py), so the server is what is
-measured. The load generator, the worker and the server share the machine; CPU seconds are given for each of them.
+measured. The load generator, the worker and the server share the machine, and so does PostgreSQL, a throw-away cluster
+that flushes every commit; CPU seconds are given for the server, the worker and the generator.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -226,10 +228,10 @@ def percentiles(values: Sequence[float]) -> dict[str, float]:
     return {"p50": float(p50), "p90": float(p90), "p99": float(p99), "max": float(longest)}
 
 
-async def admission_cost(data: Path) -> dict[str, float]:
+async def admission_cost(place: Place) -> dict[str, float]:
     """Server CPU of admission alone, on a server whose scheduler waits for company all the time."""
-    (key,) = await add_keys(data, 1)
-    server = ServerProcess([*SERVE, str(data), "scheduler.gather_window_ms=1e9", "server.drain_s=0"])
+    (key,) = await add_keys(place, 1)
+    server = ServerProcess([*place.command, "scheduler.gather_window_ms=1e9", "server.drain_s=0"])
     try:
         (tenant,) = await set_up(server.port, [key])
         small = [tenant.pass_request(seq_id) for seq_id in range(1, 2_001)]
@@ -278,11 +280,35 @@ async def set_up(port: int, keys: Sequence[str]) -> list[Tenant]:
     return tenants
 
 
-async def add_keys(data: Path, count: int) -> list[str]:
+@dataclass(frozen=True)
+class Place:
+    """Where a server keeps its data. url: of its database."""
+
+    data: Path
+    url: str
+
+    @property
+    def command(self) -> list[str]:
+        return [*SERVE, str(self.data), f"store.url={self.url}"]
+
+
+@contextmanager
+def places(store: str, folder: Path) -> Iterator[Callable[[str], Place]]:
+    """Makes a new place for each name, on the database that was asked for."""
+    if store == "sqlite":
+        yield lambda name: Place(folder / name, f"sqlite:///{folder / name / 'treadle.db'}")
+        return
+    from treadle.testing.postgres import ThrowAwayPostgres
+
+    with ThrowAwayPostgres(is_durable=True) as postgres:
+        yield lambda name: Place(folder / name, postgres.create(name))
+
+
+async def add_keys(place: Place, count: int) -> list[str]:
     """Keys in the store of a server that does not run yet."""
     keys = [f"tml-bench-{index:04d}-{'0' * 32}" for index in range(count)]
-    await asyncio.to_thread(data.mkdir, parents=True)
-    store = await Store.open(f"sqlite:///{data / 'treadle.db'}")
+    await asyncio.to_thread(place.data.mkdir, parents=True)
+    store = await Store.open(place.url)
     await asyncio.gather(*(store.keys.add(f"user-{i}", key_digest(key), is_admin=False) for i, key in enumerate(keys)))
     await store.close()
     return keys
@@ -340,13 +366,13 @@ def commit_ceiling(folder: Path, num_commits: int = 500) -> float:
         return num_commits / (time.monotonic() - started)
 
 
-async def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+async def measure(folder: Path, new_place: Callable[[str], Place], args: argparse.Namespace) -> dict[str, Any]:
     ceilings = {"echo": await echo_ceiling(), "commits_per_s": commit_ceiling(folder)}
     show_ceilings(ceilings)
-    admission = await admission_cost(folder / "admission")
-    data = folder / "data"
-    keys = await add_keys(data, args.tenants)
-    server = ServerProcess([*SERVE, str(data)])
+    admission = await admission_cost(new_place("admission"))
+    place = new_place("load")
+    keys = await add_keys(place, args.tenants)
+    server = ServerProcess(place.command)
     rates = {}
     try:
         tenants = await set_up(server.port, keys)
@@ -410,14 +436,16 @@ def main() -> int:
     )
     parser.add_argument("--tenants", type=int, default=1_000)
     parser.add_argument("--seconds", type=float, default=15.0, help="timed seconds per rate")
+    parser.add_argument("--store", choices=["sqlite", "postgresql"], default="sqlite")
     parser.add_argument("--json", type=Path, default=None)
+    parser.add_argument("--save", action="store_true", help="write it to benchmarks/results/MACHINE/ under its name")
     args = parser.parse_args()
-    config = {"tenants": args.tenants, "seconds": args.seconds, "heartbeat_s": HEARTBEAT_S}
+    config = {"tenants": args.tenants, "seconds": args.seconds, "heartbeat_s": HEARTBEAT_S, "store": args.store}
     result: dict[str, Any] = {**report.context(), "config": config}
-    with tempfile.TemporaryDirectory() as folder:
-        result |= uvloop.run(measure(Path(folder), args))
+    with tempfile.TemporaryDirectory() as folder, places(args.store, Path(folder)) as new_place:
+        result |= uvloop.run(measure(Path(folder), new_place, args))
     show(result)
-    report.write(args.json, result)
+    report.write(report.path_of(args, "gateway" if args.store == "sqlite" else f"gateway-{args.store}"), result)
     return 0
 
 
