@@ -29,7 +29,7 @@ from treadle.blobs import BlobStore, open_blobs
 from treadle.config import ModelSettings, Settings, check_bind, is_loopback
 from treadle.domain.ids import PoolName
 from treadle.domain.ops import OpKind
-from treadle.errors import ConfigError, TreadleError
+from treadle.errors import ConfigError, StoreUnavailable, TreadleError
 from treadle.executor.local import LocalExecutor
 from treadle.executor.messages import WorkerConfig
 from treadle.executor.spare import WORKER_COMMAND, Spare
@@ -51,6 +51,8 @@ MakeExecutor: TypeAlias = Callable[..., LocalExecutor]
 
 # The garbage collector's generations: the middle one ends at 25,000 objects, which takes it some 10 ms.
 GC_THRESHOLDS = (5_000, 5, 10)
+# Of the files that the database names, so many are looked for at the start: a few may have gone a moment ago.
+_NUM_BLOBS_LOOKED_FOR = 20
 # After the drain, how long open connections get to take their last answers.
 CLOSE_S = 3
 
@@ -139,7 +141,10 @@ class Server:
         if settings.auth.mode == "open" or (settings.auth.mode == "auto" and not any_key_exists):
             log.warning("open mode: every tml- key is accepted as a tenant of its own; treadle keys create ends it")
         blobs = open_blobs(settings.blobs_url)
+        await check_blobs(store, blobs, place=settings.blobs_url)
         self._pools = [self._pool(model, store, blobs, launched.get(model.name)) for model in settings.models]
+        for directory, runner in zip(self._model_dirs, self._pools, strict=True):
+            await runner.recall(None if directory is None else str(directory))
         store.events.on_enqueued(self._wake)
         with _listening(settings.server.host, settings.server.port) as listener:
             return await self._serve_http(store, blobs, listener)
@@ -357,6 +362,24 @@ class Server:
             f"pool {runner.pool}: {runner.status.reason}" for runner in self._pools if not runner.status.is_ready
         ]
         return Readiness(is_ready=not reasons, reasons=tuple(reasons))
+
+
+async def check_blobs(store: Store, blobs: BlobStore, *, place: str) -> None:
+    """Raises ConfigError when nothing is there of what the database names: it is another place, or not mounted.
+
+    A leader would take every run for lost, and forget its snapshots.
+    """
+    named = (await store.upkeep.named_blobs())[:_NUM_BLOBS_LOOKED_FOR]
+    try:
+        is_there = await asyncio.gather(*(asyncio.to_thread(blobs.exists, key) for key in named))
+    except StoreUnavailable as error:
+        log.warning("blobs not looked for", reason=error.message)
+        return
+    if named and not any(is_there):
+        raise ConfigError(
+            f"{place} has none of the files that the database names, {named[0]} among them: is it the right place "
+            "(TREADLE_BLOBS__URL), and is it mounted? `treadle db check` lists what is missing"
+        )
 
 
 def _settle_garbage() -> None:

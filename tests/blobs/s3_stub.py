@@ -18,12 +18,13 @@ HTTP_TIME = "Fri, 02 Jan 2026 03:04:05 GMT"
 
 
 class S3Stub:
-    """A bucket called "bucket" in memory, served until the end of the `with`."""
+    """A bucket called "bucket" in memory, served until the end of the `with`; gone while `is_there` is False."""
 
     def __init__(self) -> None:
         self.objects: dict[str, bytes] = {}
         self.uploads: dict[str, dict[int, bytes]] = {}
         self.seen: list[str] = []
+        self.is_there = True
         self.lock = threading.Lock()
         stub = self
 
@@ -69,6 +70,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_PUT(self) -> None:
         (key, query), body = self._address(), self._body()
         with self.bucket.lock:
+            if not self.bucket.is_there:
+                self._answer(404, b"<Error><Code>NoSuchBucket</Code></Error>")
+                return
             if "partNumber" in query:
                 self.bucket.seen.append("part")
                 self.bucket.uploads[query["uploadId"]][int(query["partNumber"])] = body
@@ -110,7 +114,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         key, query = self._address()
         with self.bucket.lock:
-            if not key:
+            if not self.bucket.is_there:
+                self._answer(404, b"<Error><Code>NoSuchBucket</Code></Error>")
+            elif not key:
                 self._answer(200, self._listing(query.get("prefix", "")), content_type="application/xml")
             elif key in self.bucket.objects:
                 body = self.bucket.objects[key]

@@ -215,3 +215,34 @@ def test_bucket_that_does_not_answer_is_an_outage_without_its_address(monkeypatc
     assert "127.0.0.1" not in str(caught.value)
     with pytest.raises(StoreUnavailable):
         blobs.write("a", b"1")
+
+
+@pytest.mark.parametrize("kind", ["local", "s3"])
+def test_place_that_is_away_is_not_taken_for_blobs_that_are_gone(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever believed it would forget snapshots that come back with their file system."""
+    with S3Stub() as bucket:
+        root, elsewhere = tmp_path / "blobs", tmp_path / "elsewhere"
+        blobs: BlobStore = LocalBlobs(root) if kind == "local" else s3_blobs(bucket, monkeypatch)
+        blobs.write("a/b", b"1")
+        for is_there in (False, True):
+            if kind == "local":
+                _ = elsewhere.rename(root) if is_there else root.rename(elsewhere)
+                if not is_there:
+                    # The mount point stays.
+                    root.mkdir()
+            bucket.is_there = is_there
+            if is_there:
+                assert blobs.read("a/b") == b"1"
+                assert not blobs.exists("a/c")
+                continue
+            for look in (blobs.read, blobs.size, blobs.exists):
+                with pytest.raises(StoreUnavailable):
+                    look("a/b")
+            with pytest.raises(StoreUnavailable):
+                blobs.write("a/c", b"1")
+            if kind == "local":
+                root.rmdir()
+            with pytest.raises(StoreUnavailable):
+                list(blobs.iter_keys())

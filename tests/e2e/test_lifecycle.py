@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import socket
 import subprocess
@@ -17,9 +18,10 @@ from tinker import types
 pytestmark = pytest.mark.filterwarnings("default", "ignore::ResourceWarning")
 
 
-def treadle(*args: str) -> subprocess.CompletedProcess[str]:
+def treadle(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
     """The command line, run to its end."""
-    return subprocess.run([sys.executable, "-m", "treadle.cli", *args], capture_output=True, text=True, timeout=60)
+    command = [sys.executable, "-m", "treadle.cli", *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ, **env})
 
 
 def test_health_is_the_process_and_readiness_is_the_pool(tmp_path: Path) -> None:
@@ -103,15 +105,40 @@ def test_a_run_that_nothing_has_changed_survives_sigkill(own_server: ServerProce
         train_step(client, data)
 
 
-def test_a_killed_worker_is_replaced(own_server: ServerProcess) -> None:
+def test_a_restarted_server_admits_new_runs_before_its_model_is_loaded(own_server: ServerProcess) -> None:
+    """SDKs ask for a new run for about a minute only, and a large model takes longer to load."""
+    new_run(own_server.service(), seed=5)
+    own_server.kill()
+    own_server.launch()
+    with httpx.Client(base_url=f"{own_server.url}/api/v1", headers={"x-api-key": new_key()}, timeout=30) as http:
+        session = None
+        while session is None:
+            try:
+                session = http.post("/create_session", json={"tags": [], "sdk_version": "0.38"})
+            except httpx.TransportError:
+                time.sleep(0.02)
+        body = {
+            "session_id": session.json()["session_id"],
+            "model_seq_id": 0,
+            "base_model": MODEL,
+            "lora_config": {"rank": 8},
+        }
+        answer = http.post("/create_model", json=body)
+        is_ready = httpx.get(f"{own_server.url}/readyz").status_code == 200
+    assert answer.status_code == 200, answer.text
+    assert not is_ready, "the model was loaded by then: this proved nothing"
+    own_server.wait_ready()
+
+
+def test_a_killed_worker_is_replaced(server: ServerProcess) -> None:
     import psutil
 
-    client = own_server.training_client()
-    assert own_server.process is not None
+    client = server.training_client()
+    assert server.process is not None
     # With the spare, which would take its place at once.
-    for worker in psutil.Process(own_server.process.pid).children():
+    for worker in psutil.Process(server.process.pid).children():
         worker.kill()
-    sampler = own_server.service().create_sampling_client(base_model=MODEL).result(timeout=60)
+    sampler = server.service().create_sampling_client(base_model=MODEL).result(timeout=60)
     params = types.SamplingParams(max_tokens=4)
     prompt = types.ModelInput.from_ints([10, 11])
     assert sampler.sample(prompt=prompt, num_samples=1, sampling_params=params).result(timeout=60).sequences
@@ -131,11 +158,11 @@ def test_no_worker_outlives_a_killed_server(own_server: ServerProcess) -> None:
         time.sleep(0.1)
 
 
-def test_second_server_on_one_data_directory_refuses(own_server: ServerProcess) -> None:
-    second = treadle("serve", "--port", str(free_port()), "--data", str(own_server.data_dir))
+def test_second_server_on_one_data_directory_refuses(server: ServerProcess) -> None:
+    second = treadle("serve", "--port", str(free_port()), "--data", str(server.data_dir))
     assert second.returncode != 0
     assert "another treadle server" in second.stderr
-    train_step(own_server.training_client(), batch())
+    train_step(server.training_client(), batch())
 
 
 def test_a_server_that_cannot_start_says_why_in_one_line_and_leaves_no_worker(tmp_path: Path) -> None:
@@ -145,10 +172,8 @@ def test_a_server_that_cannot_start_says_why_in_one_line_and_leaves_no_worker(tm
     (tmp_path / "model" / "config.json").write_text('{"model_type": "gpt2"}')
     (tmp_path / "file").touch()
 
-    def is_worker(process: psutil.Process) -> bool:
-        return "treadle.executor.child" in (process.info["cmdline"] or [])
-
-    before = {process.pid for process in psutil.process_iter(["cmdline"]) if is_worker(process)}
+    # Workers inherit it; whatever else runs on this machine has not.
+    mark = {"THIS_TEST": str(tmp_path)}
     with socket.create_server(("127.0.0.1", 0)) as taken:
         reasons = {
             "could not be loaded": ["--port", "0", "--data", str(tmp_path / "a"), "--model", f"x={tmp_path / 'model'}"],
@@ -156,13 +181,14 @@ def test_a_server_that_cannot_start_says_why_in_one_line_and_leaves_no_worker(tm
             "already in use": ["--port", str(taken.getsockname()[1]), "--data", str(tmp_path / "c")],
         }
         for reason, args in reasons.items():
-            refused = treadle("serve", *args)
+            refused = treadle("serve", *args, **mark)
             assert refused.returncode == 2, refused.stderr
             (line,) = [line for line in refused.stderr.splitlines() if line.startswith("error:")]
             assert reason in line
             assert "Traceback" not in refused.stderr
             assert refused.stdout == ""
-    left = [process for process in psutil.process_iter(["cmdline"]) if is_worker(process) and process.pid not in before]
+    processes = psutil.process_iter(["environ"])
+    left = [process for process in processes if mark.items() <= (process.info["environ"] or {}).items()]
     _, alive = psutil.wait_procs(left, timeout=10)
     assert not alive
 

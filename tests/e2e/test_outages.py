@@ -1,4 +1,4 @@
-"""The disk is full, files cannot grow, the database is locked: clear errors at once, nothing lost, and on it goes."""
+"""The disk is full or away, files cannot grow, the database is locked: clear errors, nothing lost, and on it goes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import httpx
 import psutil
@@ -207,3 +207,40 @@ def test_files_that_cannot_be_written(own_server: ServerProcess, undisturbed: li
 
 def test_locked_database(own_server: ServerProcess, undisturbed: list[float]) -> None:
     live_through(own_server, database_locked, undisturbed, patience_s=LOCK_PATIENCE_S, saves_may_fail=False)
+
+
+def test_blobs_that_are_away_while_a_run_is_restored(server: ServerProcess) -> None:
+    """A file system that is not mounted: nobody may take its empty directory for the end of what lay in it."""
+    service = server.service()
+    client, oracle = new_run(service, seed=11), new_run(service, seed=11)
+    losses = [train_step(client, batch(seed=step)) for step in range(2)]
+    client.save_state("snapshot").result(timeout=STEP_S)
+    path = client.save_weights_for_sampler("n").result(timeout=STEP_S).path
+    sampler = service.create_sampling_client(model_path=path).result(timeout=STEP_S)
+    drawn = tokens_of(sampled(sampler))
+    blobs, elsewhere = server.data_dir / "blobs", server.data_dir / "elsewhere"
+    assert server.process is not None
+    blobs.rename(elsewhere)
+    blobs.mkdir()
+    for worker in psutil.Process(server.process.pid).children():
+        worker.kill()
+    passed = client.forward_backward(batch(seed=2), "cross_entropy")
+    client.optim_step(tinker.AdamParams(learning_rate=1e-3))
+    again = sampled(sampler)
+    # Until the next worker has looked for both.
+    with pytest.raises(TimeoutError):
+        passed.result(timeout=12)
+    blobs.rmdir()
+    elsewhere.rename(blobs)
+    losses.append(passed.result(timeout=STEP_S).metrics["loss:sum"])
+    assert tokens_of(again) == drawn
+    assert losses == [train_step(oracle, batch(seed=step)) for step in range(3)]
+
+
+def sampled(sampler: tinker.SamplingClient) -> Any:
+    params = tinker.SamplingParams(max_tokens=4, seed=1)
+    return sampler.sample(tinker.ModelInput.from_ints([1, 2, 3]), num_samples=1, sampling_params=params)
+
+
+def tokens_of(future: Any) -> list[int]:
+    return list(future.result(timeout=STEP_S).sequences[0].tokens)

@@ -40,7 +40,7 @@ def check_swept(found: dict[str, Any]) -> None:
 
 
 def test_short_soak(tmp_path: Path) -> None:
-    found = soak(tmp_path, seconds=20, clients=3)
+    found = soak(tmp_path, seconds=14, clients=3)
     assert sum(found["steps"]) >= 6, "too slow to say anything"
     check_swept(found)
 

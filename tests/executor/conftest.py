@@ -17,7 +17,8 @@ def blobs(tmp_path: Path) -> BlobStore:
 
 @pytest.fixture
 def config(tmp_path: Path) -> WorkerConfig:
-    """A worker of the bundled model."""
+    """A worker of the bundled model, and the place of its blobs, which a server makes."""
+    LocalBlobs(tmp_path / "blobs")
     return WorkerConfig(
         base_model="treadle/tiny",
         source=str(bundled_model_dir()),

@@ -1,4 +1,4 @@
-"""One gateway per test, over SQLite and a local blob directory."""
+"""One gateway per test, over a local blob directory and SQLite unless a test says otherwise."""
 
 from __future__ import annotations
 
@@ -24,9 +24,15 @@ def settings() -> GatewaySettings:
 
 
 @pytest.fixture
-async def gateway(settings: GatewaySettings, sqlite_url: str, tmp_path: Path) -> AsyncIterator[Harness]:
+def gateway_url(sqlite_url: str) -> str:
+    """The database of `gateway`. Tests of what databases refuse override this fixture."""
+    return sqlite_url
+
+
+@pytest.fixture
+async def gateway(settings: GatewaySettings, gateway_url: str, tmp_path: Path) -> AsyncIterator[Harness]:
     clock = ManualClock()
-    store = await Store.open(sqlite_url, clock=clock.now)
+    store = await Store.open(gateway_url, clock=clock.now)
     harness = Harness(
         store=store,
         blobs=LocalBlobs(tmp_path / "blobs"),

@@ -1,7 +1,8 @@
 """One of several processes that fight for a lease: `fight_for_lease.py URL INDEX`.
 
 While it leads it raises the pool's cycle number by one per fenced write, reading it first; it takes the lease over
-whenever it has lost it. It prints how many writes were committed and how many were refused.
+whenever it has lost it. It says when it is there, begins when a line comes in, and prints how many writes were
+committed and how many were refused.
 """
 
 from __future__ import annotations
@@ -21,6 +22,10 @@ HOLDER = "a fighter"
 
 async def fight(url: str, index: int) -> None:
     store = await Store.open(url)
+    # Starting takes far longer than the fight: without this they would come one after the other.
+    sys.stdout.write("here\n")
+    sys.stdout.flush()
+    sys.stdin.readline()
     lease: LeaseRecord | None = None
     num_written = num_refused = 0
     while num_written < NUM_WRITES:

@@ -9,11 +9,13 @@ import pytest
 from scheduler_support import TENANT, Cluster
 
 from treadle.domain.ids import CheckpointKind, ModelId, RequestId, SamplingSessionId, TinkerPath
+from treadle.domain.limits import HANG_FACTOR
 from treadle.domain.ops import LoadWeightsOp, SaveForSamplerOp, SaveWeightsOp, UnloadModelOp
-from treadle.domain.outcome import CycleOutcome, Failure
+from treadle.domain.outcome import CycleOutcome, Failure, PoolFacts
 from treadle.domain.plan import CycleWork
 from treadle.domain.states import Category, ModelState
 from treadle.errors import ServerError
+from treadle.executor.base import DeathCallback, SamplesCallback
 from treadle.executor.fake import FakeExecutor
 from treadle.testing.builders import datum, pass_op, sample_op, step_op
 
@@ -237,3 +239,28 @@ async def test_tokens_of_a_pass_spread_over_cycles_are_counted_whole(cluster: Cl
     assert await cluster.store.cycles.trained_tokens(TENANT) == 4500
     (entry, _) = await cluster.store.run_log.read(RUN, 10)
     assert entry.metrics["num_tokens"] == 4500
+
+
+class Predicted(FakeExecutor):
+    """Says that it is a large model, and notes how long its first cycle with tokens was predicted to take."""
+
+    predicted_s: float = 0.0
+
+    async def start(self, *, on_samples: SamplesCallback, on_death: DeathCallback) -> PoolFacts:
+        facts = await super().start(on_samples=on_samples, on_death=on_death)
+        return replace(facts, num_parameters=500_000_000)
+
+    async def run_cycle(self, work: CycleWork) -> CycleOutcome:
+        if not self.predicted_s and any(item.planned.num_tokens for item in work.items):
+            self.predicted_s = work.predicted_s
+        return await super().run_cycle(work)
+
+
+async def test_the_first_cycle_of_a_large_model_is_not_expected_to_be_quick(cluster: Cluster) -> None:
+    """Else its worker would count as hung, again and again, and its request as poison."""
+    cluster.new_worker = Predicted
+    await cluster.restart()
+    await cluster.result(await cluster.create(RUN))
+    await cluster.run(pass_op(1, model_id=RUN, datums=[datum(num_tokens=2_000)]))
+    assert isinstance(cluster.worker, Predicted)
+    assert 60 < cluster.worker.predicted_s * HANG_FACTOR < 3_600

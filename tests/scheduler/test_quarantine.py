@@ -185,3 +185,11 @@ def test_one_guilty_sample_is_found_in_a_few_deaths(num: int, guilty: int, other
                 waiting.remove(request_id)
             quarantine.cycle_ended()
     assert all(not quarantine.is_condemned(request_id) for request_id in waiting if request_id != poison)
+
+
+def test_a_worker_that_dies_while_it_starts_clears_nobody() -> None:
+    quarantine = Quarantine()
+    quarantine.cycle_begins(ids("a:1", "b:1"))
+    quarantine.worker_died()
+    quarantine.worker_died()
+    assert quarantine.admit_samples(ids("s")) == [], "beside a suspect: its next death would not be told apart"

@@ -19,7 +19,7 @@ from treadle.domain.states import Category, ModelState
 from treadle.errors import ServerError, StoreUnavailable
 from treadle.executor.fake import DEFAULT_FACTS, FakeExecutor
 from treadle.executor.faults import Fault, Moment, PlannedFault
-from treadle.scheduler import cycle_loop, pool, replay, sampling_loop
+from treadle.scheduler import cycle_loop, pool, quarantine, replay, sampling_loop
 from treadle.store.tables import payloads
 from treadle.testing.builders import datum, pass_op, sample_op, step_op
 
@@ -272,6 +272,37 @@ async def test_a_new_leader_runs_what_was_in_flight_one_at_a_time(cluster: Clust
         await cluster.result(request_id)
     for cycle in Recording.cycles:
         assert len(cycle) == 1 or not set(cycle) & set(booked)
+
+
+class HangsInStepFour(FakeExecutor):
+    """Never ends a cycle with one request in it, so that its server can be killed there."""
+
+    num_taken: int
+
+    async def run_cycle(self, work: CycleWork) -> CycleOutcome:
+        if any(item.planned.request_id == f"{RUN}:4" for item in work.items):
+            type(self).num_taken += 1
+            await asyncio.Event().wait()
+        return await super().run_cycle(work)
+
+
+async def test_a_request_that_takes_its_server_along_is_given_up_at_last(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the pool would start with it for ever, and nobody else would get anything."""
+    monkeypatch.setattr(quarantine, "MAX_LEADER_ENDS", 3)
+    await both(cluster)
+    HangsInStepFour.num_taken = 0
+    cluster.new_worker = HangsInStepFour
+    await cluster.restart()
+    (poison,) = await cluster.submit(step_op(4))
+    for num_taken in (1, 2, 3):
+        async with asyncio.timeout(20):
+            while HangsInStepFour.num_taken < num_taken:  # noqa: ASYNC110 (a hang tells nobody)
+                await asyncio.sleep(0.005)
+        await cluster.restart()
+    assert "server ended 3 times" in (await cluster.failure(poison)).message
+    await cluster.run(step_op(5), step_op(4, model_id=OTHER))
 
 
 async def test_a_commit_whose_answer_was_lost_is_not_made_again(

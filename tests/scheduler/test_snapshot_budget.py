@@ -103,6 +103,14 @@ class Asked(FakeExecutor):
         return {tag.model_id: SnapshotWritten(num_bytes=1, compute_s=0.001) for tag, _ in targets}
 
 
+class Buggy(Asked):
+    async def snapshot(
+        self, targets: Sequence[tuple[StateTag, str]], *, with_open_gradient: bool = False
+    ) -> dict[ModelId, SnapshotWritten]:
+        await super().snapshot(targets, with_open_gradient=with_open_gradient)
+        raise RuntimeError("a bug")
+
+
 def indebted(name: str, seconds: float) -> Run:
     """A run that the worker holds behind request 4, with so much to do again."""
     model_id = ModelId(name)
@@ -161,3 +169,18 @@ async def test_a_log_that_is_too_long_is_written_first_and_with_its_gradient(tmp
     long.has_open_gradient = True
     long.debt.num_bytes = 1_001
     assert await chosen(tmp_path, indebted("a", 5.0), long) == ("long", True)
+
+
+async def test_what_breaks_one_snapshot_shows_once_and_breaks_no_other(tmp_path: Path) -> None:
+    budget = SnapshotBudget()
+    budget.earn(1_000.0)
+    snapshotter = Snapshotter(pool=POOL, budget=budget, metrics=Metrics(CollectorRegistry()), on_landed=lambda: None)
+    executor = Buggy(tmp_path)
+    runs = [indebted("a", 1.0), indebted("b", 0.9)]
+    snapshotter.consider(executor, runs, numerics_profile="")
+    await snapshotter.settle()
+    with pytest.raises(RuntimeError, match="a bug"):
+        snapshotter.consider(executor, runs, numerics_profile="")
+    snapshotter.consider(executor, runs, numerics_profile="")
+    await snapshotter.settle()
+    assert [model_id for model_id, _ in executor.wanted] == ["a", "b"]

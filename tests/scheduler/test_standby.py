@@ -161,11 +161,19 @@ def test_two_processes_fight_for_a_lease_and_nothing_is_applied_twice(postgres_u
     fighters = [
         subprocess.Popen(
             [sys.executable, str(HERE / "fight_for_lease.py"), postgres_url, str(index)],
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
         for index in range(3)
     ]
+    for fighter in fighters:
+        assert fighter.stdout is not None
+        assert fighter.stdout.readline() == "here\n"
+    for fighter in fighters:
+        assert fighter.stdin is not None
+        fighter.stdin.write("\n")
+        fighter.stdin.flush()
     said = [fighter.communicate(timeout=60)[0].split() for fighter in fighters]
     assert all(fighter.returncode == 0 for fighter in fighters)
     written = sum(int(words[0]) for words in said)

@@ -12,7 +12,7 @@ from scheduler_support import POOL, SESSION, TENANT, Cluster
 
 from treadle.blobs import BlobStore, open_blobs
 from treadle.config.tree import RetentionSettings
-from treadle.domain.ids import BlobKey, CheckpointKind, ModelId, SamplingSessionId, TinkerPath
+from treadle.domain.ids import BlobKey, CheckpointKind, ModelId, SamplingSessionId, TinkerPath, blob_folder
 from treadle.domain.limits import CHECKPOINT_GRACE_S
 from treadle.domain.ops import LoadWeightsOp, LoraSpec, SaveWeightsOp, UnloadModelOp
 from treadle.domain.records import CheckpointRecord, FinishedCycle, LeaseRecord, SamplingSessionRecord
@@ -27,6 +27,8 @@ from treadle.testing.clock import ManualClock
 MODEL = ModelId("session:train:0")
 LORA = LoraSpec(rank=8, seed=7)
 HOUR = 3600.0
+# Where blobs of a session of this database lie.
+OWN = f"states/{blob_folder(MODEL)}"
 
 
 class FakePool:
@@ -123,9 +125,9 @@ def load(key: str, *, model_id: str = "session:train:1") -> LoadWeightsOp:
 
 async def test_blob_without_a_row_goes_after_two_looks_and_never_early(idle: Cluster) -> None:
     swept = Sweeping(idle)
-    swept.write("states/old", age_s=HOUR + 1)
+    swept.write(f"{OWN}/old", age_s=HOUR + 1)
     # A writer that is between its blob and its row.
-    swept.write("states/young", age_s=60)
+    swept.write(f"{OWN}/young", age_s=60)
     assert await swept.sweep() == {}, "the listing is not due yet"
     swept.clock.advance(HOUR / 6)
     assert await swept.sweep() == {}
@@ -133,12 +135,25 @@ async def test_blob_without_a_row_goes_after_two_looks_and_never_early(idle: Clu
     assert await swept.sweep() == {}, "the second look comes an interval later"
     swept.clock.advance(HOUR / 6)
     assert await swept.sweep() == {"unnamed_blobs": 1}
-    assert list(swept.blobs.iter_keys()) == ["states/young"]
+    assert list(swept.blobs.iter_keys()) == [f"{OWN}/young"]
+
+
+async def test_blobs_of_another_database_in_the_same_place_are_left_alone(idle: Cluster) -> None:
+    swept = Sweeping(idle)
+    foreign = [
+        swept.write(key, age_s=9 * HOUR)
+        for key in ("states/other_train_0/a", "payloads/other_sample_0/a", "snapshots/other_train_0/a", "payloads/a")
+    ]
+    swept.write(f"{OWN}/a", age_s=9 * HOUR)
+    for _ in range(3):
+        swept.clock.advance(HOUR / 6)
+        await swept.sweep()
+    assert sorted(swept.blobs.iter_keys()) == sorted(foreign)
 
 
 async def test_row_that_comes_between_the_looks_saves_its_blob(idle: Cluster) -> None:
     swept = Sweeping(idle)
-    key = swept.write("states/late", age_s=2 * HOUR)
+    key = swept.write(f"{OWN}/late", age_s=2 * HOUR)
     await idle.create(MODEL)
     swept.clock.advance(HOUR / 6)
     await swept.sweep()
@@ -302,7 +317,7 @@ async def test_sweep_that_fails_keeps_no_other_from_its_turn(idle: Cluster, tmp_
 
 async def test_blob_that_cannot_be_deleted_now_is_deleted_later(idle: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     swept = Sweeping(idle, unnamed_blobs_s=6)
-    key = swept.write("states/a", age_s=HOUR)
+    key = swept.write(f"{OWN}/a", age_s=HOUR)
 
     def refuse(_key: str) -> None:
         raise StoreUnavailable("the blob store could not delete")

@@ -174,6 +174,10 @@ async def test_what_a_leader_reports_is_read_by_all_and_dies_with_its_lease(
     report = await other.pools.report(POOL)
     assert report.facts == facts
     assert report.is_ready
+    taken_over = await store.leases.acquire(POOL, "next", ttl_s=10.0, instead_of="leader")
+    assert taken_over is not None
+    silent = await other.pools.report(POOL)
+    assert (silent.holder, silent.is_ready, silent.facts) == ("next", False, facts), "those are the words of another"
     clock.advance(11.0)
     after = await other.pools.report(POOL)
     await other.close()

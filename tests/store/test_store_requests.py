@@ -155,6 +155,16 @@ async def test_failed_passes_are_told_since_the_newest_step(store: Store) -> Non
     assert await finish(failed(op(7))) == {4, 8}
 
 
+async def test_a_load_ends_the_count_of_failed_passes(store: Store) -> None:
+    await with_run(store)
+    await enqueue_all(store, [op(1), op(2, OpKind.LOAD_WEIGHTS), op(3), op(4, OpKind.LOAD_WEIGHTS)])
+    lease = await lead(store)
+    ends = (failed(op(1)), done(op(2)), failed(op(3)), failed(op(4)))
+    await store.cycles.finish(lease, FinishedCycle(finished=ends))
+    # The load that failed replaced no gradient.
+    assert await store.requests.failed_passes_since_step(MODEL) == {3}
+
+
 async def test_payload_is_counted_wherever_it_lies(store: Store) -> None:
     await with_run(store)
     await store.requests.enqueue(op(1, payload=b"1234"))

@@ -248,6 +248,20 @@ async def test_failures_that_the_next_step_reports_stay(store: Store, clock: Man
     assert await store.requests.failed_passes_since_step(MODEL) == {4}
 
 
+async def test_load_that_ends_the_count_of_failures_stays(store: Store, clock: ManualClock) -> None:
+    await with_run(store)
+    lease = await lead(store)
+    rows = [op(1), op(2), op(3, OpKind.LOAD_WEIGHTS), op(4), op(5)]
+    await commit(store, lease, [creation()], snapshots=[0])
+    await commit(store, lease, rows, bad=[2, 4], snapshots=[3, 5])
+    await acknowledge(store, [creation(), *rows])
+    clock.advance(1)
+    assert await store.requests.failed_passes_since_step(MODEL) == {4}
+    await forget_all(store, clock.now())
+    assert await store.requests.failed_passes_since_step(MODEL) == {4}
+    assert await known(store) == {3, 4, 5}
+
+
 async def test_what_no_replay_reads_goes_by_age(store: Store, clock: ManualClock) -> None:
     await with_run(store)
     lease = await lead(store)

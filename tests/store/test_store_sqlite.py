@@ -19,7 +19,7 @@ from treadle.store.heads import HEAD_IDS
 from treadle.store.requests import (
     _DROP_STALE_RESULTS,
     _KNOWN_SEQ_IDS,
-    _NEWEST_STEP,
+    _NEWEST_END,
     LOG,
     QUEUED_SAMPLES,
 )
@@ -68,7 +68,7 @@ RANKED = ("heads", "queued samples", "backlog")
         ("known seq ids", _KNOWN_SEQ_IDS, "ix_requests_model_seq"),
         ("backlog", BACKLOG, "ix_requests_queued_of_tenant"),
         ("log", LOG, "ix_requests_model_seq"),
-        ("newest step", _NEWEST_STEP, "ix_requests_model_seq"),
+        ("newest step", _NEWEST_END, "ix_requests_model_seq"),
         ("newest load", _NEWEST_LOAD, "ix_requests_model_seq"),
         ("retirement", RETIRABLE, "ix_requests_model_seq"),
         ("retained payloads", _RETAINED, "ix_requests_model_seq"),

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import sys
+import threading
 from asyncio.subprocess import PIPE
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -273,3 +274,46 @@ async def test_closed_store_refuses(database_url: str) -> None:
 async def test_unsupported_url_is_a_configuration_error(url: str) -> None:
     with pytest.raises(ConfigError, match="database"):
         await Store.open(url)
+
+
+async def test_what_waits_behind_an_outage_is_refused_with_it(bench: Bench) -> None:
+    """Whoever came while others waited for the database would else wait as long again."""
+    attempts, has_begun, may_fail = 0, threading.Event(), threading.Event()
+
+    def refuse(_conn: sa.Connection) -> None:
+        nonlocal attempts
+        attempts += 1
+        has_begun.set()
+        may_fail.wait(10)
+        raise StoreUnavailable("the database is locked")
+
+    sa.event.listen(bench.database.writing, "begin", refuse)
+    first = asyncio.ensure_future(bench.add(1))
+    await asyncio.to_thread(has_begun.wait, 10)
+    behind = [asyncio.ensure_future(bench.add(n)) for n in range(2, 6)]
+    await asyncio.sleep(0)
+    may_fail.set()
+    outcomes = await asyncio.gather(first, *behind, return_exceptions=True)
+    sa.event.remove(bench.database.writing, "begin", refuse)
+    assert [type(outcome) for outcome in outcomes] == [StoreUnavailable] * 5
+    assert attempts == 1
+    assert await bench.add(9) == 9
+
+
+async def test_an_outage_during_one_by_one_ends_all_of_them(bench: Bench) -> None:
+    attempts = 0
+
+    def broken(_conn: sa.Connection) -> None:
+        raise Fenced("mine")
+
+    def refuse_the_second(_conn: sa.Connection) -> None:
+        nonlocal attempts
+        attempts += 1
+        if attempts > 1:
+            raise StoreUnavailable("the database is locked")
+
+    sa.event.listen(bench.database.writing, "begin", refuse_the_second)
+    outcomes = await asyncio.gather(bench.writer.run(broken), *(bench.add(n) for n in range(4)), return_exceptions=True)
+    sa.event.remove(bench.database.writing, "begin", refuse_the_second)
+    assert [type(outcome) for outcome in outcomes] == [StoreUnavailable] * 5
+    assert attempts == 2

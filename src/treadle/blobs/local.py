@@ -31,14 +31,20 @@ _ABANDONED_AFTER_S = 3_600.0
 
 
 class LocalBlobs:
-    """A `BlobStore` in a directory, which is created when missing. Several processes may share it."""
+    """A `BlobStore` in a directory. Several processes may share it.
 
-    def __init__(self, root: Path) -> None:
+    create: make the directory when it is missing. Without that, a place that was never one is away, like one whose file
+    system is not mounted.
+    """
+
+    def __init__(self, root: Path, *, create: bool = True) -> None:
         self._root = root.resolve()
+        # Also what tells a place of blobs from the directory that another file system is mounted on.
         self._incoming = self._root / _INCOMING
-        with _translated("open"):
-            self._incoming.mkdir(parents=True, exist_ok=True)
-        self.drop_unfinished(older_than_s=_ABANDONED_AFTER_S)
+        if create:
+            with _translated("open"):
+                self._incoming.mkdir(parents=True, exist_ok=True)
+            self.drop_unfinished(older_than_s=_ABANDONED_AFTER_S)
 
     @property
     def root(self) -> Path:
@@ -64,17 +70,22 @@ class LocalBlobs:
 
     def read(self, key: str) -> bytes:
         """See `BlobStore.read`."""
-        with _translated("read", key):
+        with self._looking_for(key, "read"):
             return self._path(key).read_bytes()
 
     def exists(self, key: str) -> bool:
         """See `BlobStore.exists`."""
-        with _translated("look up", key):
-            return self._path(key).is_file()
+        path = self._path(key)
+        try:
+            with self._looking_for(key, "look up"):
+                _stat_of_file(path)
+        except NotFound:
+            return False
+        return True
 
     def size(self, key: str) -> int:
         """See `BlobStore.size`."""
-        with _translated("look up", key):
+        with self._looking_for(key, "look up"):
             return _stat_of_file(self._path(key)).st_size
 
     def delete(self, key: str) -> None:
@@ -90,7 +101,7 @@ class LocalBlobs:
         """See `BlobStore.iter_blobs`."""
         for key, entry in self._files_below(self._root, "", prefix):
             try:
-                with _translated("list", key):
+                with self._looking_for(key, "list"):
                     found = entry.stat()
             except NotFound:
                 continue
@@ -111,9 +122,22 @@ class LocalBlobs:
     def path_of(self, key: str) -> Path | None:
         """See `BlobStore.path_of`."""
         path = self._path(key)
-        with _translated("look up", key):
+        with self._looking_for(key, "look up"):
             _stat_of_file(path)
         return path
+
+    @contextmanager
+    def _looking_for(self, key: str, what: str) -> Iterator[None]:
+        """`_translated`; a missing file is NotFound, unless all of them are missing."""
+        with _translated(what, key):
+            try:
+                yield
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+                if not self._incoming.is_dir():
+                    # Its file system is not mounted. Whoever took that for the end of a snapshot would forget it.
+                    log.error("blob store is away", directory=str(self._root))
+                    raise StoreUnavailable("the blob store is away: its directory is not there") from error
+                raise NotFound(f"there is no blob {key}") from error
 
     def _path(self, key: str) -> Path:
         path = self._root / checked_key(key)
@@ -134,6 +158,8 @@ class LocalBlobs:
                     # A directory sorts as "name/", so that the keys come out in plain string order.
                     entries = sorted((entry.name + "/" * entry.is_dir(), entry) for entry in scanned)
             except FileNotFoundError:
+                if directory == self._root:
+                    raise
                 return
         for name, entry in entries:
             key = base + name
@@ -179,11 +205,9 @@ def _flush_directory(directory: Path) -> None:
 
 @contextmanager
 def _translated(what: str, key: str | None = None) -> Iterator[None]:
-    """OSErrors as ours. With a key, a missing file is NotFound; a path is logged but never part of a message."""
+    """OSErrors as ours. A path is logged but never part of a message."""
     try:
         yield
     except OSError as error:
-        if key is not None and isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
-            raise NotFound(f"there is no blob {key}") from error
         log.error("blob store failed", exc=error, what=what, key=key)
         raise StoreUnavailable(f"the blob store could not {what}: {error.strerror or type(error).__name__}") from error

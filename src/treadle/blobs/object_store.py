@@ -67,19 +67,23 @@ class ObjectBlobs:
     def read(self, key: str) -> bytes:
         """See `BlobStore.read`."""
         checked_key(key)
-        with _translated("read", key):
+        with self._looking_for(key, "read"):
             return bytes(obstore.get(self._store, key).bytes())
 
     def exists(self, key: str) -> bool:
         """See `BlobStore.exists`."""
         checked_key(key)
-        with _translated("look up"):
-            return self._is_there(key)
+        try:
+            with self._looking_for(key, "look up"):
+                obstore.head(self._store, key)
+        except NotFound:
+            return False
+        return True
 
     def size(self, key: str) -> int:
         """See `BlobStore.size`."""
         checked_key(key)
-        with _translated("look up", key):
+        with self._looking_for(key, "look up"):
             return obstore.head(self._store, key)["size"]
 
     def delete(self, key: str) -> None:
@@ -112,6 +116,17 @@ class ObjectBlobs:
         checked_key(key)
         return None
 
+    @contextmanager
+    def _looking_for(self, key: str, what: str) -> Iterator[None]:
+        """`_translated`; a missing object is NotFound, unless the bucket is missing."""
+        with _translated(what, key):
+            try:
+                yield
+            except FileNotFoundError as error:
+                # Raises where there is no bucket, which looks the same to a read. It is a rare question.
+                next(iter(obstore.list(self._store, chunk_size=1)), None)
+                raise NotFound(f"there is no blob {key}") from error
+
     def _is_there(self, key: str) -> bool:
         try:
             obstore.head(self._store, key)
@@ -126,12 +141,10 @@ def _exists_already(key: str) -> ServerError:
 
 @contextmanager
 def _translated(what: str, key: str | None = None) -> Iterator[None]:
-    """obstore's errors as ours. With a key, a missing object is NotFound. Details are logged: they may hold URLs."""
+    """obstore's errors as ours. Details are logged: they may hold URLs."""
     try:
         yield
     except (BaseError, OSError) as error:
-        if key is not None and isinstance(error, FileNotFoundError):
-            raise NotFound(f"there is no blob {key}") from error
         log.error("blob store failed", exc=error, what=what, key=key)
         raise StoreUnavailable(f"the blob store could not {what}: {type(error).__name__}") from error
 

@@ -13,14 +13,14 @@ from treadle.errors import ConfigError
 _BUCKET_SCHEMES = ("s3", "gs")
 
 
-def open_blobs(place: str | Path) -> BlobStore:
+def open_blobs(place: str | Path, *, create: bool = True) -> BlobStore:
     """The blob store at a directory path, a file:// URL, or s3://BUCKET/PREFIX and gs://BUCKET/PREFIX.
 
-    A directory is created when missing; a bucket is not looked at. Raises ConfigError for anything else, or without
-    the library that a bucket needs, and StoreUnavailable when the directory cannot be used.
+    A directory is created when missing, unless `create` is False; a bucket is not looked at. Raises ConfigError for
+    anything else, or without the library that a bucket needs, and StoreUnavailable when the directory cannot be used.
     """
     if isinstance(place, Path) or "://" not in place:
-        return LocalBlobs(Path(place))
+        return LocalBlobs(Path(place), create=create)
     parts = urlsplit(place)
     if parts.scheme in _BUCKET_SCHEMES and parts.netloc:
         return _open_bucket(place)
@@ -29,7 +29,7 @@ def open_blobs(place: str | Path) -> BlobStore:
             f"blobs cannot be kept at {place!r}: use a directory, file:///ABSOLUTE/DIRECTORY, s3://BUCKET/PREFIX or "
             "gs://BUCKET/PREFIX"
         )
-    return LocalBlobs(Path(unquote(parts.path)))
+    return LocalBlobs(Path(unquote(parts.path)), create=create)
 
 
 def _open_bucket(url: str) -> BlobStore:

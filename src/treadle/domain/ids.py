@@ -80,6 +80,19 @@ def sample_sequence_ids(request_id: RequestId, num_samples: int) -> tuple[str, .
     return tuple(f"{request_id}:{index}" for index in range(num_samples))
 
 
+def blob_folder(owner: ModelId | SamplingSessionId) -> str:
+    """The second segment of a blob's key, which says whose it is. Colons are kept out of file names."""
+    return owner.replace(":", "_")
+
+
+def session_of_blob(key: BlobKey) -> SessionId | None:
+    """The session that a blob belongs to by its key; None for one whose key does not say it."""
+    _kind, _, rest = key.partition("/")
+    folder, slash, _name = rest.partition("/")
+    session_id, underscore, _number = folder.partition("_")
+    return SessionId(session_id) if slash and underscore and session_id else None
+
+
 def checked_name(name: str, *, what: str = "checkpoint name") -> str:
     """`name` itself when it is one safe path segment.
 

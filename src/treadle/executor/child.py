@@ -76,7 +76,8 @@ class ChildProcess:
                 device=config.device,
                 dtype=config.dtype,
                 num_threads=config.num_threads,
-                blobs=open_blobs(config.blobs_url),
+                # The server makes the place. A worker that did would take one that is not mounted for an empty one.
+                blobs=open_blobs(config.blobs_url, create=False),
                 max_running_samples=config.max_running_samples,
                 max_cached_tokens=config.max_cached_tokens,
                 micro_batch_tokens=config.micro_batch_tokens,

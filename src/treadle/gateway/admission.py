@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from treadle.blobs import BlobStore
-from treadle.domain.ids import BlobKey, RequestId
+from treadle.domain.ids import BlobKey, RequestId, blob_folder
 from treadle.domain.limits import MAX_INLINE_PAYLOAD_BYTES
 from treadle.domain.ops import OpKind
 from treadle.domain.outcome import Failure
@@ -113,7 +113,9 @@ class Admission:
         )
         if len(draft.payload) <= MAX_INLINE_PAYLOAD_BYTES:
             return row
-        key = BlobKey(f"payloads/{uuid.uuid4().hex}")
+        owner = row.model_id or row.sampling_session_id
+        assert owner is not None, "a request belongs to a run or to a sampling session"
+        key = BlobKey(f"payloads/{blob_folder(owner)}/{uuid.uuid4().hex}")
         await asyncio.get_running_loop().run_in_executor(self._threads, self._blobs.write, key, draft.payload)
         return replace(row, payload=b"", payload_key=key, payload_bytes=len(draft.payload))
 

@@ -28,8 +28,10 @@ log = get_logger(__name__)
 
 # How often the table is read while something waits.
 READ_EVERY_S = 0.5
-# The pause is also this many times what the reading took, so that a long queue costs a reader at most 1 %.
+# The pause is also this many times what the reading took, so that a long queue costs a reader about 1 %.
 PAUSE_PER_READING = 100.0
+# At most this long: while nothing is read, what was done meanwhile still counts against the limits.
+MAX_PAUSE_S = 10.0
 # How often it is read while this gateway admits nothing, for what others admitted.
 READ_IDLE_EVERY_S = 5.0
 # Training ops are slowed down at the limits, and kept out (503, asked again) at this many times the limits.
@@ -50,6 +52,16 @@ class _Sum:
 
 # Never added to.
 _NOTHING = _Sum()
+
+
+@dataclass(frozen=True, slots=True)
+class _Admitted:
+    """What a new row adds. Not the row, which holds its payload: many may come between two readings."""
+
+    tenant_id: TenantId
+    is_sample: bool
+    num_tokens: int
+    num_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +98,7 @@ class Backlog:
         # By tenant and kind, and by kind; as the table had it, plus what was admitted here since it was read.
         self._loads: dict[Hashable, _Sum] = {}
         self._totals: dict[Hashable, _Sum] = {}
-        self._since: list[NewRequest] = []
+        self._since: list[_Admitted] = []
         self._may_have_changed = asyncio.Event()
         self._was_read = asyncio.Event()
         # Pools and kinds of work that the metrics have a series for.
@@ -117,8 +129,14 @@ class Backlog:
 
     def admitted(self, request: NewRequest) -> None:
         """A new row was committed by this gateway."""
-        self._since.append(request)
-        self._count_admitted(request)
+        admitted = _Admitted(
+            tenant_id=request.tenant_id,
+            is_sample=request.kind is OpKind.SAMPLE,
+            num_tokens=request.num_tokens,
+            num_bytes=request.payload_bytes or len(request.payload),
+        )
+        self._since.append(admitted)
+        self._count_admitted(admitted)
         self._may_have_changed.set()
 
     def of_tenant(self, tenant_id: TenantId) -> Mapping[bool, Load]:
@@ -178,8 +196,8 @@ class Backlog:
             load = entry.load
             self._count(entry.tenant_id, entry.is_sample, load.num_ops, load.num_tokens, load.num_bytes)
         # Committed while the table was read: perhaps in it, perhaps not. Counted twice rather than not at all.
-        for request in self._since:
-            self._count_admitted(request)
+        for admitted in self._since:
+            self._count_admitted(admitted)
         self._show()
 
     def _wake(self) -> None:
@@ -187,9 +205,8 @@ class Backlog:
         was_read, self._was_read = self._was_read, asyncio.Event()
         was_read.set()
 
-    def _count_admitted(self, request: NewRequest) -> None:
-        num_bytes = request.payload_bytes or len(request.payload)
-        self._count(request.tenant_id, request.kind is OpKind.SAMPLE, 1, request.num_tokens, num_bytes)
+    def _count_admitted(self, admitted: _Admitted) -> None:
+        self._count(admitted.tenant_id, admitted.is_sample, 1, admitted.num_tokens, admitted.num_bytes)
 
     def _count(self, tenant_id: TenantId, is_sample: bool, num_ops: int, num_tokens: int, num_bytes: int) -> None:
         for sums, key in ((self._loads, (tenant_id, is_sample)), (self._totals, is_sample)):
@@ -220,7 +237,7 @@ class Backlog:
                 self._may_have_changed.set()
             self._wake()
             took_s = asyncio.get_running_loop().time() - began
-            await asyncio.sleep(max(READ_EVERY_S, PAUSE_PER_READING * took_s))
+            await asyncio.sleep(min(MAX_PAUSE_S, max(READ_EVERY_S, PAUSE_PER_READING * took_s)))
 
     def _show(self) -> None:
         """Set the metrics; what was shown before and is gone becomes zero."""

@@ -14,6 +14,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from treadle.errors import InvalidRequest
+
 # Where metrics find which route answered, without what the client put into its path.
 ROUTE_TEMPLATE = "treadle.route"
 
@@ -39,6 +41,9 @@ class Resource:
         def register(handler: Handler) -> Handler:
             async def endpoint(request: Request) -> Response:
                 request.scope[ROUTE_TEMPLATE] = self._prefix + path
+                if "\0" in request.scope["path"] or b"%00" in request.scope["query_string"]:
+                    # PostgreSQL has no NUL in text; in bodies, each field is checked.
+                    raise InvalidRequest("the URL contains a NUL character")
                 return await handler(request, **request.path_params)
 
             self.routes.append(Route(self._prefix + path, endpoint, methods=[method]))

@@ -10,11 +10,9 @@ import asyncio
 from treadle.blobs import BlobStore
 from treadle.domain.records import FinishedCycle, LeaseRecord
 from treadle.errors import StoreUnavailable
+from treadle.scheduler.outages import Outages
 from treadle.scheduler.preparing import drop_blobs
 from treadle.store import Store
-from treadle.telemetry.logs import get_logger
-
-log = get_logger(__name__)
 
 # How long a commit is tried again while the database does not answer. Work that is done is worth waiting for: giving
 # up costs every run of the cycle a replay of it.
@@ -25,10 +23,11 @@ COMMIT_PAUSE_S = 0.25
 class Committer:
     """Commits cycles under one lease."""
 
-    def __init__(self, *, store: Store, blobs: BlobStore, lease: LeaseRecord) -> None:
+    def __init__(self, *, store: Store, blobs: BlobStore, lease: LeaseRecord, outages: Outages) -> None:
         self._store = store
         self._blobs = blobs
         self._lease = lease
+        self._outages = outages
 
     async def commit(self, finished: FinishedCycle) -> None:
         """Return once it is public. Raises Fenced, and StoreUnavailable when the database stays away.
@@ -42,8 +41,9 @@ class Committer:
             except StoreUnavailable as error:
                 if asyncio.get_running_loop().time() >= deadline:
                     raise
-                log.warning("commit is tried again", pool=self._lease.pool, reason=error.message)
+                self._outages.noticed(error)
                 await asyncio.sleep(COMMIT_PAUSE_S)
             else:
                 break
+        self._outages.over()
         await drop_blobs(self._blobs, unused)

@@ -19,15 +19,16 @@ from treadle.domain.ids import ModelId, PoolName, RequestId, TenantId
 from treadle.domain.limits import MAX_HEADS_PER_MODEL
 from treadle.domain.ops import OpKind, phase_of
 from treadle.domain.ops import Phase as OpPhase
-from treadle.domain.outcome import CycleOutcome
+from treadle.domain.outcome import CycleOutcome, PoolFacts
 from treadle.domain.plan import CyclePlan, CycleWork, ModelQueue, PolicyInput, PolicyState
 from treadle.domain.records import LeaseRecord
 from treadle.domain.states import ModelState
 from treadle.errors import Fenced, StoreUnavailable, WorkerDied
 from treadle.executor.base import Executor
-from treadle.scheduler.budget import TokenBudget
+from treadle.scheduler.budget import TokenBudget, guessed_tokens_per_s
 from treadle.scheduler.committing import Committer
 from treadle.scheduler.finishing import CycleLedger, OpTimes
+from treadle.scheduler.outages import Outages
 from treadle.scheduler.outcomes import Booked, book_outcomes, take_states
 from treadle.scheduler.policy import plan_cycle
 from treadle.scheduler.preparing import Prepared, prepare
@@ -84,6 +85,7 @@ class CycleLoop:
         metrics: Metrics,
         clock: Callable[[], float],
         quarantine: Quarantine,
+        outages: Outages,
         weights: Callable[[], Mapping[TenantId, float]] = _no_weights,
     ) -> None:
         self._pool = pool
@@ -94,9 +96,10 @@ class CycleLoop:
         self._settings = settings
         self._clock = clock
         self._quarantine = quarantine
+        self._outages = outages
         self._weights = weights
         self._book = RunBook(store)
-        self._committer = Committer(store=store, blobs=blobs, lease=lease)
+        self._committer = Committer(store=store, blobs=blobs, lease=lease, outages=outages)
         self._replayer = Replayer(pool=pool, store=store, blobs=blobs, lease=lease, metrics=metrics)
         self._recovery = RecoveryWatch(pool=pool, metrics=metrics)
         self._sorter = QueueSorter(pool=pool, quarantine=quarantine, replayer=self._replayer, recovery=self._recovery)
@@ -156,14 +159,15 @@ class CycleLoop:
         self._wake.set()
         self._may_be_settled.set()
 
-    async def run(self, executor: Executor, *, numerics_profile: str = "") -> None:
-        """Run cycles on `executor` until stopped or abandoned.
+    async def run(self, executor: Executor, facts: PoolFacts) -> None:
+        """Run cycles on `executor` until stopped or abandoned. facts: what it reported when it had loaded.
 
         Raises WorkerDied when a cycle was in flight at its death, Fenced when the lease is lost.
         """
         # A fresh worker holds nothing, and what was committed is in the store.
         self._book = RunBook(self._store)
-        self._numerics_profile = numerics_profile
+        self._numerics_profile = facts.numerics_profile
+        self._budget.expect(guessed_tokens_per_s(facts))
         self._is_abandoned = False
         while not (self._is_stopping or self._is_abandoned):
             try:
@@ -173,6 +177,10 @@ class CycleLoop:
                     await _wait(self._wake, self._replayer.shortest_pause_s(POLL_S))
             except (WorkerDied, Fenced):
                 raise
+            except StoreUnavailable as error:
+                self._outages.noticed(error)
+                self._metrics.caught_errors.labels("cycle_loop").inc()
+                await asyncio.sleep(ERROR_PAUSE_S)
             except Exception as error:  # noqa: BLE001 (cycle loop: the rows are still queued, so it tries again)
                 log.error("cycle failed", pool=self._pool, cycle=self._cycle, exc=error)
                 self._metrics.caught_errors.labels("cycle_loop").inc()
@@ -181,11 +189,11 @@ class CycleLoop:
     async def _take_over(self) -> None:
         """What the leader before had in flight may be what ended it."""
         in_flight = await self._store.leases.in_flight(self._pool)
-        self._quarantine.suspect(in_flight)
+        self._quarantine.inherit(in_flight)
         self._recovery.begin("a new leader")
         self._has_predecessor = False
         if in_flight:
-            log.warning("requests were in flight when the last leader ended", pool=self._pool, num=len(in_flight))
+            log.warning("requests were in flight when the last leader ended", pool=self._pool, num=len(set(in_flight)))
 
     async def persist(self, executor: Executor) -> None:
         """Write every resident run whose newest snapshot is older than its state, so that a restart needs no replay.
@@ -367,7 +375,7 @@ class CycleLoop:
         """Book the cycle as in flight and run it; at a death it stays so for the quarantine."""
         request_ids = [item.planned.request_id for item in prepared.items]
         self._cycle += 1
-        await self._store.cycles.begin(self._lease, self._cycle, request_ids)
+        await self._store.cycles.begin(self._lease, self._cycle, self._quarantine.note_of(request_ids))
         phase(Phase.CYCLE_BEGUN, pool=self._pool, cycle=self._cycle)
         now = self._clock()
         for request_id in request_ids:

@@ -85,7 +85,9 @@ class Standby:
         now = asyncio.get_running_loop().time
         # Not before: a lease that is about to end is most likely renewed.
         until = now() + (_ASK_S if report.expires_in_s <= 0 else min(_ASK_S, report.expires_in_s + _LOOK_S / 2))
-        while not self._changed.is_set() and now() < until and not is_dead_here(report.holder):
+        # Who was dead before has just been tried to be replaced.
+        was_alive = not is_dead_here(report.holder)
+        while not self._changed.is_set() and now() < until and not (was_alive and is_dead_here(report.holder)):
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(min(_LOOK_S, max(0.0, until - now()))):
                     await self._changed.wait()

@@ -22,6 +22,7 @@ from treadle.errors import ConfigError, Fenced, ServerError, StoreUnavailable, W
 from treadle.executor.base import DeathCallback, Executor
 from treadle.scheduler.cycle_loop import CycleLoop, CycleSettings
 from treadle.scheduler.lease import Standby, keep_lease
+from treadle.scheduler.outages import Outages
 from treadle.scheduler.quarantine import Quarantine
 from treadle.scheduler.sampling_loop import SamplingLoop
 from treadle.store import PoolReport, Store
@@ -90,6 +91,16 @@ class PoolRunner:
     def status(self) -> PoolStatus:
         return self._status
 
+    async def recall(self, source_dir: str | None) -> None:
+        """Show what the last leader reported of the base model, so that requests can be admitted before it is loaded.
+
+        source_dir: of a local model, None for one of a hub; of another directory nothing is recalled. Call it before
+        `run`. Raises StoreUnavailable.
+        """
+        facts = (await self._store.pools.report(self.pool)).facts
+        if facts is not None and source_dir in (None, facts.source_dir):
+            self._set_status(facts, reason=self._status.reason)
+
     def wake(self, kind: OpKind) -> None:
         """A request of this kind was queued."""
         if kind is OpKind.SAMPLE:
@@ -133,7 +144,7 @@ class PoolRunner:
 
     async def _lead(self, lease: LeaseRecord) -> None:
         """Serve until drained. Raises Fenced when another leader took over."""
-        quarantine = Quarantine()
+        quarantine, outages = Quarantine(), Outages(self.pool)
         self._cycles = CycleLoop(
             pool=self.pool,
             store=self._store,
@@ -143,6 +154,7 @@ class PoolRunner:
             metrics=self._metrics,
             clock=self._clock,
             quarantine=quarantine,
+            outages=outages,
             weights=self._weights,
         )
         self._samples = SamplingLoop(
@@ -152,12 +164,14 @@ class PoolRunner:
             lease=lease,
             metrics=self._metrics,
             quarantine=quarantine,
+            outages=outages,
         )
         keeper = asyncio.create_task(keep_lease(self._store, lease, ttl_s=self._lease_ttl_s))
-        publisher = asyncio.create_task(self._publish_forever(lease))
+        publisher = asyncio.create_task(self._publish_forever(lease, outages))
         serving = asyncio.create_task(self._serve_workers())
         try:
-            done, _ = await asyncio.wait({keeper, serving}, return_when=asyncio.FIRST_COMPLETED)
+            # Of the three only the last one ends without an error.
+            done, _ = await asyncio.wait({keeper, publisher, serving}, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
         finally:
@@ -179,8 +193,8 @@ class PoolRunner:
         reason = "" if report.is_ready else report.reason or "its leader is starting"
         self._set_status(report.facts or self._status.facts, reason=reason)
 
-    async def _publish_forever(self, lease: LeaseRecord) -> None:
-        """Tell the other servers how the pool is, now and whenever that changes."""
+    async def _publish_forever(self, lease: LeaseRecord, outages: Outages) -> None:
+        """Tell the other servers how the pool is, now and whenever that changes. Raises Fenced."""
         while True:
             self._status_changed.clear()
             status = self._status
@@ -189,11 +203,15 @@ class PoolRunner:
                     lease, facts=status.facts, is_ready=status.is_ready, reason=status.reason
                 )
             except Fenced:
-                return  # whoever keeps the lease finds out as well, and says so
-            except StoreUnavailable as error:
-                log.warning("pool not reported", pool=self.pool, reason=error.message)
+                raise
+            except ServerError as error:
+                if isinstance(error, StoreUnavailable):
+                    outages.noticed(error)
+                else:
+                    log.error("pool not reported", pool=self.pool, reason=error.message)
                 await asyncio.sleep(PUBLISH_PAUSE_S)
             else:
+                outages.over()
                 await self._status_changed.wait()
 
     async def _serve_workers(self) -> None:
@@ -250,10 +268,11 @@ class PoolRunner:
             await self._feed(executor, facts, died)
             await self._cycles.persist(executor)
         except ConfigError as error:
-            self._set_status(None, reason=error.message)
+            self._set_status(self._status.facts, reason=error.message)
             raise
         finally:
-            died.cancel()
+            if not died.cancel():
+                died.exception()  # one that came too late for `_feed` shows in what was asked of the worker then
             await executor.stop()
 
     async def _started(self, executor: Executor, samples: SamplingLoop, on_death: DeathCallback) -> PoolFacts | None:
@@ -277,7 +296,7 @@ class PoolRunner:
         assert self._cycles is not None
         assert self._samples is not None
         loops = [
-            asyncio.create_task(self._cycles.run(executor, numerics_profile=facts.numerics_profile)),
+            asyncio.create_task(self._cycles.run(executor, facts)),
             asyncio.create_task(self._samples.run(executor)),
         ]
         ends: set[asyncio.Future[None]] = {*loops, died}

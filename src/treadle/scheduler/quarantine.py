@@ -17,6 +17,9 @@ from treadle.domain.limits import MAX_SUSPECTS
 
 # A request that was in flight, alone, at this many worker deaths is poison.
 MAX_DEATHS = 3
+# One that was alone in flight when so many leaders ended: something outside ends leaders far more often than a request
+# that takes its whole machine along, but without an end to it such a one would have the pool start for ever.
+MAX_LEADER_ENDS = 10
 # Samples that were in flight at so many deaths are suspects: one death is far more often the machine's doing.
 DEATHS_TO_SUSPECT_A_SAMPLE = 2
 # Of the suspects among samples every death leaves one in so many to run together: a few deaths find one in hundreds.
@@ -30,6 +33,7 @@ class Quarantine:
         # Deaths while alone, by suspect; those without one are suspects all the same.
         self._suspects: dict[RequestId, int] = {}
         self._unstorable: Counter[RequestId] = Counter()
+        self._leader_ends: Counter[RequestId] = Counter()
         self._cycle: tuple[RequestId, ...] = ()
         self._samples: set[RequestId] = set()
         self._sample_deaths: Counter[RequestId] = Counter()
@@ -69,7 +73,8 @@ class Quarantine:
         """Everything in flight was there at the end of the worker."""
         is_alone = len(self._cycle) + len(self._samples) == 1
         self.suspect(self._cycle, deaths=int(is_alone))
-        self._has_cycle_suspects = bool(self._cycle)
+        # One that dies while it starts clears nobody.
+        self._has_cycle_suspects |= bool(self._cycle)
         if self._samples:
             self._note_sample_deaths(is_alone=is_alone)
         self._cycle = ()
@@ -100,6 +105,21 @@ class Quarantine:
         while len(self._suspects) > MAX_SUSPECTS:
             del self._suspects[next(iter(self._suspects))]
 
+    def inherit(self, in_flight: Sequence[RequestId]) -> None:
+        """What was in flight when the leader before ended, as `note_of` put it."""
+        num_ends = Counter(in_flight)
+        self.suspect(num_ends)
+        if len(num_ends) == 1:
+            self._leader_ends.update(num_ends)
+
+    def note_of(self, request_ids: Sequence[RequestId]) -> list[RequestId]:
+        """What the next leader should find of a cycle: its requests; one alone once more per leader that it outlived.
+
+        Deaths of workers are not in it: a new leader counts those anew.
+        """
+        is_alone = len(request_ids) == 1
+        return [id_ for id_ in request_ids for _ in range(1 + self._leader_ends[id_] * is_alone)]
+
     def suspect_unstorable(self, request_ids: Sequence[RequestId]) -> None:
         """The outcome of one of these training ops could not be stored; it is found as poison is found."""
         self.suspect(request_ids)
@@ -110,6 +130,8 @@ class Quarantine:
         """Why a training op is given up, or None."""
         if self._suspects.get(request_id, 0) >= MAX_DEATHS:
             return f"this request ended its worker {MAX_DEATHS} times"
+        if self._leader_ends[request_id] >= MAX_LEADER_ENDS:
+            return f"its server ended {MAX_LEADER_ENDS} times while it ran nothing but this request"
         if self._unstorable[request_id] >= MAX_DEATHS:
             return f"the outcome of this request could not be stored {MAX_DEATHS} times"
         return None
@@ -122,6 +144,7 @@ class Quarantine:
         for request_id in request_ids:
             self._suspects.pop(request_id, None)
             self._unstorable.pop(request_id, None)
+            self._leader_ends.pop(request_id, None)
 
     def isolated(
         self, lines: Mapping[ModelId, Collection[RequestId]], replayed: Collection[RequestId]

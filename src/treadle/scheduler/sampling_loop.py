@@ -17,8 +17,9 @@ from treadle.domain.outcome import Failure, SampleOutcome
 from treadle.domain.plan import SampleWork
 from treadle.domain.records import FinishedRequest, LeaseRecord, RequestRecord
 from treadle.domain.states import Category
-from treadle.errors import Fenced, TreadleError, WorkerDied
+from treadle.errors import Fenced, StoreUnavailable, TreadleError, WorkerDied
 from treadle.executor.base import Executor
+from treadle.scheduler.outages import Outages
 from treadle.scheduler.preparing import Unread, drop_blobs, read_payloads
 from treadle.scheduler.quarantine import MAX_DEATHS, Quarantine
 from treadle.store import Store
@@ -47,6 +48,7 @@ class SamplingLoop:
         lease: LeaseRecord,
         metrics: Metrics,
         quarantine: Quarantine,
+        outages: Outages,
     ) -> None:
         self._pool = pool
         self._metrics = metrics
@@ -55,6 +57,7 @@ class SamplingLoop:
         self._lease = lease
         self._running: dict[RequestId, TenantId] = {}
         self._quarantine = quarantine
+        self._outages = outages
         self._outcomes: list[SampleOutcome] = []
         self._wake = asyncio.Event()
         self._is_stopping = False
@@ -92,6 +95,10 @@ class SamplingLoop:
                 await self._hand_over(executor)
             except (WorkerDied, Fenced):
                 raise
+            except StoreUnavailable as error:
+                self._outages.noticed(error)
+                self._metrics.caught_errors.labels("sample_loop").inc()
+                await asyncio.sleep(ERROR_PAUSE_S)
             except Exception as error:  # noqa: BLE001 (sample loop: the rows are still queued, so it tries again)
                 log.error("sampling loop failed", pool=self._pool, exc=error)
                 self._metrics.caught_errors.labels("sample_loop").inc()
@@ -149,6 +156,32 @@ class SamplingLoop:
         if not self._outcomes:
             return
         outcomes, self._outcomes = self._outcomes, []
+        try:
+            await self._store_all(outcomes)
+        except (Fenced, StoreUnavailable):
+            self._outcomes = outcomes + self._outcomes
+            raise
+        except Exception as error:  # noqa: BLE001 (sample loop: one outcome is to blame, and must not hold up the others)
+            log.error("samples not stored together", pool=self._pool, num=len(outcomes), exc=error)
+            await self._store_each(outcomes)
+
+    async def _store_each(self, outcomes: Sequence[SampleOutcome]) -> None:
+        """Commit them one by one; what cannot be stored ends in a failure."""
+        for place, outcome in enumerate(outcomes):
+            try:
+                try:
+                    await self._store_all([outcome])
+                except (Fenced, StoreUnavailable):
+                    raise
+                except Exception as error:  # noqa: BLE001 (sample loop: see _commit)
+                    log.error("sample not stored", pool=self._pool, request_id=outcome.request_id, exc=error)
+                    failure = Failure("the outcome of this sample could not be stored", Category.SERVER)
+                    await self._store_all([SampleOutcome(request_id=outcome.request_id, failure=failure)])
+            except Exception:
+                self._outcomes = [*outcomes[place:], *self._outcomes]
+                raise
+
+    async def _store_all(self, outcomes: Sequence[SampleOutcome]) -> None:
         finished = [
             FinishedRequest(
                 request_id=outcome.request_id,
@@ -158,11 +191,8 @@ class SamplingLoop:
             )
             for outcome in outcomes
         ]
-        try:
-            unused = await self._store.cycles.finish_samples(self._lease, finished)
-        except Exception:
-            self._outcomes = outcomes + self._outcomes
-            raise
+        unused = await self._store.cycles.finish_samples(self._lease, finished)
+        self._outages.over()
         for outcome in outcomes:
             self._running.pop(outcome.request_id, None)
             self._quarantine.sample_ended(outcome.request_id)

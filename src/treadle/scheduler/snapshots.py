@@ -114,8 +114,9 @@ class Snapshotter:
         if self._task is not None:
             if not self._task.done():
                 return
-            # What it did not expect is a bug, and shows here.
-            self._task.result()
+            ended, self._task = self._task, None
+            # What it did not expect is a bug, and shows here, once.
+            ended.result()
         if asyncio.get_running_loop().time() < self._paused_until:
             return
         if wanted is None:

@@ -6,6 +6,7 @@ It refuses to know tables and resources. Invariant: no other module of the store
 from __future__ import annotations
 
 import sqlite3
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -13,7 +14,7 @@ from typing import Any, TypeAlias
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
 
 from treadle.errors import ConfigError, StoreUnavailable
 
@@ -43,6 +44,36 @@ _POSTGRESQL_OPTIONS = {
 }
 # Two transactions waited for each other, or saw each other's rows change: the same write succeeds when it is repeated.
 _CONFLICT_STATES = frozenset({"40P01", "40001"})
+_LOST = "the database does not answer"
+_FULL = "the disk under the database is full"
+_LOCKED = "the database is locked by another process"
+_READ_ONLY = "the database cannot be written"
+_BROKEN = "the database cannot use its files"
+# Errors that no statement and no value is to blame for: what they are called, by PostgreSQL's states or classes of
+# them, longest first, and by SQLite's primary result codes.
+_OUTAGES_BY_STATE = {
+    "25006": _READ_ONLY,
+    "53100": _FULL,
+    "53300": "the database takes no more connections",
+    "57P": f"{_LOST}: it is starting or stopping",
+    "08": _LOST,
+    "53": "the database is out of memory",
+    "58": _BROKEN,
+    "F0": _BROKEN,
+    "XX": _BROKEN,
+}
+_OUTAGES_BY_CODE = {
+    sqlite3.SQLITE_BUSY: _LOCKED,
+    sqlite3.SQLITE_LOCKED: _LOCKED,
+    sqlite3.SQLITE_NOMEM: "the database is out of memory",
+    sqlite3.SQLITE_READONLY: _READ_ONLY,
+    sqlite3.SQLITE_PERM: _READ_ONLY,
+    sqlite3.SQLITE_CANTOPEN: "the database cannot be opened",
+    sqlite3.SQLITE_IOERR: _BROKEN,
+    sqlite3.SQLITE_FULL: _FULL,
+    sqlite3.SQLITE_CORRUPT: "the database is damaged; `treadle db check` says how",
+    sqlite3.SQLITE_NOTADB: "the database is damaged; `treadle db check` says how",
+}
 # More than anybody reads.
 _MAX_PROBLEMS = 100
 # States of errors whose first line quotes the value that was refused.
@@ -88,6 +119,22 @@ class Dialect:
         """Whether a transaction failed only because of another one at the same time."""
         return isinstance(error, DBAPIError) and getattr(error.orig, "sqlstate", None) in _CONFLICT_STATES
 
+    def outage(self, error: BaseException) -> str | None:
+        """What keeps the database from working, in words for a client; None when a statement or a value is at fault."""
+        if isinstance(error, StoreUnavailable):
+            return error.message
+        if not isinstance(error, DBAPIError):
+            # A pool that gives out no connection within its time, say.
+            return _LOST if isinstance(error, SQLAlchemyError) else None
+        if isinstance(error.orig, sqlite3.Error):
+            return _outage_of(error.orig)
+        state = getattr(error.orig, "sqlstate", None)
+        if state is not None:
+            return next((words for start, words in _OUTAGES_BY_STATE.items() if state.startswith(start)), None)
+        # The driver's own words: it found no server, or lost it.
+        is_lost = error.connection_invalidated or isinstance(error, OperationalError | InterfaceError)
+        return _LOST if is_lost else None
+
     def describe(self, error: SQLAlchemyError) -> str:
         """What the log may say of an error: never a value of a row, which PostgreSQL's details are full of."""
         original = error.orig if isinstance(error, DBAPIError) else error
@@ -129,7 +176,7 @@ class Dialect:
         try:
             connection.execute("BEGIN IMMEDIATE")
         except sqlite3.Error as error:
-            raise StoreUnavailable("the database is locked or cannot be written") from error
+            raise StoreUnavailable(_outage_of(error) or _READ_ONLY) from error
 
     def lock_migrations(self, conn: sa.Connection) -> None:
         """Let one process at a time migrate, until the transaction ends. SQLite's write lock does that anyway."""
@@ -148,15 +195,21 @@ class Dialect:
         ]
 
     def copy(self, conn: sa.Connection, file: Path) -> None:
-        """Copy SQLite's database, as of one moment, into a new file."""
+        """Copy SQLite's database, as of one moment, into a new file. Raises StoreUnavailable."""
         assert self.is_sqlite, "PostgreSQL has tools of its own for this"
         source: Any = conn.connection.dbapi_connection
         assert isinstance(source, sqlite3.Connection)
-        target = sqlite3.connect(file)
         try:
-            source.backup(target)
-        finally:
-            target.close()
+            with closing(sqlite3.connect(file)) as target:
+                source.backup(target)
+        except sqlite3.Error as error:
+            raise StoreUnavailable(f"the database could not be copied: {error}") from error
+
+
+def _outage_of(error: sqlite3.Error) -> str | None:
+    # Errors that the driver finds by itself have no code. The low byte is the kind, the rest its circumstances.
+    code: int | None = getattr(error, "sqlite_errorcode", None)
+    return None if code is None else _OUTAGES_BY_CODE.get(code & 0xFF)
 
 
 def parse_url(url: str) -> tuple[URL, Dialect]:

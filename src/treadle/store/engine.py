@@ -43,6 +43,7 @@ class Database:
         self.writing = writing
         self._reading = reading
         self._apart = apart
+        self._outage = Outage(dialect, "reads")
         self._readers: Lanes[sa.Connection] = Lanes(
             "store-read", count=_NUM_READERS, max_waiting=_MAX_PENDING_READS, call=self._on_reader
         )
@@ -83,8 +84,12 @@ class Database:
 
     async def read(self, query: Callable[[sa.Connection], T]) -> T:
         """What `query` returns. Each of its statements sees the newest commits; they share no snapshot."""
-        with translated(self.dialect):
-            return await self._readers.run(query)
+        try:
+            found = await self._readers.run(query)
+        except SQLAlchemyError as error:
+            raise self._outage.translated(error) from error
+        self._outage.is_over()
+        return found
 
     async def write(self, work: Callable[[sa.Connection], T]) -> T:
         """What `work` returned in a transaction of its own, once that is durable. Raises what `work` raises."""
@@ -108,6 +113,35 @@ class Database:
             return work(conn)
 
 
+class Outage:
+    """Errors of one kind of work as ours. An outage is logged when it begins and when it is over, and not per failure:
+    there may be thousands a second, on a disk that is full."""
+
+    def __init__(self, dialect: Dialect, what: str) -> None:
+        self._dialect = dialect
+        self._what = what
+        self._num_failures = 0
+
+    def translated(self, error: SQLAlchemyError | StoreUnavailable) -> TreadleError:
+        """Our error for one of the database's."""
+        words = self._dialect.outage(error)
+        if words is None:
+            assert isinstance(error, SQLAlchemyError), "StoreUnavailable is an outage"
+            return translate(error, self._dialect)
+        if self._num_failures == 0:
+            # One that SQLAlchemy never saw, SQLite's lock say, is all words.
+            reason = self._dialect.describe(error) if isinstance(error, SQLAlchemyError) else str(error.__cause__ or "")
+            log.error("database outage", what=self._what, error=words, reason=reason)
+        self._num_failures += 1
+        return StoreUnavailable(words)
+
+    def is_over(self) -> None:
+        """Something worked."""
+        if self._num_failures:
+            log.info("database outage over", what=self._what, failures=self._num_failures)
+            self._num_failures = 0
+
+
 @contextmanager
 def translated(dialect: Dialect) -> Iterator[None]:
     """SQLAlchemy's errors as ours."""
@@ -120,18 +154,12 @@ def translated(dialect: Dialect) -> Iterator[None]:
 def translate(error: SQLAlchemyError, dialect: Dialect) -> TreadleError:
     """Our error for one of SQLAlchemy's. Reason and statement are logged, and never part of the message."""
     statement = error.statement if isinstance(error, DBAPIError) else None
-    reason = dialect.describe(error)
-    log.error("database failed", error=type(error).__name__, reason=reason, statement=statement or "")
+    log.error("database failed", error=type(error).__name__, reason=dialect.describe(error), statement=statement or "")
+    if (words := dialect.outage(error)) is not None:
+        return StoreUnavailable(words)
     if isinstance(error, IntegrityError):
         return ServerError("the database refused rows that contradict it")
-    if isinstance(error, DBAPIError) and not error.connection_invalidated and not _is_outage(error):
-        return ServerError("the database refused a statement")
-    return StoreUnavailable("the database does not answer")
-
-
-def _is_outage(error: DBAPIError) -> bool:
-    """Locked, full, unreadable or gone, as opposed to a wrong statement or value."""
-    return isinstance(error, sa.exc.OperationalError | sa.exc.InterfaceError)
+    return ServerError("the database refused a statement")
 
 
 # NaN and infinity are not JSON, and PostgreSQL refuses them; callers check before.

@@ -124,7 +124,7 @@ class Leases:
         return None if row is None else _record_of(row)
 
     async def in_flight(self, pool: PoolName) -> tuple[RequestId, ...]:
-        """What the last cycle handed to a worker and did not commit; for the recovery of suspects by a new leader."""
+        """What the last cycle handed to a worker and did not commit, as its leader noted it; for its successor."""
         values = {"of_pool": pool}
         ids = await self._database.read(lambda conn: conn.execute(_IN_FLIGHT, values).scalar_one_or_none())
         return tuple(RequestId(request_id) for request_id in ids or ())

@@ -1,6 +1,6 @@
 """What each pool's leader reported last, for every server that shares the database and does not lead it.
 
-It refuses to know what the facts mean. Invariant: only the leader writes (`fence`), and what a dead leader said is
+It refuses to know what the facts mean. Invariant: only the leader writes (`fence`), and what a leader before said is
 never taken for a pool that serves.
 """
 
@@ -29,7 +29,7 @@ _FACT_NAMES = frozenset(field.name for field in dataclasses.fields(PoolFacts))
 class PoolReport:
     """A pool as the database shows it.
 
-    facts: None until some leader's worker has loaded. is_ready: there is a leader, and it can run work now; `reason`
+    facts: None until some leader's worker has loaded. is_ready: its leader of now said that it can run work; `reason`
     says why not. holder: who leads, "" when nobody does. expires_in_s: how long its lease lasts if it is not renewed.
     """
 
@@ -63,7 +63,12 @@ class Pools:
             set_={name: insert.excluded[name] for name in ("facts", "updated_at")},
         )
         self._read = (
-            sa.select(leases.c.holder, (leases.c.expires_at - statements.now).label("expires_in_s"), pools.c.facts)
+            sa.select(
+                leases.c.holder,
+                leases.c.token,
+                (leases.c.expires_at - statements.now).label("expires_in_s"),
+                pools.c.facts,
+            )
             .outerjoin_from(leases, pools, leases.c.pool == pools.c.pool)
             .where(leases.c.pool == sa.bindparam("of_pool"))
         )
@@ -71,6 +76,7 @@ class Pools:
     async def publish(self, lease: LeaseRecord, *, facts: PoolFacts | None, is_ready: bool, reason: str) -> None:
         """Say how the pool is, as its leader. Raises Fenced."""
         report = {
+            "token": lease.token,
             "facts": None if facts is None else dataclasses.asdict(facts),
             "is_ready": is_ready,
             "reason": reason,
@@ -94,10 +100,12 @@ def _report_of(row: AnyRow) -> PoolReport:
     facts = None if said.get("facts") is None else _facts_of(said["facts"])
     if not row.holder or row.expires_in_s <= 0:
         return PoolReport(facts=facts)
+    # Who took over a moment ago has said nothing yet; the facts are those of the base model.
+    is_of_leader = said.get("token") == row.token
     return PoolReport(
         facts=facts,
-        is_ready=bool(said.get("is_ready")),
-        reason=said.get("reason") or "",
+        is_ready=is_of_leader and bool(said.get("is_ready")),
+        reason=(said.get("reason") or "") if is_of_leader else "",
         holder=row.holder,
         expires_in_s=row.expires_in_s,
     )

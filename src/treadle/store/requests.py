@@ -95,9 +95,14 @@ LOG = (
     .order_by(requests.c.seq_id)
     .limit(sa.bindparam("max_rows"))
 )
-_NEWEST_STEP = (
+# What ends a gradient: a step consumes it, and a load replaces it.
+_NEWEST_END = (
     sa.select(requests.c.seq_id)
-    .where(_OF_MODEL, requests.c.kind == OpKind.OPTIM_STEP.value, requests.c.state == RequestState.DONE.value)
+    .where(
+        _OF_MODEL,
+        requests.c.kind.in_((OpKind.OPTIM_STEP.value, OpKind.LOAD_WEIGHTS.value)),
+        requests.c.state == RequestState.DONE.value,
+    )
     .order_by(requests.c.seq_id.desc())
     .limit(1)
 )
@@ -256,10 +261,13 @@ class Requests:
         return [_record_of(row) for row in rows]
 
     async def failed_passes_since_step(self, model_id: ModelId) -> set[int]:
-        """The seq_ids of FAILED forward_backward rows behind the run's newest DONE optim_step (all, without one)."""
+        """What the next step reports: FAILED forward_backward rows behind the newest DONE optim_step or load_weights.
+
+        Their seq_ids; all of them when there is neither.
+        """
 
         def failed(conn: sa.Connection) -> set[int]:
-            newest = conn.execute(_NEWEST_STEP, {"of_model": model_id}).scalar_one_or_none()
+            newest = conn.execute(_NEWEST_END, {"of_model": model_id}).scalar_one_or_none()
             values = {"of_model": model_id, "after": -1 if newest is None else newest}
             return set(conn.execute(_FAILED_PASSES, values).scalars())
 

@@ -206,13 +206,13 @@ _SNAPSHOT_SEQ_IDS = (
     .where(snapshots.c.model_id.in_(_ids))
     .order_by(snapshots.c.model_id, snapshots.c.seq_id.desc())
 )
-_newest_step = (
+_newest_end = (
     sa.select(requests.c.seq_id)
     .where(
         requests.c.model_id == models.c.model_id,
         # Where the search starts; without it, a run that never stepped would be read whole.
         requests.c.seq_id <= models.c.changed_seq,
-        requests.c.kind == OpKind.OPTIM_STEP.value,
+        requests.c.kind.in_((OpKind.OPTIM_STEP.value, OpKind.LOAD_WEIGHTS.value)),
         requests.c.state == RequestState.DONE.value,
     )
     .order_by(requests.c.seq_id.desc())
@@ -220,7 +220,7 @@ _newest_step = (
     .correlate(models)
     .scalar_subquery()
 )
-_RUNS_OF_PAGE = sa.select(models.c.model_id, models.c.state, _newest_step.label("step")).where(
+_RUNS_OF_PAGE = sa.select(models.c.model_id, models.c.state, _newest_end.label("end")).where(
     models.c.model_id.in_(_ids)
 )
 # A row that is final and out of the line stays so; only its result may still be there.
@@ -252,19 +252,23 @@ class RequestSweep:
 
 @dataclass(frozen=True, slots=True)
 class _NeededLog:
-    """What of a run's log may be read again: rows behind `snapshot_seq`, and the failures behind `step_seq`."""
+    """What of a run's log may be read again: rows behind `snapshot_seq`, and the failures behind `end_seq`, the newest
+    step or load: the next step reports how many passes it had to do without since then."""
 
     snapshot_seq: int
-    step_seq: int
+    end_seq: int
     is_over: bool
 
     def needs(self, kind: str, state: str, seq_id: int) -> bool:
-        if self.is_over or kind not in _LOGGED_KINDS:
+        if self.is_over:
+            return False
+        if seq_id == self.end_seq:
+            return True
+        if kind not in _LOGGED_KINDS:
             return False
         if state == RequestState.FAILED:
-            # The next step reports how many passes it had to do without.
-            return kind == OpKind.FORWARD_BACKWARD and seq_id > self.step_seq
-        return seq_id > self.snapshot_seq or seq_id == self.step_seq
+            return kind == OpKind.FORWARD_BACKWARD and seq_id > self.end_seq
+        return seq_id > self.snapshot_seq
 
 
 class Retention:
@@ -361,8 +365,8 @@ class Retention:
     async def forget_requests(self, *, finished_before: float, after_row: int = 0) -> RequestSweep:
         """Remove finished rows without a result that no restore can need, from `after_row` on, one page of them.
 
-        A run's log stays behind its second newest snapshot; its newest step and the passes that failed behind it stay
-        for the count that the next step reports. Rows that are passed over stay for a later sweep.
+        A run's log stays behind its second newest snapshot; its newest step or load and the passes that failed behind
+        it stay for the count that the next step reports. Rows that are passed over stay for a later sweep.
         """
         page = await self._page(_FINISHED_PAGE, after_row)
         old = [row for row in page if row.finished_at is not None and row.finished_at < finished_before]
@@ -427,10 +431,10 @@ def _needed_logs(conn: sa.Connection, run_ids: Sequence[str]) -> dict[str, _Need
         run_id: _NeededLog(
             # With one snapshot only, nothing of the log may go: should it be unreadable, the start is what is left.
             snapshot_seq=seq_ids[run_id][1] if len(seq_ids[run_id]) > 1 else -1,
-            step_seq=-1 if step is None else step,
+            end_seq=-1 if end is None else end,
             is_over=state in (ModelState.UNLOADED, ModelState.FAILED),
         )
-        for run_id, state, step in conn.execute(_RUNS_OF_PAGE, {"ids": run_ids})
+        for run_id, state, end in conn.execute(_RUNS_OF_PAGE, {"ids": run_ids})
     }
 
 

@@ -34,6 +34,7 @@ _FIND_BY_KEY = sa.select(*_COLUMNS).where(
 _FINISHED = sa.select(sessions.c.session_id).where(
     sessions.c.session_id.in_(sa.bindparam("ids", expanding=True)), sessions.c.state == SessionState.FINISHED.value
 )
+_KNOWN = sa.select(sessions.c.session_id).where(sessions.c.session_id.in_(sa.bindparam("ids", expanding=True)))
 _IS_EXPIRED = sessions.c.state == SessionState.EXPIRED.value
 _TOUCH = (
     sessions.update()
@@ -97,6 +98,15 @@ class Sessions:
             return {SessionId(session_id) for found in rows for session_id in found}
 
         return await self._database.read(finished)
+
+    async def known_among(self, session_ids: Collection[SessionId]) -> set[SessionId]:
+        """Those of these sessions that were ever made here: their rows stay."""
+
+        def known(conn: sa.Connection) -> set[SessionId]:
+            rows = (conn.execute(_KNOWN, {"ids": chunk}).scalars() for chunk in chunks(list(session_ids)))
+            return {SessionId(session_id) for found in rows for session_id in found}
+
+        return await self._database.read(known)
 
     async def touch(self, session_ids: Collection[SessionId]) -> None:
         """Record a heartbeat of these sessions now, which wakes expired ones up. Unknown sessions are ignored."""

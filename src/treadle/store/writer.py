@@ -16,12 +16,11 @@ from itertools import groupby
 from typing import Any, TypeAlias, TypeVar
 
 import sqlalchemy as sa
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from treadle.domain.limits import MAX_PENDING_WRITES, MAX_WRITES_PER_COMMIT
 from treadle.errors import StoreUnavailable
-from treadle.store.dialect import Dialect
-from treadle.store.engine import Database, translate
+from treadle.store.engine import Database, Outage
 
 I = TypeVar("I")  # noqa: E741 (an item)
 T = TypeVar("T")
@@ -39,7 +38,6 @@ class _Pending:
     item: Any
     after_commit: Callable[[Any], None] | None
     answer: asyncio.Future[Any]
-    dialect: Dialect
 
     def resolve(self, value: Any) -> None:
         if self.after_commit is not None:
@@ -51,7 +49,7 @@ class _Pending:
 
     def reject(self, error: Exception) -> None:
         if not self.answer.done():
-            self.answer.set_exception(translate(error, self.dialect) if isinstance(error, SQLAlchemyError) else error)
+            self.answer.set_exception(error)
 
 
 class Writer:
@@ -62,6 +60,7 @@ class Writer:
         self._pending: deque[_Pending] = deque()
         self._has_work = asyncio.Event()
         self._is_closing = False
+        self._outage = Outage(database.dialect, "writes")
         self._task = asyncio.create_task(self._run(), name="store-writer")
 
     async def run(self, write: Callable[[sa.Connection], T], *, after_commit: Callable[[T], None] | None = None) -> T:
@@ -94,7 +93,7 @@ class Writer:
         if len(self._pending) >= MAX_PENDING_WRITES:
             raise StoreUnavailable(f"the database is behind: {MAX_PENDING_WRITES} writes are waiting")
         answer = asyncio.get_running_loop().create_future()
-        pending = _Pending(write, item, after_commit, answer, self._database.dialect)
+        pending = _Pending(write, item, after_commit, answer)
         self._pending.append(pending)
         self._has_work.set()
         return pending.answer
@@ -110,31 +109,54 @@ class Writer:
 
     async def _commit(self, group: Sequence[_Pending], *, num_tries: int = 1) -> None:
         """Commit the group as one; when a write of it fails, each of them alone."""
-        must_isolate = False
+        is_applied = False
 
         def apply(conn: sa.Connection) -> list[Any]:
-            nonlocal must_isolate
-            try:
-                return _apply(conn, group)
-            except Exception:
-                must_isolate = len(group) > 1
-                raise
+            nonlocal is_applied
+            is_applied = False
+            answers = _apply(conn, group)
+            is_applied = True
+            return answers
 
         try:
             values = await self._database.write(apply)
         except Exception as error:  # noqa: BLE001 (handed to the callers whose writes failed)
-            if must_isolate:
-                for pending in group:
-                    await self._commit([pending])
-            elif self._database.dialect.is_conflict(error) and num_tries < _MAX_TRIES:
+            if num_tries < _MAX_TRIES and self._may_pass(error, is_applied=is_applied):
                 await self._commit(group, num_tries=num_tries + 1)
+            elif len(group) > 1 and not is_applied and self._database.dialect.outage(error) is None:
+                # In front of what came meanwhile, and with it when an outage comes in between.
+                self._pending.extendleft(reversed(group))
+                for _ in range(len(group)):
+                    if self._pending:
+                        await self._commit([self._pending.popleft()])
             else:
-                # Alone, or the database itself failed: to repeat every write would wait for it once per write.
-                for pending in group:
-                    pending.reject(error)
+                self._reject(group, error)
             return
+        self._outage.is_over()
         for pending, value in zip(group, values, strict=True):
             pending.resolve(value)
+
+    def _may_pass(self, error: Exception, *, is_applied: bool) -> bool:
+        """Whether the same writes may succeed right now: another one was in the way, or the connection was lost.
+
+        Not one that was lost in the commit, which may have come through: that is for the callers to find out.
+        """
+        is_lost = isinstance(error, DBAPIError) and error.connection_invalidated and not is_applied
+        return is_lost or self._database.dialect.is_conflict(error)
+
+    def _reject(self, group: Sequence[_Pending], error: Exception) -> None:
+        """Tell the callers. In an outage also those whose writes wait: each group would wait for the database again."""
+        if isinstance(error, SQLAlchemyError | StoreUnavailable):
+            error = self._outage.translated(error)
+        if not isinstance(error, StoreUnavailable):
+            for pending in group:
+                pending.reject(error)
+            return
+        waiting = [*group, *self._pending]
+        self._pending.clear()
+        for pending in waiting:
+            # One for each: whoever raises it adds its own traceback.
+            pending.reject(StoreUnavailable(error.message))
 
 
 def _apply(conn: sa.Connection, group: Sequence[_Pending]) -> list[Any]:

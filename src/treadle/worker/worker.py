@@ -132,7 +132,9 @@ class Worker:
             try:
                 adapter = None if key is None else self._versions.get(key)
             except TreadleError as error:
-                self._refused.append(SampleOutcome(request_id=sample.request_id, failure=failure_of(error)))
+                # A blob store that is away for now: the client sends the sample again.
+                outcome = SampleOutcome(sample.request_id, failure=failure_of(error), is_transient=error.retryable)
+                self._refused.append(outcome)
                 continue
             except Exception as error:  # noqa: BLE001 (worker entry: no memory for one adapter must not end them all)
                 reraise_if_device_is_lost(error)

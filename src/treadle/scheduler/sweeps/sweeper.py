@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from treadle.blobs import BlobStore
 from treadle.config.tree import RetentionSettings
 from treadle.domain.limits import CHECKPOINT_GRACE_S, MAX_ROWS_PER_SWEEP
+from treadle.errors import StoreUnavailable
 from treadle.scheduler.sweeps.cold import ColdStorage, put_away
 from treadle.scheduler.sweeps.unnamed import UnnamedBlobs, delete_blobs, wanted_by_loads
 from treadle.store import Store
@@ -74,6 +75,9 @@ class Sweeper:
         for name, work in sweeps:
             try:
                 counts[name] = await work(self._clock())
+            except StoreUnavailable as error:
+                log.warning("sweep is left to the next time", what=name, reason=error.message)
+                self._metrics.caught_errors.labels("sweep").inc()
             except Exception as error:  # noqa: BLE001 (background sweep: what is left is swept the next time)
                 log.error("sweep failed", what=name, exc=error)
                 self._metrics.caught_errors.labels("sweep").inc()

@@ -1,9 +1,10 @@
 """Blobs that no row names: left behind by a process that died between a blob and its row, or by names that were taken
 back.
 
-It refuses to know what is in a blob. Invariant: a blob goes only when it is older than any commit that could still
-name it, and when two looks in a row found it without a name. The second look is for a request that found a name
-just before it was taken back, and whose own row came just behind the first.
+It refuses to know what is in a blob. Invariant: a blob goes only when it belongs to a session of this database, is
+older than any commit that could still name it, and two looks in a row found it without a name. The second look is for
+a request that found a name just before it was taken back, and whose own row came just behind the first. What belongs
+to no session of this database may be named by another one, whose operator gave both the same place for blobs.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Collection, Iterator
 from itertools import islice
 
 from treadle.blobs import BlobStore
-from treadle.domain.ids import BlobKey
+from treadle.domain.ids import BlobKey, session_of_blob
 from treadle.domain.limits import MAX_BLOBS_PER_QUERY, MAX_UNNAMED_BLOBS
 from treadle.domain.ops import LoadWeightsOp, OpKind
 from treadle.errors import TreadleError
@@ -41,13 +42,22 @@ class UnnamedBlobs:
         unnamed: set[BlobKey] = set()
         old = self._older_than(now - self._kept_s)
         while keys := await asyncio.to_thread(_next_chunk, old):
-            unnamed.update(await self._store.retention.unnamed(keys))
+            unnamed.update(await self._own(await self._store.retention.unnamed(keys)))
             if len(unnamed) >= MAX_UNNAMED_BLOBS:
                 break
         unnamed -= wanted
         gone = await delete_blobs(self._blobs, unnamed & self._suspects)
         self._suspects = unnamed - gone
         return len(gone)
+
+    async def _own(self, keys: Collection[BlobKey]) -> list[BlobKey]:
+        """Those of these blobs that this database's sessions made."""
+        makers = {key: session_of_blob(key) for key in keys}
+        known = await self._store.sessions.known_among({maker for maker in makers.values() if maker is not None})
+        own = [key for key, maker in makers.items() if maker in known]
+        if len(own) < len(makers):
+            log.debug("blobs of another database left alone", num_blobs=len(makers) - len(own))
+        return own
 
     def _older_than(self, written_before: float) -> Iterator[BlobKey]:
         return (BlobKey(blob.key) for blob in self._blobs.iter_blobs() if blob.written_at < written_before)
