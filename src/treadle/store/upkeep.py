@@ -13,15 +13,12 @@ import sqlalchemy as sa
 from treadle.domain.ids import BlobKey
 from treadle.domain.limits import MAX_PAGE_ROWS
 from treadle.store import migrate
+from treadle.store.blob_names import KEYS_IN_USE
 from treadle.store.dialect import parse_url
 from treadle.store.engine import Database
-from treadle.store.tables import checkpoints, requests, sampling_sessions, snapshots
 
 _NAMED = sa.union(
-    sa.select(snapshots.c.blob_key.label("key")),
-    sa.select(checkpoints.c.blob_key),
-    sa.select(sampling_sessions.c.blob_key).where(sampling_sessions.c.is_dropped.is_(sa.false())),
-    sa.select(requests.c.payload_key),
+    *(query.with_only_columns(query.selected_columns[0].label("key")) for query in KEYS_IN_USE)
 ).subquery()
 _NAMED_PAGE = (
     sa.select(_NAMED.c.key)
