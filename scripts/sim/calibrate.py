@@ -43,6 +43,8 @@ _HELD_OUT: Mapping[str, tuple[Group, ...]] = {
         Group("flooder", 1, Habit(LENGTH_MIXES["short"], datums=16, depth=4, passes_per_step=2)),
     ),
 }
+# Those of the fitted loads under which somebody always waits: between two cycles nobody's client is waited for.
+_NEVER_IDLE = ("some", "full", "large")
 _WARMUP_S = 2.0
 
 
@@ -59,8 +61,9 @@ def calibrate(*, source: Path, load_s: float, rounds: int, deaths: int) -> dict[
             server.stop()
     fitted = {name: loads[name] for name in _FITTED}
     coefficients = fit(_samples(fitted.values(), packed_tokens))
-    outside_s = statistics.median(_gaps_s(loads["full"])) * _quiet_share(loads["full"])
-    turns_s = [gap_s * _quiet_share(loads["single"]) - outside_s for gap_s in _gaps_s(loads["single"])]
+    outside_s, outside_token_s = _fit_outside([loads[name] for name in _NEVER_IDLE])
+    single_s = outside_s + outside_token_s * statistics.median(cycle.num_tokens for cycle in loads["single"].cycles)
+    turns_s = [gap_s * _quiet_share(loads["single"]) - single_s for gap_s in _gaps_s(loads["single"])]
     turn_s = max(0.0, statistics.median(turns_s))
     submits_s = [gap_s * _quiet_share(loads["single"]) for gap_s in loads["single"].submit_gaps_s]
     submit_s = statistics.median(submits_s)
@@ -69,6 +72,7 @@ def calibrate(*, source: Path, load_s: float, rounds: int, deaths: int) -> dict[
         token_s=coefficients["token_s"],
         op_s=coefficients["op_s"],
         outside_s=outside_s,
+        outside_token_s=outside_token_s,
         client_s=turn_s,
         client_cv=_spread_of(turns_s) / turn_s if turn_s else 0.0,
         submit_s=submit_s,
@@ -132,6 +136,14 @@ def _gaps_s(load: RealLoad) -> list[float]:
     ]
 
 
+def _fit_outside(loads: Sequence[RealLoad]) -> tuple[float, float]:
+    """Seconds between cycles per cycle, and per token of one: a line through each load's median, never a falling one."""
+    tokens = [statistics.median(cycle.num_tokens for cycle in load.cycles) for load in loads]
+    gaps_s = [statistics.median(_gaps_s(load)) * _quiet_share(load) for load in loads]
+    slope, intercept = statistics.linear_regression(tokens, gaps_s)
+    return (intercept, slope) if slope > 0 < intercept else (statistics.median(gaps_s), 0.0)
+
+
 def _spread_of(values: Sequence[float]) -> float:
     """A standard deviation that outliers do not move: the middle half of a normal distribution is 1.35 wide."""
     low, _, high = statistics.quantiles(values, n=4)
@@ -193,7 +205,7 @@ def _compared(groups: tuple[Group, ...], load: RealLoad, costs: Costs) -> dict[s
 
 
 def _slowed(costs: Costs, slowdown: float) -> Costs:
-    names = ("forward_s", "token_s", "op_s", "outside_s", "client_s", "submit_s")
+    names = ("forward_s", "token_s", "op_s", "outside_s", "outside_token_s", "client_s", "submit_s")
     return replace(costs, **{name: slowdown * getattr(costs, name) for name in names})
 
 

@@ -43,7 +43,7 @@ def _fairness(costs: Costs, seed: int) -> dict[str, Figures]:
 def _beside_a_flooder(costs: Costs, seed: int) -> dict[str, Figures]:
     """A small tenant's step beside 15 like it, and beside 14 and a flooder. Aim: one cycle and 10 % more."""
     alike, flooded = (simulate(scenario(name), costs, seed=seed) for name in ("small-16", "flooder"))
-    cycle_s = flooded["compute_s_per_cycle"] + costs.outside_s
+    cycle_s = flooded["compute_s_per_cycle"] + costs.between_s(flooded["tokens_per_cycle"])
     table = {}
     for figure in ("mean", "p50", "p95", "p99"):
         before, after = (run["groups"]["small"]["step_s"][figure] for run in (alike, flooded))

@@ -34,7 +34,7 @@ def pid_of(driver: Driver) -> int:
 
 
 async def test_a_hung_worker_is_killed_and_the_spare_takes_over(config: WorkerConfig, spare: Spare) -> None:
-    async with started(LocalExecutor(config, spare=spare, hang_after_s=2.0)) as driver:
+    async with started(LocalExecutor(config, spare=spare, spare_after_s=0.0, hang_after_s=2.0)) as driver:
         run, facts = await Run(driver).trained(), driver.facts
         logprobs = await run.logprobs()
         reserve = waiting_in(spare)
@@ -43,8 +43,9 @@ async def test_a_hung_worker_is_killed_and_the_spare_takes_over(config: WorkerCo
         with pytest.raises(WorkerDied, match="hung: no progress for 2 s"):
             await driver.run(run.backward())
         assert ["hung" in reason for reason in driver.deaths] == [True]
-    async with started(LocalExecutor(config, spare=spare)) as driver:
+    async with started(LocalExecutor(config, spare=spare, spare_after_s=0.0)) as driver:
         assert pid_of(driver) == reserve.process.pid
+        await asyncio.sleep(0.05)
         assert waiting_in(spare).process.pid != reserve.process.pid
         assert_same(await (await Run(driver).trained()).logprobs(), logprobs)
         assert driver.facts == facts, "the warm-up of a spare changes nothing, the numerics profile included"

@@ -52,6 +52,8 @@ Args = TypeVarTuple("Args")
 
 # How long a worker may take to leave after Stop before it is killed.
 STOP_TIMEOUT_S = 10.0
+# A spare's imports take seconds of a core, which a worker that was just started needs for what it has to make up for.
+SPARE_AFTER_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +71,14 @@ class LocalExecutor:
         *,
         command: Sequence[str] = WORKER_COMMAND,
         spare: Spare | None = None,
+        spare_after_s: float = SPARE_AFTER_S,
         hang_after_s: float = HANG_AFTER_S,
     ) -> None:
         self._config = config
         self._command = command
         self._spare = spare
+        self._spare_after_s = spare_after_s
+        self._spare_timer: asyncio.TimerHandle | None = None
         self._hang_after_s = hang_after_s
         self._child: StartedProcess | None = None
         self._outbox: queue.SimpleQueue[ToWorker | None] = queue.SimpleQueue()
@@ -121,8 +126,7 @@ class LocalExecutor:
         facts = await self._loaded
         self._watching = asyncio.create_task(self._watch(), name="worker watch")
         if self._spare is not None:
-            # Not before: its imports would have taken the cores that this worker's start needed.
-            self._spare.prepare(self._command)
+            self._spare_timer = loop.call_later(self._spare_after_s, self._spare.prepare, self._command)
         return facts
 
     async def run_cycle(self, work: CycleWork) -> CycleOutcome:
@@ -164,8 +168,7 @@ class LocalExecutor:
     async def stop(self) -> None:
         """See Executor.stop."""
         self._is_stopping = True
-        if self._watching is not None:
-            self._watching.cancel()
+        self._cancel_timers()
         if self._child is None:
             return
         process = self._child.process
@@ -174,6 +177,11 @@ class LocalExecutor:
         if not self._has_loaded:
             process.kill()  # still loading: nothing in it is worth waiting for
         await asyncio.to_thread(_wait_or_kill, process)
+
+    def _cancel_timers(self) -> None:
+        for timer in (self._watching, self._spare_timer):
+            if timer is not None:
+                timer.cancel()
 
     @property
     def _has_loaded(self) -> bool:
@@ -264,8 +272,7 @@ class LocalExecutor:
         reason = self._hang_reason or f"the worker process ended with status {status}"
         self._death_reason = reason
         self._outbox.put(None)
-        if self._watching is not None:
-            self._watching.cancel()
+        self._cancel_timers()
         waiting = [self._loaded, *(one.outcome for one in self._cycles.values()), *self._calls.values()]
         was_loaded = self._has_loaded
         for future in waiting:

@@ -22,7 +22,8 @@ class Costs:
 
     Worker: cycle_s per cycle, forward_s per forward and backward of a pack, token_s per row of it (padding included),
     op_s per op, restore_s to read one run's state back, snapshot_s of the device's thread to copy one out.
-    Scheduler: outside_s per cycle for reading heads, planning and committing, while the worker waits.
+    Scheduler: outside_s per cycle for reading heads, planning and committing, while the worker waits, and
+    outside_token_s for each of its tokens: payloads are read and results stored.
     Client: client_s from a commit until the client's next request is a row, varying by client_cv; submit_s, submit_cv
     between requests that a client sends together.
     Beside them: write_s until a snapshot that was copied is durable, respawn_s from a worker's death until the next one
@@ -35,6 +36,7 @@ class Costs:
     cycle_s: float = 0.0
     op_s: float = 0.0
     outside_s: float = 0.0
+    outside_token_s: float = 0.0
     client_s: float = 0.0
     client_cv: float = 0.0
     submit_s: float = 0.0
@@ -63,6 +65,10 @@ class Costs:
             + self.op_s * num_ops
             + self.restore_s * num_restores
         )
+
+    def between_s(self, num_tokens: int) -> float:
+        """What a cycle of so many tokens takes beside its computing."""
+        return self.outside_s + self.outside_token_s * num_tokens
 
     def to_json(self) -> dict[str, Any]:
         """As `from_json` reads it."""

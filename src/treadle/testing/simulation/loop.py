@@ -230,7 +230,7 @@ class Loop:
         self._in_flight = _InFlight(plan, rows, restores, compute_s, facts)
         # What a snapshot took of the device since the last cycle delays this one.
         taken_s, self._owed_s = self._owed_s, 0.0
-        duration_s = self._costs.outside_s + taken_s + compute_s
+        duration_s = self._costs.between_s(sum(quanta)) + taken_s + compute_s
         self._timeline.after(duration_s, partial(self._finish_cycle, self._epoch))
 
     def _policy_input(self) -> PolicyInput:
