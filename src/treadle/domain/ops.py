@@ -28,8 +28,10 @@ class OpKind(StrEnum):
     OPTIM_STEP = "optim_step"
     SAVE_WEIGHTS = "save_weights"
     SAVE_FOR_SAMPLER = "save_weights_for_sampler"
+    SAVE_EXTERNAL = "save_weights_external"
     UNLOAD_MODEL = "unload_model"
     SAMPLE = "sample"
+    CREATE_CUSTOM_LOSS = "create_custom_loss"
 
 
 class Phase(StrEnum):
@@ -50,10 +52,10 @@ def phase_of(kind: OpKind) -> Phase:
             return Phase.PASS
         case OpKind.OPTIM_STEP:
             return Phase.STEP
-        case OpKind.SAVE_WEIGHTS | OpKind.SAVE_FOR_SAMPLER | OpKind.UNLOAD_MODEL:
+        case OpKind.SAVE_WEIGHTS | OpKind.SAVE_FOR_SAMPLER | OpKind.SAVE_EXTERNAL | OpKind.UNLOAD_MODEL:
             return Phase.PUBLISH
-        case OpKind.SAMPLE:
-            raise AssertionError("samples are never planned into a cycle")
+        case OpKind.SAMPLE | OpKind.CREATE_CUSTOM_LOSS:
+            raise AssertionError(f"{kind} is never planned into a cycle")
         case _:
             assert_never(kind)
 
@@ -163,6 +165,17 @@ class SaveForSamplerOp:
 
 
 @dataclass(frozen=True, slots=True)
+class SaveExternalOp:
+    """Weights as a PEFT directory for use elsewhere, in files encrypted to `recipients` (age) if there are any."""
+
+    model_id: ModelId
+    seq_id: int
+    name: str
+    ttl_s: int | None = None
+    recipients: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class UnloadModelOp:
     model_id: ModelId
     seq_id: int
@@ -191,6 +204,11 @@ class SampleOp:
     """`num_samples` continuations of one prompt from one set of weights.
 
     Weights: `blob_key` names sampler or training weights in the blob store, None is the bare base model.
+    topk_sample_logprobs: alternatives per sampled token. target_prompt_logprobs: int32 [P - 1, K] token ids whose
+    logprobs are wanted at each position behind the first, -1 where none is; target_is_sparse: the answer is laid out
+    as CSR like the request was. prompt_alt_tokens_k: tokens drawn at each position of the prompt instead of its own.
+    prompt_logprobs_last_n: only the last n positions of the prompt are scored. record_stability_info: what is sampled
+    is kept for stable_reinforce.
     """
 
     sampling_session_id: SamplingSessionId
@@ -201,9 +219,24 @@ class SampleOp:
     blob_key: BlobKey | None = None
     wants_prompt_logprobs: bool = False
     topk_prompt_logprobs: int = 0
+    topk_sample_logprobs: int = 0
+    target_prompt_logprobs: NDArray[np.int32] | None = None
+    target_is_sparse: bool = False
+    prompt_alt_tokens_k: int = 0
+    prompt_logprobs_last_n: int | None = None
+    record_stability_info: bool = False
 
 
-TrainingOp = CreateModelOp | LoadWeightsOp | PassOp | OptimStepOp | SaveWeightsOp | SaveForSamplerOp | UnloadModelOp
+TrainingOp = (
+    CreateModelOp
+    | LoadWeightsOp
+    | PassOp
+    | OptimStepOp
+    | SaveWeightsOp
+    | SaveForSamplerOp
+    | SaveExternalOp
+    | UnloadModelOp
+)
 Op = TrainingOp | SampleOp
 
 
@@ -222,6 +255,8 @@ def kind_of(op: Op) -> OpKind:
             return OpKind.SAVE_WEIGHTS
         case SaveForSamplerOp():
             return OpKind.SAVE_FOR_SAMPLER
+        case SaveExternalOp():
+            return OpKind.SAVE_EXTERNAL
         case UnloadModelOp():
             return OpKind.UNLOAD_MODEL
         case SampleOp():

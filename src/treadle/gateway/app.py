@@ -21,7 +21,25 @@ from treadle.gateway.answers import json_response
 from treadle.gateway.context import Gateway
 from treadle.gateway.deps import GatewayDeps
 from treadle.gateway.middleware import ErrorMiddleware
-from treadle.gateway.routes import clock, futures, models, runs, sampling, service, sessions, tokenizers, training
+from treadle.gateway.routes import (
+    account,
+    anthropic,
+    checkpoints,
+    clock,
+    custom_losses,
+    external,
+    futures,
+    legacy,
+    models,
+    openai,
+    openapi,
+    runs,
+    sampling,
+    service,
+    sessions,
+    tokenizers,
+    training,
+)
 
 
 def create_app(deps: GatewayDeps) -> FastAPI:
@@ -37,7 +55,25 @@ def create_app(deps: GatewayDeps) -> FastAPI:
             await gateway.stop()
 
     # Routes are tried in order; the busy ones come first.
-    resources = (training, futures, sessions, sampling, models, service, runs, clock, tokenizers)
+    resources = (
+        training,
+        futures,
+        sessions,
+        sampling,
+        models,
+        service,
+        checkpoints,
+        external,
+        runs,
+        account,
+        custom_losses,
+        openai,
+        anthropic,
+        clock,
+        tokenizers,
+        legacy,
+        openapi,
+    )
     # No interactive docs: their pages load scripts from elsewhere, and the API's client is the SDK.
     app = FastAPI(
         title="treadle",

@@ -60,6 +60,8 @@ sessions = sa.Table(
     sa.Column("finished_at", sa.Double),
     sa.Column("finish_reason", sa.Text),
     sa.Column("finish_detail", sa.Text),
+    # TINKER_TAGS of the client.
+    sa.Column("tags", sa.JSON, nullable=False, server_default=sa.text("'[]'")),
     # A session without a key conflicts with none: NULLs are distinct.
     sa.UniqueConstraint("tenant_id", "idempotency_key"),
 )
@@ -130,6 +132,8 @@ sampling_sessions = sa.Table(
     sa.Column("is_dropped", sa.Boolean, nullable=False, server_default=sa.false()),
     # Of the save that made it.
     sa.Column("seq_id", sa.BigInteger),
+    # "inflight": its clients take newer weights of the same run as they come.
+    sa.Column("kind", sa.Text, nullable=False, server_default=sa.text("'snapshot'")),
 )
 sa.Index("ix_sampling_sessions_session", sampling_sessions.c.session_id)
 _s = sampling_sessions.c
@@ -221,6 +225,10 @@ checkpoints = sa.Table(
     sa.Column("public", sa.Boolean, nullable=False),
     sa.Column("expires_at", sa.Double),
     sa.Column("user_metadata", sa.JSON, nullable=False),
+    # External weights whose files only the holders of an age key can read.
+    sa.Column("is_encrypted", sa.Boolean, nullable=False, server_default=sa.false()),
+    # The path that it is a copy of; the two share their blob.
+    sa.Column("copied_from", sa.Text),
 )
 sa.Index("ix_checkpoints_model", checkpoints.c.model_id, checkpoints.c.kind, checkpoints.c.created_at)
 sa.Index("ix_checkpoints_tenant", checkpoints.c.tenant_id, checkpoints.c.created_at)
@@ -275,4 +283,73 @@ pools = sa.Table(
     sa.Column("pool", sa.Text, primary_key=True),
     sa.Column("facts", sa.JSON, nullable=False),
     sa.Column("updated_at", sa.Double, nullable=False),
+)
+
+# Losses that clients traced, under the id that passes name.
+custom_losses = sa.Table(
+    "custom_losses",
+    metadata,
+    sa.Column("loss_id", sa.Text, primary_key=True),
+    sa.Column("session_id", sa.Text, sa.ForeignKey(sessions.c.session_id), nullable=False),
+    sa.Column("tenant_id", sa.Text, nullable=False),
+    sa.Column("custom_loss_seq_id", sa.BigInteger, nullable=False),
+    sa.Column("name", sa.Text, nullable=False),
+    # Inputs and graph as checked, canonical JSON.
+    sa.Column("definition", sa.LargeBinary, nullable=False),
+    sa.Column("created_at", sa.Double, nullable=False),
+    sa.UniqueConstraint("session_id", "custom_loss_seq_id"),
+)
+
+# What was sampled with record_stability_info, by the id of the sequence: the policy's own tokens and logprobs.
+stability_records = sa.Table(
+    "stability_records",
+    metadata,
+    sa.Column("sequence_id", sa.Text, primary_key=True),
+    sa.Column("session_id", sa.Text, sa.ForeignKey(sessions.c.session_id), nullable=False),
+    sa.Column("tenant_id", sa.Text, nullable=False),
+    sa.Column("last_used_at", sa.Double, nullable=False, index=True),
+    # int32 and float32, little-endian, one entry per sampled token.
+    sa.Column("tokens", sa.LargeBinary, nullable=False),
+    sa.Column("logprobs", sa.LargeBinary, nullable=False),
+)
+
+# Who did what to things that outlive a request.
+audit_log = sa.Table(
+    "audit_log",
+    metadata,
+    sa.Column("audit_id", _RowId, primary_key=True, autoincrement=True),
+    sa.Column("tenant_id", sa.Text, nullable=False),
+    sa.Column("created_at", sa.Double, nullable=False),
+    # checkpoints, projects, teams or organizations.
+    sa.Column("event_type", sa.Text, nullable=False),
+    sa.Column("event", sa.Text, nullable=False),
+    sa.Column("details", sa.JSON, nullable=False),
+    sa.Column("model_id", sa.Text),
+    sa.Column("tinker_path", sa.Text),
+    sa.Column("purpose", sa.Text),
+)
+sa.Index("ix_audit_log_tenant", audit_log.c.tenant_id, audit_log.c.created_at)
+
+# What was used, summed per hour.
+usage_events = sa.Table(
+    "usage_events",
+    metadata,
+    sa.Column("tenant_id", sa.Text, primary_key=True),
+    # The hour's first second.
+    sa.Column("bucket_start", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("session_id", sa.Text, primary_key=True),
+    sa.Column("base_model", sa.Text, primary_key=True),
+    # training, sampling_prefill, sampling_prefill_cached, sampling_sample (tokens), checkpoint (number), storage
+    # (byte-seconds).
+    sa.Column("kind", sa.Text, primary_key=True),
+    sa.Column("amount", sa.Double, nullable=False),
+)
+
+# What all gateways of a database must agree on: the key that signs tokens and URLs.
+secrets = sa.Table(
+    "secrets",
+    metadata,
+    sa.Column("name", sa.Text, primary_key=True),
+    sa.Column("value", sa.Text, nullable=False),
+    sa.Column("created_at", sa.Double, nullable=False),
 )
