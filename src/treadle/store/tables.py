@@ -60,8 +60,8 @@ sessions = sa.Table(
     sa.Column("finished_at", sa.Double),
     sa.Column("finish_reason", sa.Text),
     sa.Column("finish_detail", sa.Text),
-    # TINKER_TAGS of the client.
-    sa.Column("tags", sa.JSON, nullable=False, server_default=sa.text("'[]'")),
+    # TINKER_TAGS of the client; NULL in rows of the first releases.
+    sa.Column("tags", sa.JSON),
     # A session without a key conflicts with none: NULLs are distinct.
     sa.UniqueConstraint("tenant_id", "idempotency_key"),
 )

@@ -18,7 +18,7 @@ def upgrade() -> None:
 
 
 def _add_columns() -> None:
-    op.add_column("sessions", sa.Column("tags", sa.JSON(), nullable=False, server_default=sa.text("'[]'")))
+    op.add_column("sessions", sa.Column("tags", sa.JSON()))
     op.add_column(
         "sampling_sessions", sa.Column("kind", sa.Text(), nullable=False, server_default=sa.text("'snapshot'"))
     )
