@@ -167,7 +167,6 @@ async def test_clones_count_from_far_away(gateway: Harness, sampler_id: str) -> 
         ({"sampling_params": {"presence_penalty": 1}}, "presence_penalty"),
         ({"sampling_params": {"stop": [1, "a"]}}, "stop"),
         ({"prompt_alt_tokens_k": 3}, "prompt_alt_tokens_k"),
-        ({"record_stability_info": True}, "record_stability_info"),
     ],
 )
 async def test_a_sample_that_cannot_be_honoured_has_sequence_ids_all_the_same(

@@ -192,7 +192,6 @@ def test_an_overlong_request_is_refused_in_the_words_that_clients_look_for():
         ({"target_prompt_logprobs": {"data": [1], "dtype": "int64"}}, "target_prompt_logprobs"),
         ({"prompt_alt_tokens_k": 2}, "prompt_alt_tokens_k"),
         ({"prompt_logprobs_last_n": 1}, "prompt_logprobs_last_n"),
-        ({"record_stability_info": True}, "record_stability_info"),
     ],
 )
 def test_features_that_are_lacking_are_named(fields, name):

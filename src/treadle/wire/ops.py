@@ -175,6 +175,7 @@ def sample_op(body: SampleBody, *, blob_key: BlobKey | None, limits: PassLimits,
         blob_key=blob_key,
         wants_prompt_logprobs=body.prompt_logprobs,
         topk_prompt_logprobs=body.topk_prompt_logprobs,
+        record_stability_info=body.record_stability_info,
     )
 
 
@@ -214,7 +215,6 @@ def _refuse_missing_features(body: SampleBody) -> None:
         "target_prompt_logprobs": body.target_prompt_logprobs is not None,
         "prompt_alt_tokens_k": body.prompt_alt_tokens_k != 0,
         "prompt_logprobs_last_n": body.prompt_logprobs_last_n is not None,
-        "record_stability_info": body.record_stability_info,
     }
     names = [name for name, is_asked in asked.items() if is_asked]
     if names:

@@ -86,4 +86,5 @@ def _sample_op(fields: dict[str, Any]) -> SampleOp:
         blob_key=fields["blob_key"],
         wants_prompt_logprobs=fields["wants_prompt_logprobs"],
         topk_prompt_logprobs=fields["topk_prompt_logprobs"],
+        record_stability_info=fields.get("record_stability_info", False),
     )
