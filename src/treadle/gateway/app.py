@@ -21,6 +21,7 @@ from treadle.gateway.answers import json_response
 from treadle.gateway.context import Gateway
 from treadle.gateway.deps import GatewayDeps
 from treadle.gateway.middleware import ErrorMiddleware
+from treadle.gateway.openapi import openapi_document
 from treadle.gateway.routes import (
     account,
     anthropic,
@@ -32,7 +33,6 @@ from treadle.gateway.routes import (
     legacy,
     models,
     openai,
-    openapi,
     runs,
     sampling,
     service,
@@ -72,8 +72,8 @@ def create_app(deps: GatewayDeps) -> FastAPI:
         clock,
         tokenizers,
         legacy,
-        openapi,
     )
+    endpoints = [endpoint for resource in resources for endpoint in resource.router.endpoints]
     # No interactive docs: their pages load scripts from elsewhere, and the API's client is the SDK.
     app = FastAPI(
         title="treadle",
@@ -87,6 +87,9 @@ def create_app(deps: GatewayDeps) -> FastAPI:
         lifespan=lifespan,
     )
     app.state.gateway = gateway
+    document = openapi_document(endpoints, title="treadle", version=__version__)
+    # FastAPI serves it at /openapi.json.
+    app.openapi = lambda: document  # type: ignore[method-assign]
     return app
 
 

@@ -29,7 +29,8 @@ Handler: TypeAlias = Callable[..., Awaitable[Response]]
 class Endpoint:
     """What the OpenAPI document says about one route.
 
-    body: what its JSON body is checked against; body_type: the media type of a body that is not JSON. answer: the JSON
+    body: what its JSON body is checked against; body_type: the media type of a body that is not JSON. query: its query
+    parameters. answer: the JSON
     that it answers with, None when that is empty or not JSON. status: of that answer. is_public: it needs no key.
     """
 
@@ -38,6 +39,7 @@ class Endpoint:
     handler: Handler
     body: type[BaseModel] | None = None
     body_type: str = "application/json"
+    query: type[BaseModel] | None = None
     answer: type[BaseModel] | None = None
     answer_type: str = "application/json"
     status: int = 200

@@ -18,11 +18,13 @@ from treadle.gateway.context import Gateway, gateway_of
 from treadle.gateway.paging import page_of
 from treadle.gateway.routing import Resource
 from treadle.gateway.waiting import why_queued
+from treadle.wire.answers import RequestAnswer, RunTimingAnswer
+from treadle.wire.queries import PageQuery
 
 router = Resource("/api/v1/treadle")
 
 
-@router.get("/requests/{request_id}")
+@router.get("/requests/{request_id}", answer=RequestAnswer)
 async def get_request(request: Request, request_id: str) -> Response:
     """One request of the caller: its state and, while it is queued, what is in front of it and why it waits."""
     gateway = gateway_of(request)
@@ -45,7 +47,7 @@ async def get_request(request: Request, request_id: str) -> Response:
     return json_response(body)
 
 
-@router.get("/runs/{model_id}/timing")
+@router.get("/runs/{model_id}/timing", query=PageQuery, answer=RunTimingAnswer)
 async def get_run_timing(request: Request, model_id: str) -> Response:
     """Where the time of a run's recent passes and steps went, newest first, and what of it waits now."""
     gateway = gateway_of(request)

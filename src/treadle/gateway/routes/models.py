@@ -29,6 +29,7 @@ from treadle.gateway.intake import (
     op_place,
 )
 from treadle.gateway.routing import Resource
+from treadle.wire.answers import FutureAnswer, GetInfoAnswer
 from treadle.wire.bodies import (
     CreateModelBody,
     GetInfoBody,
@@ -50,7 +51,7 @@ LOADABLE = (CheckpointKind.TRAINING,)
 MAX_UNLOAD_ATTEMPTS = 8
 
 
-@router.post("/create_model")
+@router.post("/create_model", body=CreateModelBody, answer=FutureAnswer)
 async def create_model(request: Request) -> Response:
     """A fresh run `{session}:train:{n}`; its row and the request that creates it are one transaction."""
     gateway = gateway_of(request)
@@ -74,7 +75,7 @@ async def create_model(request: Request) -> Response:
     return await _answer_run(gateway, record, place, pool, op, body)
 
 
-@router.post("/load_weights")
+@router.post("/load_weights", body=LoadWeightsBody, answer=FutureAnswer)
 async def load_weights(request: Request) -> Response:
     """A checkpoint into a run (model_id, seq_id), or as the start of a new one (session_id, model_seq_id)."""
     gateway = gateway_of(request)
@@ -102,7 +103,7 @@ async def load_weights(request: Request) -> Response:
     return await _answer_run(gateway, record, place, pool, op, body)
 
 
-@router.post("/get_info")
+@router.post("/get_info", body=GetInfoBody, answer=GetInfoAnswer)
 async def get_info(request: Request) -> Response:
     """What a run is made of. The tokenizer is a directory for a client on this machine, else the base model's name."""
     gateway = gateway_of(request)
@@ -132,7 +133,7 @@ async def get_info(request: Request) -> Response:
     )
 
 
-@router.post("/unload_model")
+@router.post("/unload_model", body=UnloadModelBody, answer=FutureAnswer)
 async def unload_model(request: Request) -> Response:
     """The end of a run. SDKs send no seq_id with it, so without one it goes behind everything queued."""
     gateway = gateway_of(request)

@@ -42,7 +42,7 @@ TOKENIZER_FILES = (
 MAX_TOKENIZER_BYTES = 256 * 2**20
 
 
-@router.get("/{name:path}")
+@router.get("/{name:path}", answer_type="application/x-tar")
 async def get_tokenizer(request: Request, name: str) -> Response:
     """An uncompressed tar of the tokenizer of base model `name`; files at its root, without owners or times."""
     gateway = gateway_of(request)

@@ -1,0 +1,142 @@
+"""The OpenAPI document, made from what routes say about themselves: their paths, bodies, answers and docstrings.
+
+Nothing in it is written by hand, so it cannot part from the code; a test freezes it and compares real answers with it.
+It refuses to know what any route does. Invariant: the same routes give the same document, byte for byte.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.json_schema import JsonSchemaMode, models_json_schema
+
+from treadle.gateway.routing import Endpoint
+from treadle.wire.answers import ErrorAnswer
+
+JSON = "application/json"
+_REF = "#/components/schemas/{model}"
+_PATH_PARAMETER = re.compile(r"{(\w+)(?::(\w+))?}")
+_KEY_SCHEMES = {
+    "apiKey": {"type": "apiKey", "in": "header", "name": "X-API-Key", "description": "The header that the SDK sends."},
+    "bearer": {"type": "http", "scheme": "bearer", "description": "The same key, for plain HTTP clients."},
+}
+_ERRORS = {
+    "400": "A value that cannot be honoured; `detail` names it.",
+    "401": "No key, or one that nobody holds.",
+    "404": "The id names nothing that the caller may see.",
+    "503": "Not now: the server is stopping, a model is loading, or the database is away. Ask again.",
+}
+
+Schemas = Mapping[Any, Mapping[str, Any]]
+
+
+def openapi_document(endpoints: Iterable[Endpoint], *, title: str, version: str) -> dict[str, Any]:
+    """The document of these endpoints, in the order of their paths."""
+    ordered = sorted(endpoints, key=lambda endpoint: (_openapi_path(endpoint.path), endpoint.method))
+    schemas, definitions = models_json_schema(_models_of(ordered), ref_template=_REF)
+    paths: dict[str, dict[str, Any]] = {}
+    for endpoint in ordered:
+        path = paths.setdefault(_openapi_path(endpoint.path), {})
+        path[endpoint.method.lower()] = _operation(endpoint, schemas)
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": title, "version": version, "description": _DESCRIPTION},
+        "paths": paths,
+        "components": {"schemas": definitions.get("$defs", {}), "securitySchemes": _KEY_SCHEMES},
+    }
+
+
+_DESCRIPTION = (
+    "The Tinker API as the official SDK speaks it, treadle's own endpoints about waiting, and chat in the forms of "
+    "OpenAI and Anthropic. Training ops and samples are answered with a future, whose result retrieve_future gives."
+)
+
+
+def _models_of(endpoints: Iterable[Endpoint]) -> list[tuple[type[BaseModel], JsonSchemaMode]]:
+    models: dict[tuple[type[BaseModel], JsonSchemaMode], None] = {(ErrorAnswer, "serialization"): None}
+    for endpoint in endpoints:
+        if endpoint.body is not None:
+            models[endpoint.body, "validation"] = None
+        if endpoint.answer is not None:
+            models[endpoint.answer, "serialization"] = None
+    return list(models)
+
+
+def _operation(endpoint: Endpoint, schemas: Schemas) -> dict[str, Any]:
+    summary, description = _texts(endpoint)
+    operation: dict[str, Any] = {
+        "operationId": f"{_resource(endpoint)}_{endpoint.handler.__name__}_{endpoint.method.lower()}",
+        "tags": [_resource(endpoint)],
+        "summary": summary,
+        "description": description,
+        "responses": _responses(endpoint, schemas),
+    }
+    if parameters := [*_path_parameters(endpoint.path), *_query_parameters(endpoint)]:
+        operation["parameters"] = parameters
+    if (body := _body(endpoint, schemas)) is not None:
+        operation["requestBody"] = body
+    operation["security"] = [] if endpoint.is_public else [{"apiKey": []}, {"bearer": []}]
+    return operation
+
+
+def _texts(endpoint: Endpoint) -> tuple[str, str]:
+    """The first sentence of the handler's docstring, and all of it."""
+    text = " ".join((inspect.getdoc(endpoint.handler) or "").split())
+    assert text, f"{endpoint.method} {endpoint.path} has no docstring"
+    sentence, _, _ = text.partition(". ")
+    return sentence.rstrip("."), text
+
+
+def _resource(endpoint: Endpoint) -> str:
+    return endpoint.handler.__module__.rpartition(".")[2]
+
+
+def _path_parameters(path: str) -> list[dict[str, Any]]:
+    return [
+        {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+        for name, _converter in _PATH_PARAMETER.findall(path)
+    ]
+
+
+def _query_parameters(endpoint: Endpoint) -> list[dict[str, Any]]:
+    if endpoint.query is None:
+        return []
+    schema = endpoint.query.model_json_schema(ref_template=_REF)
+    required = set(schema.get("required", ()))
+    parameters = []
+    for name, field in schema.get("properties", {}).items():
+        parameter = {"name": name, "in": "query", "required": name in required, "schema": field}
+        if "description" in field:
+            parameter["description"] = field["description"]
+        parameters.append(parameter)
+    return parameters
+
+
+def _body(endpoint: Endpoint, schemas: Schemas) -> dict[str, Any] | None:
+    if endpoint.body is not None:
+        return {"required": True, "content": {JSON: {"schema": dict(schemas[endpoint.body, "validation"])}}}
+    if endpoint.body_type != JSON:
+        return {"required": True, "content": {endpoint.body_type: {"schema": {"type": "string", "format": "binary"}}}}
+    return None
+
+
+def _responses(endpoint: Endpoint, schemas: Schemas) -> dict[str, Any]:
+    content: dict[str, Any] = {}
+    if endpoint.answer is not None:
+        content[JSON] = {"schema": dict(schemas[endpoint.answer, "serialization"])}
+    elif endpoint.answer_type == JSON:
+        content[JSON] = {"schema": {"type": "object"}}
+    if endpoint.answer_type != JSON:
+        content[endpoint.answer_type] = {"schema": {"type": "string", "format": "binary"}}
+    answers = {str(endpoint.status): {"description": "Done.", "content": content}}
+    error = {JSON: {"schema": dict(schemas[ErrorAnswer, "serialization"])}}
+    statuses = ["503"] if endpoint.is_public else list(_ERRORS)
+    return answers | {status: {"description": _ERRORS[status], "content": error} for status in statuses}
+
+
+def _openapi_path(path: str) -> str:
+    return _PATH_PARAMETER.sub(r"{\1}", path)

@@ -1,7 +1,0 @@
-"""The OpenAPI document."""
-
-from __future__ import annotations
-
-from treadle.gateway.routing import Resource
-
-router = Resource()
