@@ -195,6 +195,10 @@ class CheckpointRecord:
     public: bool = False
     expires_at: float | None = None
     user_metadata: Mapping[str, str] = field(default_factory=dict)
+    # External weights whose files only the holders of an age key can read.
+    is_encrypted: bool = False
+    # The path that it is a copy of.
+    copied_from: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -165,6 +165,13 @@ def export_vllm(data: bytes) -> dict[str, bytes]:
     return _adapter_files(peft_export.vllm_config(header.adapter_config), apart)
 
 
+def export_state(state: TrainingState, base: BaseModel) -> dict[str, bytes]:
+    """`export_peft` of a run as it is now, without the file between them."""
+    flat = state.weights.flat.cpu().numpy()
+    tensors = {one.name: one.view.reshape(one.shape) for one in peft_export.named_tensors(state.layout, flat)}
+    return _adapter_files(peft_export.adapter_config(state.layout, state.spec, base.facts.base_model), tensors)
+
+
 def _adapter_of(tensors: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
     return {name: array for name, array in tensors.items() if name.startswith(peft_export.PREFIX)}
 

@@ -17,6 +17,7 @@ from typing import TypeVar, assert_never
 import numpy as np
 
 from treadle.blobs import BlobStore
+from treadle.domain.archive import pack_files
 from treadle.domain.ids import BlobKey, ModelId, RequestId
 from treadle.domain.ops import (
     CreateModelOp,
@@ -24,6 +25,7 @@ from treadle.domain.ops import (
     OpKind,
     OptimStepOp,
     PassOp,
+    SaveExternalOp,
     SaveForSamplerOp,
     SaveWeightsOp,
     UnloadModelOp,
@@ -51,6 +53,7 @@ from treadle.executor.codec import decode_cycle, decode_samples, encode_cycle, e
 from treadle.executor.fake_model import FakeState, Floats
 from treadle.executor.faults import Fault, Faults, Moment
 from treadle.telemetry.logs import get_logger
+from treadle.worker.encryption import encrypted
 from treadle.worker.failures import MustRestore, failure_of, must_restore, restore_end_of
 from treadle.worker.work import DecodedItem, DecodedSample
 
@@ -432,6 +435,8 @@ class _FakeWorker:
                 return StepResult({**metrics, "skipped_passes": float(num_skipped)})
             case SaveWeightsOp() | SaveForSamplerOp():
                 return self._save(model_id, item.item.blob_key)
+            case SaveExternalOp():
+                return self._export(op, item.item.blob_key)
             case UnloadModelOp():
                 self.drop(model_id)
                 return ModelResult(model_id)
@@ -451,6 +456,13 @@ class _FakeWorker:
         assert key is not None, "the scheduler assigns a key to every save"
         state = self._states[model_id]
         return BlobResult(key, num_bytes=self._blobs.write(key, fake_model.encode_state(state)), lora=state.lora)
+
+    def _export(self, op: SaveExternalOp, key: BlobKey | None) -> BlobResult:
+        assert key is not None, "the scheduler assigns a key to every save"
+        state = self._states[op.model_id]
+        files = fake_model.export_state(state, base_model=self._facts.base_model)
+        num_bytes = self._blobs.write(key, pack_files(encrypted(files, op.recipients)))
+        return BlobResult(key, num_bytes=num_bytes, lora=state.lora)
 
     def _outcome(
         self, item: WorkItem, *, result: OpResult | Failure | None = None, is_partial: bool = False

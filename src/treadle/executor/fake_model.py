@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+import safetensors.numpy
 from numpy.typing import NDArray
 
 from treadle.domain.losses import Loss
@@ -229,6 +230,22 @@ def decode_state(data: bytes, vocab_size: int) -> FakeState:
     if len(weights) != vocab_size:
         raise InvalidRequest(f"this checkpoint is for a vocabulary of {len(weights)}, the model has {vocab_size}")
     return FakeState(weights=weights, grad=grad, **{**scalars, "lora": LoraSpec(**scalars["lora"])})
+
+
+def export_state(state: FakeState, *, base_model: str) -> dict[str, bytes]:
+    """Files named like those of a PEFT directory, with the weights in one tensor. No library makes a model of them."""
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "r": state.lora.rank,
+        "lora_alpha": state.lora.alpha,
+        "target_modules": [],
+    }
+    return {
+        "adapter_config.json": (json.dumps(config, indent=2) + "\n").encode(),
+        "adapter_model.safetensors": safetensors.numpy.save({"fake.weights": state.weights}, {"format": "pt"}),
+    }
 
 
 def weights_only(state: FakeState) -> FakeState:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import assert_never
 
 from treadle.domain.ids import BlobKey, CheckpointKind, ModelId, RequestId, TinkerPath
-from treadle.domain.ops import LoadWeightsOp, OpKind, SaveForSamplerOp, SaveWeightsOp, TrainingOp
+from treadle.domain.ops import LoadWeightsOp, OpKind, SaveExternalOp, SaveForSamplerOp, SaveWeightsOp, TrainingOp
 from treadle.domain.outcome import (
     BlobResult,
     EncodedResult,
@@ -35,6 +35,8 @@ from treadle.domain.records import (
 from treadle.domain.states import ModelState
 from treadle.scheduler.runs import Run
 from treadle.wire import results
+
+SaveOp = SaveWeightsOp | SaveForSamplerOp | SaveExternalOp
 
 
 @dataclass(slots=True)
@@ -133,16 +135,14 @@ class CycleLedger:
                     return results.unload_result(model_id)
                 return results.create_model_result(model_id)
             case BlobResult() as blob:
-                assert isinstance(op, SaveWeightsOp | SaveForSamplerOp)
+                assert isinstance(op, SaveOp)
                 return self._book_save(run, outcome, op, blob)
             case PassResult() | StepResult() | None:
                 raise AssertionError("passes and steps arrive encoded")
             case _:
                 assert_never(outcome.result)
 
-    def _book_save(
-        self, run: Run, outcome: OpOutcome, op: SaveWeightsOp | SaveForSamplerOp, blob: BlobResult
-    ) -> EncodedResult:
+    def _book_save(self, run: Run, outcome: OpOutcome, op: SaveOp, blob: BlobResult) -> EncodedResult:
         record = run.record
         if isinstance(op, SaveForSamplerOp) and op.sampling_session_id is not None:
             self.sampling_sessions.append(
@@ -160,13 +160,12 @@ class CycleLedger:
             )
             return results.saved_for_sampler_result(sampling_session_id=op.sampling_session_id)
         assert op.name is not None
-        kind = CheckpointKind.TRAINING if isinstance(op, SaveWeightsOp) else CheckpointKind.SAMPLER
-        path = str(TinkerPath(record.model_id, kind, op.name))
+        path = str(TinkerPath(record.model_id, kind_of_save(op), op.name))
         self.checkpoints.append(
             CheckpointRecord(
                 model_id=record.model_id,
                 tenant_id=record.tenant_id,
-                kind=kind,
+                kind=kind_of_save(op),
                 name=op.name,
                 tinker_path=path,
                 blob_key=blob.blob_key,
@@ -176,12 +175,19 @@ class CycleLedger:
                 base_model=record.base_model,
                 lora=blob.lora,
                 expires_at=None if op.ttl_s is None else self.now + op.ttl_s,
-                user_metadata=op.user_metadata,
+                user_metadata={} if isinstance(op, SaveExternalOp) else op.user_metadata,
+                is_encrypted=isinstance(op, SaveExternalOp) and bool(op.recipients),
             )
         )
-        if kind is CheckpointKind.TRAINING:
-            return results.saved_weights_result(path)
-        return results.saved_for_sampler_result(path=path)
+        match op:
+            case SaveWeightsOp():
+                return results.saved_weights_result(path)
+            case SaveForSamplerOp():
+                return results.saved_for_sampler_result(path=path)
+            case SaveExternalOp():
+                return results.saved_external_result(path, size_bytes=blob.num_bytes)
+            case _:
+                assert_never(op)
 
     def _book_state(self, run: Run, outcome: OpOutcome, op: TrainingOp | None) -> None:
         """What the op did to the run's state, and whether a blob now holds exactly that."""
@@ -208,10 +214,10 @@ class CycleLedger:
                 self._register(outcome, outcome.result.blob_key, num_bytes=outcome.result.num_bytes)
             case OpKind.UNLOAD_MODEL:
                 change.state = ModelState.UNLOADED
-            case OpKind.FORWARD | OpKind.SAVE_FOR_SAMPLER:
+            case OpKind.FORWARD | OpKind.SAVE_FOR_SAMPLER | OpKind.SAVE_EXTERNAL:
                 pass
-            case OpKind.SAMPLE:
-                raise AssertionError("samples are never part of a cycle")
+            case OpKind.SAMPLE | OpKind.CREATE_CUSTOM_LOSS:
+                raise AssertionError(f"{outcome.kind} is never part of a cycle")
             case _:
                 assert_never(outcome.kind)
 
@@ -269,3 +275,16 @@ class CycleLedger:
             snapshots=tuple(self.snapshots),
             run_log=tuple(self.run_log),
         )
+
+
+def kind_of_save(op: SaveOp) -> CheckpointKind:
+    """What kind of checkpoint a save makes."""
+    match op:
+        case SaveWeightsOp():
+            return CheckpointKind.TRAINING
+        case SaveForSamplerOp():
+            return CheckpointKind.SAMPLER
+        case SaveExternalOp():
+            return CheckpointKind.EXTERNAL
+        case _:
+            assert_never(op)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from treadle.blobs import BlobStore
 from treadle.domain.ids import BlobKey, CheckpointKind, ModelId, RequestId, TinkerPath
-from treadle.domain.ops import OpKind, SampleOp, SaveForSamplerOp, SaveWeightsOp, TrainingOp
+from treadle.domain.ops import OpKind, SampleOp, SaveExternalOp, SaveForSamplerOp, SaveWeightsOp, TrainingOp
 from treadle.domain.outcome import Failure
 from treadle.domain.plan import FIRST_INCARNATION, CyclePlan, PlannedOp, RestoreItem, StateTag, WorkItem
 from treadle.domain.states import Category
@@ -26,8 +26,8 @@ from treadle.wire.payloads import decode_payload
 
 log = get_logger(__name__)
 
-NAMED_KINDS = frozenset({OpKind.SAVE_WEIGHTS, OpKind.SAVE_FOR_SAMPLER, OpKind.LOAD_WEIGHTS})
-SAVE_KINDS = frozenset({OpKind.SAVE_WEIGHTS, OpKind.SAVE_FOR_SAMPLER})
+SAVE_KINDS = frozenset({OpKind.SAVE_WEIGHTS, OpKind.SAVE_FOR_SAMPLER, OpKind.SAVE_EXTERNAL})
+NAMED_KINDS = SAVE_KINDS | {OpKind.LOAD_WEIGHTS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +144,10 @@ async def _refused_name(
             message = f"checkpoint {name} exists; save under another name or with overwrite"
         case SaveForSamplerOp(name=str(short_name)):
             name = str(TinkerPath(op.model_id, CheckpointKind.SAMPLER, short_name))
+            is_taken = name in names_taken or await store.checkpoints.exists(name)
+            message = f"checkpoint {name} exists; save under another name"
+        case SaveExternalOp():
+            name = str(TinkerPath(op.model_id, CheckpointKind.EXTERNAL, op.name))
             is_taken = name in names_taken or await store.checkpoints.exists(name)
             message = f"checkpoint {name} exists; save under another name"
         case SaveForSamplerOp(sampling_session_id=session_id) if session_id is not None:

@@ -155,10 +155,10 @@ class Run:
                 self.debt.clear()
             case OpKind.SAVE_WEIGHTS:
                 self.debt.clear()
-            case OpKind.FORWARD | OpKind.SAVE_FOR_SAMPLER | OpKind.UNLOAD_MODEL:
+            case OpKind.FORWARD | OpKind.SAVE_FOR_SAMPLER | OpKind.SAVE_EXTERNAL | OpKind.UNLOAD_MODEL:
                 pass
-            case OpKind.SAMPLE:
-                raise AssertionError("samples are never part of a cycle")
+            case OpKind.SAMPLE | OpKind.CREATE_CUSTOM_LOSS:
+                raise AssertionError(f"{outcome.kind} is never part of a cycle")
             case _:
                 assert_never(outcome.kind)
 

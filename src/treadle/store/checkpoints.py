@@ -110,6 +110,8 @@ def _row_of(record: CheckpointRecord) -> dict[str, Any]:
         "public": record.public,
         "expires_at": record.expires_at,
         "user_metadata": dict(record.user_metadata),
+        "is_encrypted": record.is_encrypted,
+        "copied_from": record.copied_from,
     }
 
 
@@ -129,4 +131,6 @@ def _record_of(row: AnyRow) -> CheckpointRecord:
         public=row.public,
         expires_at=row.expires_at,
         user_metadata=row.user_metadata,
+        is_encrypted=row.is_encrypted,
+        copied_from=row.copied_from,
     )

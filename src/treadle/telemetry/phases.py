@@ -34,6 +34,7 @@ class Phase(StrEnum):
     SNAPSHOT = "snapshot"
     SAVE = "save"
     SAVE_FOR_SAMPLER = "save for sampler"
+    SAVE_EXTERNAL = "save external"
     LOAD = "load"
     # Worker: a run's state was read back, the ops behind it are to come.
     RESTORED = "restored"

@@ -23,6 +23,7 @@ from treadle.domain.ops import (
     LoraSpec,
     PassOp,
     SampleOp,
+    SaveExternalOp,
     SaveForSamplerOp,
     SaveWeightsOp,
     TrainingOp,
@@ -116,7 +117,7 @@ class Driver:
             ),
             payload=encode_payload(op),
             starts_from=tag or self._starting_tag(op, seq_id),
-            blob_key=self.new_key() if isinstance(op, SaveWeightsOp | SaveForSamplerOp) else None,
+            blob_key=self.new_key() if isinstance(op, SaveWeightsOp | SaveForSamplerOp | SaveExternalOp) else None,
         )
 
     def _starting_tag(self, op: TrainingOp, seq_id: int) -> StateTag | None:

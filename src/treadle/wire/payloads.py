@@ -23,6 +23,7 @@ from treadle.domain.ops import (
     PassOp,
     SampleOp,
     SamplingParams,
+    SaveExternalOp,
     SaveForSamplerOp,
     SaveWeightsOp,
     UnloadModelOp,
@@ -62,12 +63,16 @@ def _from_fields(kind: OpKind, fields: dict[str, Any]) -> Op:
             return SaveWeightsOp(**fields)
         case OpKind.SAVE_FOR_SAMPLER:
             return SaveForSamplerOp(**fields)
+        case OpKind.SAVE_EXTERNAL:
+            return SaveExternalOp(**fields | {"recipients": tuple(fields["recipients"])})
         case OpKind.UNLOAD_MODEL:
             return UnloadModelOp(**fields)
         case OpKind.SAMPLE:
             return _sample_op(fields)
         case OpKind.FORWARD | OpKind.FORWARD_BACKWARD:
             raise AssertionError("passes are protobuf")
+        case OpKind.CREATE_CUSTOM_LOSS:
+            raise AssertionError("a custom loss is done when it is admitted; nothing reads it back")
         case _:
             assert_never(kind)
 

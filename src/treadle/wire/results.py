@@ -92,6 +92,11 @@ def saved_for_sampler_result(
     return _json({"path": path, "sampling_session_id": sampling_session_id, "type": "save_weights_for_sampler"})
 
 
+def saved_external_result(path: str, *, size_bytes: int) -> EncodedResult:
+    """The PEFT directory is published at `path`."""
+    return _json({"path": path, "size_bytes": size_bytes, "type": "save_weights_external"})
+
+
 def unload_result(model_id: ModelId) -> EncodedResult:
     """The run is gone from the device."""
     return _json({"model_id": model_id, "type": "unload_model"})

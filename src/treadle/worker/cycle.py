@@ -13,6 +13,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar, assert_never
 
+from treadle.domain.archive import pack_files
 from treadle.domain.ids import BlobKey, ModelId, RequestId
 from treadle.domain.ops import (
     AdamParams,
@@ -22,6 +23,7 @@ from treadle.domain.ops import (
     OptimStepOp,
     PassOp,
     Phase,
+    SaveExternalOp,
     SaveForSamplerOp,
     SaveWeightsOp,
     UnloadModelOp,
@@ -40,7 +42,7 @@ from treadle.domain.outcome import (
 )
 from treadle.domain.plan import FIRST_INCARNATION, RestoreItem, StateTag, WorkItem
 from treadle.engine.base_model import BaseModel
-from treadle.engine.files import decode_state, encode_state
+from treadle.engine.files import decode_state, encode_state, export_state
 from treadle.engine.memory import PassLimits, is_out_of_memory
 from treadle.engine.optim import adamw_steps
 from treadle.engine.state import TrainingState, new_training_state
@@ -49,6 +51,7 @@ from treadle.telemetry import phases
 from treadle.telemetry.logs import get_logger
 from treadle.worker.blob_io import BlobIO
 from treadle.worker.device_loss import reraise_if_device_is_lost
+from treadle.worker.encryption import encrypted
 from treadle.worker.failures import MustRestore, failure_of, internal_failure, must_restore
 from treadle.worker.micro_batches import MicroBatches, check_fits
 from treadle.worker.open_pass import OpenPass
@@ -221,6 +224,8 @@ class CycleRunner:
                 saved = self._save(op.model_id, op.seq_id, item.item.blob_key, with_optimizer=False)
                 self._keep_version(op.model_id, saved.blob_key)
                 return saved
+            case SaveExternalOp():
+                return self._export(op, item.item.blob_key)
             case UnloadModelOp():
                 return ModelResult(op.model_id)
             case PassOp():
@@ -245,6 +250,14 @@ class CycleRunner:
         name = phases.Phase.SAVE if with_optimizer else phases.Phase.SAVE_FOR_SAMPLER
         phases.phase(name, model_id=model_id, seq_id=seq_id)
         return BlobResult(blob_key=key, num_bytes=self._blobs.write(key, data), lora=state.spec)
+
+    def _export(self, op: SaveExternalOp, key: BlobKey | None) -> BlobResult:
+        """The run's weights as a PEFT directory; encrypted before a byte of it is written."""
+        assert key is not None, "the scheduler assigns a key to every save"
+        state = self._state(op.model_id)
+        archive = pack_files(encrypted(export_state(state, self._base), op.recipients))
+        phases.phase(phases.Phase.SAVE_EXTERNAL, model_id=op.model_id, seq_id=op.seq_id)
+        return BlobResult(blob_key=key, num_bytes=self._blobs.write(key, archive), lora=state.spec)
 
     def _keep_version(self, model_id: ModelId, key: BlobKey) -> None:
         """Have the first sample find the version in memory; without memory for it, it will read the blob."""
