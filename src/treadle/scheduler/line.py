@@ -17,8 +17,9 @@ from treadle.domain.limits import MAX_GAP_IDS_PER_CYCLE, MAX_HEADS_PER_MODEL
 from treadle.domain.ops import OpKind, Phase, phase_of
 from treadle.domain.plan import Gap, ModelQueue, PlannedOp, QueuedOp
 
+_OUTSIDE_CYCLES: Final = frozenset({OpKind.SAMPLE, OpKind.CREATE_CUSTOM_LOSS})
 PHASE_INDEX: Final[Mapping[OpKind, int]] = {
-    kind: tuple(Phase).index(phase_of(kind)) for kind in OpKind if kind is not OpKind.SAMPLE
+    kind: tuple(Phase).index(phase_of(kind)) for kind in OpKind if kind not in _OUTSIDE_CYCLES
 }
 _PASS: Final = tuple(Phase).index(Phase.PASS)
 _STEP: Final = tuple(Phase).index(Phase.STEP)
