@@ -30,6 +30,7 @@ from treadle.store.requests import Requests
 from treadle.store.retention import Retention
 from treadle.store.runlog import RunLog
 from treadle.store.sampling import Sampling, SamplingInserts
+from treadle.store.secrets import Secrets
 from treadle.store.sessions import Sessions
 from treadle.store.snapshots import SnapshotRows, Snapshots
 from treadle.store.tenants import Tenants
@@ -51,6 +52,7 @@ class Store:
         snapshot_rows = SnapshotRows(database.dialect)
         self.events = Events()
         self.keys = Keys(database=database, writer=writer, clock=clock)
+        self.secrets = Secrets(database=database, writer=writer, clock=clock)
         self.sessions = Sessions(database=database, writer=writer, clock=clock)
         recent = RecentFutures()
         self.requests = Requests(
