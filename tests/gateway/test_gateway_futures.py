@@ -306,3 +306,25 @@ async def test_unknown_and_foreign_sampling_sessions_are_404(gateway: Harness, s
 async def test_a_retrieval_that_cannot_be_read_is_refused_with_a_body(gateway: Harness, body: bytes) -> None:
     refused(await gateway.post("retrieve_future", content=body), 400)
     refused(await gateway.post("retrieve_futures", content=body), 400)
+
+
+async def test_a_cancelled_sample_ends_and_a_finished_one_stays(gateway: Harness, sampler_id: str) -> None:
+    queued, done = await sample(gateway, sampler_id, 1), await sample(gateway, sampler_id, 2)
+    await gateway.finish(done, b"tokens", content_type=PROTOBUF)
+    waiting = asyncio.create_task(gateway.post("retrieve_future", {"request_id": queued}))
+    await held(gateway)
+    for request_id in (queued, done, queued):
+        assert ok(await gateway.post("cancel_future", {"request_id": request_id})) == {}
+    assert (await waiting).json() == {"error": "this sample was cancelled", "category": "user"}
+    assert (await gateway.post("retrieve_future", {"request_id": done})).content == b"tokens"
+    # What a sampler had drawn of it comes too late.
+    await gateway.finish(queued, b"late", content_type=PROTOBUF)
+    assert b"cancelled" in (await gateway.post("retrieve_future", {"request_id": queued})).content
+
+
+async def test_only_ones_own_samples_can_be_cancelled(gateway: Harness, sampler_id: str, request_id: str) -> None:
+    queued = await sample(gateway, sampler_id, 1)
+    assert "optim_step" in refused(await gateway.post("cancel_future", {"request_id": request_id}), 400)
+    foreign = refused(await gateway.post("cancel_future", {"request_id": queued}, key=OTHER_KEY), 404)
+    unknown = refused(await gateway.post("cancel_future", {"request_id": "nobody"}), 404)
+    assert foreign.replace(queued, "nobody") == unknown

@@ -42,7 +42,7 @@ async def test_chunks_fit_the_limit_of_the_server(gateway: Harness) -> None:
 
 
 async def test_dynamic_config_says_that_samples_cannot_be_cancelled(gateway: Harness) -> None:
-    assert ok(await gateway.post("client/dynamic_config"))["sample_cancel_enabled"] is False
+    assert ok(await gateway.post("client/dynamic_config"))["sample_cancel_enabled"] is True
 
 
 async def test_capabilities_list_names_and_local_directories(gateway: Harness) -> None:

@@ -6,10 +6,12 @@ It holds the parts and owns the decoding threads; it decides nothing. Invariant:
 
 from __future__ import annotations
 
+import asyncio
 from typing import cast
 
 from starlette.requests import Request
 
+from treadle.domain.ids import RequestId
 from treadle.domain.outcome import PoolFacts
 from treadle.errors import Draining, NotFound, PoolLoading
 from treadle.gateway.access import Access
@@ -19,6 +21,7 @@ from treadle.gateway.backlog import Backlog, BacklogLimits
 from treadle.gateway.bodies import BodyRoom, room_of
 from treadle.gateway.deps import GatewayDeps, GatewaySettings, PoolView
 from treadle.gateway.futures import FuturesHub
+from treadle.gateway.signing import Signer
 
 
 class Gateway:
@@ -28,7 +31,8 @@ class Gateway:
         self.deps = deps
         self.settings = deps.settings
         self.store = deps.store
-        self.auth = Authenticator(store=deps.store, settings=deps.settings, clock=deps.clock)
+        self.signer = Signer(store=deps.store, clock=deps.clock)
+        self.auth = Authenticator(store=deps.store, settings=deps.settings, clock=deps.clock, signer=self.signer)
         self.access = Access(store=deps.store, clock=deps.clock)
         self.hub = FuturesHub(store=deps.store, is_draining=deps.is_draining, metrics=deps.metrics)
         self.body_room = BodyRoom(deps.settings.max_body_bytes_in_memory)
@@ -59,6 +63,11 @@ class Gateway:
         if self.deps.is_draining():
             raise Draining("the server is stopping; ask again in a moment")
         return await self.caller(request)
+
+    async def cancel_sample(self, request_id: RequestId) -> None:
+        """End a queued sample for which nobody waits any more. Idempotent."""
+        for key in await self.store.cycles.cancel_sample(request_id):
+            await asyncio.to_thread(self.deps.blobs.delete, key)
 
     def pool_for(self, base_model: str) -> PoolView:
         """The pool that serves `base_model`, by its name or an alias. Raises NotFound, naming what is served."""

@@ -62,6 +62,8 @@ class SamplingLoop:
         self._wake = asyncio.Event()
         self._is_stopping = False
         self._is_abandoned = False
+        # Being committed here; every other row that is final was ended by somebody else.
+        self._committing: frozenset[RequestId] = frozenset()
         quarantine.on_change(self.wake)
 
     def wake(self) -> None:
@@ -88,6 +90,14 @@ class SamplingLoop:
         self._outcomes.clear()
         self._running.clear()
         self._is_abandoned = False
+        unsubscribe = self._store.events.on_finished(lambda ids: self._drop_cancelled(executor, ids))
+        try:
+            await self._feed(executor)
+        finally:
+            unsubscribe()
+        await self._commit_last()
+
+    async def _feed(self, executor: Executor) -> None:
         while not (self._is_stopping or self._is_abandoned):
             self._wake.clear()
             try:
@@ -105,7 +115,17 @@ class SamplingLoop:
                 await asyncio.sleep(ERROR_PAUSE_S)
             if not self._outcomes:
                 await self._sleep()
-        await self._commit_last()
+
+    def _drop_cancelled(self, executor: Executor, finished: Sequence[RequestId]) -> None:
+        """Samples that are final and were not committed here: their client cancelled them."""
+        cancelled = [id_ for id_ in finished if id_ in self._running and id_ not in self._committing]
+        if not cancelled:
+            return
+        executor.cancel_samples(cancelled)
+        for request_id in cancelled:
+            del self._running[request_id]
+            self._quarantine.sample_ended(request_id)
+        self.wake()
 
     async def _sleep(self) -> None:
         try:
@@ -188,9 +208,11 @@ class SamplingLoop:
                 result=outcome.encoded,
                 failure=outcome.failure,
                 is_transient=outcome.is_transient,
+                recorded=outcome.recorded,
             )
             for outcome in outcomes
         ]
+        self._committing = frozenset(outcome.request_id for outcome in outcomes)
         unused = await self._store.cycles.finish_samples(self._lease, finished)
         self._outages.over()
         for outcome in outcomes:

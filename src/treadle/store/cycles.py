@@ -14,7 +14,9 @@ import sqlalchemy as sa
 
 from treadle.domain.ids import BlobKey, ModelId, RequestId, TenantId
 from treadle.domain.ops import OpKind
+from treadle.domain.outcome import Failure
 from treadle.domain.records import FinishedCycle, FinishedRequest, LeaseRecord, ModelAdvance, NewRequest
+from treadle.domain.states import Category
 from treadle.store.checkpoints import CheckpointUpserts
 from treadle.store.engine import Database
 from treadle.store.events import Events
@@ -24,7 +26,8 @@ from treadle.store.request_rows import FinishedRow, RequestRows, checked_new
 from treadle.store.runlog import RunLogInserts
 from treadle.store.sampling import SamplingInserts
 from treadle.store.snapshots import STATES_OVER, SnapshotRows
-from treadle.store.tables import IS_IN_LINE, models, requests, usage
+from treadle.store.stability import insert_records
+from treadle.store.tables import IS_IN_LINE, IS_QUEUED, IS_SAMPLE, models, requests, usage
 from treadle.store.writer import Writer
 
 _new_state = sa.bindparam("new_state", type_=sa.Text)
@@ -48,6 +51,7 @@ _ADVANCE = (
         **{name: _unless_none(name) for name in ("incarnation", "changed_seq")},
     )
 )
+_QUEUED_SAMPLE = sa.select(requests.c.row_id).where(requests.c.request_id == sa.bindparam("id"), IS_QUEUED, IS_SAMPLE)
 # Finished rows left the line on their own; this takes out the refused ones that planning stepped over.
 _STEP_OVER = (
     requests.update()
@@ -138,14 +142,35 @@ class Cycles:
         return committed.unused_keys
 
     async def finish_samples(self, lease: LeaseRecord, finished: Sequence[FinishedRequest]) -> tuple[BlobKey, ...]:
-        """Commit finished samples; blobs to delete as for `finish`. Raises Fenced. Final rows are left alone."""
+        """Commit finished samples and what they recorded; blobs to delete as for `finish`. Final rows are left alone.
+
+        Raises Fenced.
+        """
 
         def write(conn: sa.Connection) -> _Committed:
             fence(conn, lease, ends_cycle=False)
-            rows = self._rows.finish(conn, finished, self._clock())
+            now = self._clock()
+            rows = self._rows.finish(conn, finished, now)
+            insert_records(conn, rows, now)
             return _Committed(tuple(row.request_id for row in rows), _dropped(rows))
 
         committed = await self._writer.run(write, after_commit=lambda done: self._announce(finished, done))
+        return committed.unused_keys
+
+    async def cancel_sample(self, request_id: RequestId) -> tuple[BlobKey, ...]:
+        """End a queued sample for which nobody waits; blobs to delete as for `finish`. Others are left alone.
+
+        A result that a sampler commits later is dropped, and whoever leads the pool hears of it as of every row that
+        is final.
+        """
+        cancelled = [FinishedRequest(request_id, failure=Failure("this sample was cancelled", Category.USER))]
+
+        def write(conn: sa.Connection) -> _Committed:
+            is_sample = conn.execute(_QUEUED_SAMPLE, {"id": request_id}).one_or_none() is not None
+            rows = self._rows.finish(conn, cancelled if is_sample else [], self._clock())
+            return _Committed(tuple(row.request_id for row in rows), _dropped(rows))
+
+        committed = await self._writer.run(write, after_commit=lambda done: self._announce(cancelled, done))
         return committed.unused_keys
 
     async def trained_tokens(self, tenant_id: TenantId) -> int:

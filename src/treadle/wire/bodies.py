@@ -152,7 +152,11 @@ def parse_body(model: type[_B], raw: bytes) -> _B:
     Raises UnreadableBody when it is not a JSON object or an id that says whose request it is cannot be read,
     InvalidRequest or NotSupported for everything else, naming the field and the value.
     """
-    fields = _json_object(raw)
+    return checked_fields(model, json_object(raw))
+
+
+def checked_fields(model: type[_B], fields: dict[str, Any]) -> _B:
+    """`parse_body` for an object that was read already."""
     try:
         return model.model_validate(fields)
     except ValidationError as error:
@@ -167,7 +171,8 @@ def read_op_head(raw: bytes) -> OpHead:
     return parse_body(OpHead, raw)
 
 
-def _json_object(raw: bytes) -> dict[str, Any]:
+def json_object(raw: bytes) -> dict[str, Any]:
+    """The fields of a body. Raises UnreadableBody for anything but a JSON object."""
     try:
         value = orjson.loads(raw)
     except orjson.JSONDecodeError:
@@ -415,6 +420,12 @@ class RetrieveFutureBody(Body):
 
     request_id: Id
     allow_metadata_only: bool = False
+
+
+class CancelFutureBody(Body):
+    head_fields = frozenset({"request_id"})
+
+    request_id: Id
 
 
 class SamplingSessionTarget(Body):

@@ -1,4 +1,8 @@
-"""Results: one future at a time, or all of a sampling session through its poller. Bytes go out as they were stored."""
+"""Results: one future at a time, or all of a sampling session through its poller.
+
+Bytes go out as they were stored. Only a client that does not ask for protobuf (SDKs up to 0.18.0) gets passes and
+samples translated to JSON.
+"""
 
 from __future__ import annotations
 
@@ -11,20 +15,24 @@ from treadle.domain.ids import RequestId
 from treadle.domain.ops import OpKind
 from treadle.domain.records import FutureRecord
 from treadle.domain.states import QueueState, RequestState
-from treadle.errors import InvalidRequest, ResultExpired
+from treadle.errors import InvalidRequest, NotFound, ResultExpired
 from treadle.gateway.answers import JSON, json_response
 from treadle.gateway.bodies import MAX_JSON_BYTES, read_body
 from treadle.gateway.context import Gateway, gateway_of
 from treadle.gateway.routing import Resource
 from treadle.gateway.waiting import why_queued
 from treadle.store import Completion
-from treadle.wire.bodies import RetrieveFutureBody, RetrieveFuturesBody, parse_body
-from treadle.wire.results import failure_body, queue_state_body
+from treadle.wire.answers import EmptyAnswer
+from treadle.wire.bodies import CancelFutureBody, RetrieveFutureBody, RetrieveFuturesBody, parse_body
+from treadle.wire.legacy_results import pass_result_json, sample_result_json
+from treadle.wire.results import PROTOBUF, failure_body, queue_state_body
 
 router = Resource("/api/v1")
 
 # A clone numbers its samples from clone * 1e9 on (tinker 0.38), and seq_ids end at 2**63.
 MAX_CLONED_SAMPLER_ID = 2**63 // 10**9 - 2
+# Translating a result to JSON takes this many times as long as reading a pass of as many bytes.
+JSON_ENCODE_COST = 16
 # Completions in one answer; the poller asks for the next ones at once.
 MAX_COMPLETIONS = 512
 
@@ -41,7 +49,7 @@ async def retrieve_future(request: Request) -> Response:
         case RequestState.QUEUED:
             return await _still_queued(gateway, request_id)
         case RequestState.DONE:
-            return _result(gateway, future)
+            return await _result(gateway, future, wants_protobuf=PROTOBUF in request.headers.get("accept", ""))
         case RequestState.FAILED:
             return _failure(future)
         case _:
@@ -74,6 +82,21 @@ async def retrieve_futures(request: Request) -> Response:
     return json_response({"completions": [_completion(done) for done in completions], "cursor": cursor})
 
 
+@router.post("/cancel_future", body=CancelFutureBody, answer=EmptyAnswer)
+async def cancel_future(request: Request) -> Response:
+    """Nobody waits for this sample any more: it ends where it is. One that is over stays as it is."""
+    gateway = gateway_of(request)
+    principal = await gateway.caller(request)
+    body = parse_body(CancelFutureBody, await read_body(request, limit_bytes=MAX_JSON_BYTES))
+    row = await gateway.store.requests.get(RequestId(body.request_id))
+    if row is None or row.tenant_id != principal.tenant_id:
+        raise NotFound(f"request {body.request_id[:120]!r} does not exist")
+    if row.kind is not OpKind.SAMPLE:
+        raise InvalidRequest(f"{row.request_id} is a {row.kind.value}; only samples can be cancelled")
+    await gateway.cancel_sample(row.request_id)
+    return json_response({})
+
+
 async def _still_queued(gateway: Gateway, request_id: RequestId) -> Response:
     """408 with the state on top level, where the SDK looks for it (protocol trap 5)."""
     state, reason = QueueState.ACTIVE, ""
@@ -85,12 +108,18 @@ async def _still_queued(gateway: Gateway, request_id: RequestId) -> Response:
     return Response(queue_state_body(state, reason=reason), status_code=408, media_type=JSON)
 
 
-def _result(gateway: Gateway, future: FutureRecord) -> Response:
+async def _result(gateway: Gateway, future: FutureRecord, *, wants_protobuf: bool) -> Response:
     if future.result is None:
         raise ResultExpired(f"the result of {future.request_id} is no longer kept")
+    body, content_type = future.result.body, future.result.content_type
+    if content_type == PROTOBUF and not wants_protobuf:
+        as_json = sample_result_json if future.kind is OpKind.SAMPLE else pass_result_json
+        stored = body
+        body = await gateway.admission.run(lambda: as_json(stored), num_bytes=len(stored) * JSON_ENCODE_COST)
+        content_type = JSON
     gateway.hub.delivered(future.request_id)
     # Not media_type: that would add a charset to what was stored.
-    return Response(future.result.body, headers={"content-type": future.result.content_type})
+    return Response(body, headers={"content-type": content_type})
 
 
 def _failure(future: FutureRecord) -> Response:

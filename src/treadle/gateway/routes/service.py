@@ -52,7 +52,7 @@ async def dynamic_config(request: Request) -> Response:
     gateway = gateway_of(request)
     await gateway.caller(request)
     await read_body(request, limit_bytes=MAX_JSON_BYTES)
-    return json_response({"refresh_interval_sec": DYNAMIC_REFRESH_S, "sample_cancel_enabled": False})
+    return json_response({"refresh_interval_sec": DYNAMIC_REFRESH_S, "sample_cancel_enabled": True})
 
 
 @router.post("/api/v1/auth/token")
