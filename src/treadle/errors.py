@@ -6,6 +6,7 @@
     |   +-- UnreadableBody        no owner, model or seq readable 400  user
     |   +-- BodyTooLarge          over the size limit             413  user
     |   +-- Unauthenticated       no or unknown key               401  user
+    |   |   +-- InvalidToken      an expired or foreign JWT       401  user
     |   +-- Forbidden             known key, not allowed          403  user
     |   +-- NotFound              unknown or foreign id           404  user
     |   +-- SessionFinished       the session was closed          410  user
@@ -71,6 +72,10 @@ class Unauthenticated(UserError):
     """No key, or a key that nobody holds."""
 
     status = 401
+
+
+class InvalidToken(Unauthenticated):
+    """A JWT that is not believed (any more). The SDK gets a new one and asks once again."""
 
 
 class Forbidden(UserError):

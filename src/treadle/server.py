@@ -298,7 +298,7 @@ class Server:
         _settle_garbage()
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
-        sys.stdout.write(f"treadle ready: http://{shown}:{port}\n")
+        sys.stdout.write(f"treadle ready: http://{shown}:{port}{self._settings.server.root_path}\n")
         sys.stdout.flush()
 
     def _gateway_deps(self, store: Store, blobs: BlobStore) -> GatewayDeps:
@@ -315,6 +315,8 @@ class Server:
             settings=GatewaySettings(
                 is_loopback=is_loopback(settings.server.host),
                 auth_mode=settings.auth.mode,
+                has_jwt=settings.auth.jwt,
+                root_path=settings.server.root_path,
                 max_lora_rank=settings.limits.max_lora_rank,
                 hold_s=settings.server.hold_s,
                 max_body_bytes=settings.server.max_body_bytes,

@@ -40,6 +40,9 @@ class ServerSettings(Section):
     """Seconds an idle connection stays open. Well above the SDK's 10 s heartbeat, or calls meet closed sockets."""
     drain_s: float = Field(default=20.0, ge=0)
     """Seconds that a stopping server gives the running cycle before it ends anyway."""
+    root_path: str = Field(default="", pattern=r"^(/[A-Za-z0-9._~-]+)*$", max_length=200)
+    """A prefix of every path, for example `/twinkle`: clients then use `http://HOST:PORT/twinkle`, and only
+    `/healthz`, `/readyz` and `/metrics` answer without it. For a proxy that passes paths on as they are."""
     max_body_bytes: int = Field(default=limits.MAX_BODY_BYTES, gt=0)
     """Largest request body, in bytes as sent."""
     max_decompressed_bytes: int = Field(default=limits.MAX_DECOMPRESSED_BYTES, gt=0)
@@ -220,6 +223,8 @@ class RetentionSettings(Section):
     """Newest unnamed sampler versions kept per run (`save_weights_and_get_sampling_client`)."""
     sampler_version_s: float = Field(default=limits.SAMPLER_VERSION_KEPT_S, ge=1)
     """An older unnamed version is kept for so long after its last use while its session lives."""
+    stability_record_s: float = Field(default=limits.STABILITY_RECORD_KEPT_S, ge=1)
+    """What was sampled with `record_stability_info` is kept for so long after the last request that trained on it."""
     unnamed_blobs_s: float = Field(default=limits.UNNAMED_BLOB_KEPT_S, ge=1)
     """A file that nothing names is kept for so long after it was written; no write may take as long."""
 
@@ -230,6 +235,9 @@ class AuthSettings(Section):
     mode: Literal["auto", "open", "keys"] = "auto"
     """`auto`: every `tml-` key is its own tenant until the first key is created, then only created keys count.
     `open`: always as before the first key. `keys`: only created keys."""
+    jwt: bool = True
+    """Let SDKs since 0.18 exchange their key for a token that lives an hour, and send that. `tinker auth whoami` needs
+    it. A revoked key ends its tokens as well; without it, tokens that were given out are refused."""
 
 
 class LogSettings(Section):

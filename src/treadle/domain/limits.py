@@ -57,6 +57,10 @@ PROGRESS_EVERY_S = 1.0
 # Device seconds that training or sampling may be ahead of the other before the rest is forgotten. Above the longest
 # unit of work, so that the split stays 50:50; short enough that a side that was idle cannot hold the device for long.
 MAX_SHARE_CREDIT_S = 1.0
+# A login that the SDK gets in exchange for a key. It renews it at half its life.
+JWT_LIFE_S = 3_600.0
+# A URL that works without a key: time for a download to start, or for a person to paste it.
+SIGNED_URL_LIFE_S = 3_600.0
 # An id, path or base model name in a request: longer than any that treadle makes, short enough for an index.
 MAX_ID_CHARS = 512
 # Free text of a request (display name, project, finish detail).
@@ -104,6 +108,10 @@ SESSION_SILENCE_S = 600.0
 FINISHED_SESSION_KEPT_S = 3_600.0
 # Rows of finished requests: what a client that comes back after a night may still ask about.
 FINISHED_REQUEST_KEPT_S = 24 * 3600.0
+# What was sampled with record_stability_info, behind the last pass that used it: the day that the API promises.
+STABILITY_RECORD_KEPT_S = 24 * 3600.0
+# Recorded sequences that one pass may name, tokens and log-probabilities: 32 million tokens, far over any body.
+MAX_STABILITY_BYTES_PER_PASS = 256 * 2**20
 # Unnamed sampler versions per run: RL clients sample the newest one, asynchronous ones a few steps back.
 SAMPLER_VERSIONS_KEPT = 4
 SAMPLER_VERSION_KEPT_S = 3_600.0

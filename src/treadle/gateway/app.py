@@ -20,7 +20,7 @@ from treadle import __version__
 from treadle.gateway.answers import json_response
 from treadle.gateway.context import Gateway
 from treadle.gateway.deps import GatewayDeps
-from treadle.gateway.middleware import ErrorMiddleware
+from treadle.gateway.middleware import ErrorMiddleware, PrefixMiddleware
 from treadle.gateway.openapi import openapi_document
 from treadle.gateway.routes import (
     account,
@@ -82,7 +82,7 @@ def create_app(deps: GatewayDeps) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,
         routes=[route for resource in resources for route in resource.router.routes],
-        middleware=[Middleware(ErrorMiddleware, metrics=deps.metrics, body_room=gateway.body_room)],
+        middleware=_middleware(deps, gateway),
         exception_handlers={HTTPException: _http_error},
         lifespan=lifespan,
     )
@@ -91,6 +91,14 @@ def create_app(deps: GatewayDeps) -> FastAPI:
     # FastAPI serves it at /openapi.json.
     app.openapi = lambda: document  # type: ignore[method-assign]
     return app
+
+
+def _middleware(deps: GatewayDeps, gateway: Gateway) -> list[Middleware]:
+    """Outermost first."""
+    layers = [Middleware(ErrorMiddleware, metrics=deps.metrics, body_room=gateway.body_room)]
+    if deps.settings.root_path:
+        layers.append(Middleware(PrefixMiddleware, root_path=deps.settings.root_path))
+    return layers
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

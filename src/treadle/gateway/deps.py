@@ -70,10 +70,14 @@ class GatewaySettings:
     hold_s: how long a retrieve call waits before it answers 408 (the SDK gives up at 45 s).
     is_loopback: the server listens on a loopback address only. Without it no mode is ever open.
     auth_mode: "auto" is open until the first key is created, "open" stays so, "keys" never is.
+    has_jwt: keys may be exchanged for tokens that live an hour.
+    root_path: what every path begins with, "" or like "/twinkle".
     """
 
     is_loopback: bool
     auth_mode: Literal["auto", "open", "keys"] = "auto"
+    has_jwt: bool = True
+    root_path: str = ""
     max_lora_rank: int = limits.MAX_LORA_RANK
     hold_s: float = limits.HOLD_S
     max_body_bytes: int = limits.MAX_BODY_BYTES

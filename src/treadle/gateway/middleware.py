@@ -1,4 +1,5 @@
-"""The outermost layer: every error becomes a JSON answer, every answer is counted, every body's room is given back.
+"""The outermost layers: every error becomes a JSON answer, every answer is counted, every body's room is given back;
+and the prefix of the server's paths is taken off.
 
 It knows errors by their class and routes by their template, and refuses to know bodies. Invariants: a
 client never sees a traceback, a path or SQL, only an error id that the log has too; and no 4xx has an
@@ -13,7 +14,7 @@ import time
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from treadle.errors import TreadleError
+from treadle.errors import InvalidToken, NotFound, TreadleError, Unauthenticated
 from treadle.gateway.answers import json_response
 from treadle.gateway.bodies import ROOM, BodyRoom, Room
 from treadle.gateway.routing import ROUTE_TEMPLATE
@@ -27,6 +28,8 @@ LONG_POLLS = frozenset({"/api/v1/retrieve_future", "/api/v1/retrieve_futures"})
 # Answers that ask for patience, and how much; the SDK's HTTP layer obeys it (protocol 1.3).
 BACK_OFF = frozenset({429, 503})
 RETRY_AFTER_S = "1"
+# What machines ask the server itself, not the API: below a prefix and without it.
+TOP_LEVEL = frozenset({"/healthz", "/readyz", "/metrics"})
 
 
 class ErrorMiddleware:
@@ -61,9 +64,8 @@ class ErrorMiddleware:
                 raise
             if error.status >= 500:
                 log.warning("request refused", path=_template(scope), status=error.status, reason=error.message)
-            headers = {"Retry-After": RETRY_AFTER_S} if error.status in BACK_OFF else None
             body = {"detail": error.message, "category": error.category}
-            await json_response(body, status=error.status, headers=headers)(scope, receive, counting_send)
+            await json_response(body, status=error.status, headers=_headers_of(error))(scope, receive, counting_send)
         except Exception as error:
             error_id = secrets.token_hex(8)
             log.error("request failed unexpectedly", exc=error, path=_template(scope), error_id=error_id)
@@ -81,6 +83,38 @@ class ErrorMiddleware:
         self._metrics.http_requests.labels(route=route, status=str(status)).inc()
         if route not in LONG_POLLS:
             self._metrics.http_seconds.labels(route=route).observe(seconds)
+
+
+class PrefixMiddleware:
+    """Serves below `root_path` only, but for TOP_LEVEL.
+
+    The prefix is the server's setting: what a client or a proxy says in headers (X-Forwarded-Prefix) changes nothing.
+    """
+
+    def __init__(self, app: ASGIApp, root_path: str) -> None:
+        self._app = app
+        self._root_path = root_path
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            path = scope["path"]
+            if path.startswith(f"{self._root_path}/"):
+                # The router takes it off the path, and URLs that are made for this request have it.
+                scope["root_path"] = self._root_path
+            elif path not in TOP_LEVEL:
+                raise NotFound(
+                    f"{path[:200]} is not a path of this server: all of its paths begin with {self._root_path}"
+                )
+        await self._app(scope, receive, send)
+
+
+def _headers_of(error: TreadleError) -> dict[str, str] | None:
+    if error.status in BACK_OFF:
+        return {"Retry-After": RETRY_AFTER_S}
+    if isinstance(error, InvalidToken):
+        # The SDK gets a new token at this word, and sends the request once more (RFC 6750).
+        return {"WWW-Authenticate": 'Bearer error="invalid_token"'}
+    return {"WWW-Authenticate": "Bearer"} if isinstance(error, Unauthenticated) else None
 
 
 def _template(scope: Scope) -> str:
