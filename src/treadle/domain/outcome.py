@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treadle.domain.ids import BlobKey, ModelId, RequestId
-from treadle.domain.ops import LoraSpec, OpKind
+from treadle.domain.ops import LoraSpec, OpKind, TargetTokens
 from treadle.domain.plan import StateTag
+from treadle.domain.stability import RecordedSequence
 from treadle.domain.states import Category, StopReason
 
 
@@ -52,27 +53,59 @@ class ModelResult:
 
 @dataclass(frozen=True, slots=True)
 class TopkLogprobs:
-    """For each position up to k (token id, logprob) pairs, best first; None where there is no prediction."""
+    """The k most likely tokens of each of N positions, best first: token_ids int32 [N, k], logprobs float32 [N, k].
 
-    rows: tuple[tuple[tuple[int, float], ...] | None, ...]
+    A cell whose logprob is NaN is no entry; a position without a prediction has a whole row of them.
+    """
+
+    token_ids: NDArray[np.int32]
+    logprobs: NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
 class SampledSequence:
-    """tokens int32 [N] including the stop token; logprobs float32 [N] of the model at temperature 1, untruncated."""
+    """tokens int32 [N] including the stop token; logprobs float32 [N] of the model at temperature 1, untruncated.
+
+    topk_logprobs: of the same distributions, N rows, or None when not asked for.
+    """
 
     tokens: NDArray[np.int32]
     logprobs: NDArray[np.float32]
     stop_reason: StopReason
+    topk_logprobs: TopkLogprobs | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TargetLogprobs:
+    """What the tokens that a request named would have had: logprobs float32, one for each of its cells, 0.0 for -1."""
+
+    targets: TargetTokens
+    logprobs: NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class AltTokens:
+    """Independent draws at each prompt position behind the first: tokens int32 [P - 1, k], logprobs float32 [P - 1, k].
+
+    The logprobs are the model's, at temperature 1, whatever the temperature of the draws.
+    """
+
+    tokens: NDArray[np.int32]
+    logprobs: NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
 class SampleResult:
-    """prompt_logprobs float32 [P] with NaN first, or None when not asked for."""
+    """prompt_logprobs float32 [P], NaN where not scored; like all fields about the prompt None when not asked for.
+
+    prompt_cache_hit_tokens: of the prompt's tokens those whose keys and values were there from an earlier request.
+    """
 
     sequences: tuple[SampledSequence, ...]
     prompt_logprobs: NDArray[np.float32] | None = None
     topk_prompt_logprobs: TopkLogprobs | None = None
+    target_prompt_logprobs: TargetLogprobs | None = None
+    prompt_alt_tokens: AltTokens | None = None
     prompt_cache_hit_tokens: int = 0
 
 
@@ -159,7 +192,12 @@ class CycleOutcome:
 
 @dataclass(frozen=True, slots=True)
 class SampleOutcome:
-    """One finished sample request. `is_transient` failures are answered 410, so that the SDK submits again."""
+    """One finished sample request. `is_transient` failures are answered 410, so that the SDK submits again.
+
+    num_cached_tokens: of the prompt's tokens those that a prefix cache served.
+
+    recorded: its sequences, in order, when the request asked for record_stability_info.
+    """
 
     request_id: RequestId
     result: SampleResult | None = None
@@ -168,6 +206,8 @@ class SampleOutcome:
     encoded: EncodedResult | None = None
     num_prompt_tokens: int = 0
     num_sampled_tokens: int = 0
+    num_cached_tokens: int = 0
+    recorded: tuple[RecordedSequence, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

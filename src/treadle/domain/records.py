@@ -20,6 +20,7 @@ from treadle.domain.ids import (
 )
 from treadle.domain.ops import LoraSpec, OpKind
 from treadle.domain.outcome import EncodedResult, Failure
+from treadle.domain.stability import RecordedSequence
 from treadle.domain.states import ModelState, RequestState, SessionState
 
 
@@ -232,12 +233,16 @@ class RunLogEntry:
 
 @dataclass(frozen=True, slots=True)
 class FinishedRequest:
-    """A final outcome as it is committed: exactly one of result and failure."""
+    """A final outcome as it is committed: exactly one of result and failure.
+
+    recorded: sequences of a sample to keep for stable_reinforce, under their sample's sequence ids.
+    """
 
     request_id: RequestId
     result: EncodedResult | None = None
     failure: Failure | None = None
     is_transient: bool = False
+    recorded: tuple[RecordedSequence, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

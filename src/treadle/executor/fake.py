@@ -46,6 +46,7 @@ from treadle.domain.outcome import (
     StepResult,
 )
 from treadle.domain.plan import FIRST_INCARNATION, CycleWork, RestoreItem, SampleWork, StateTag, WorkItem
+from treadle.domain.stability import recorded
 from treadle.errors import Fenced, InvalidRequest, StaleTag, StoreUnavailable, TreadleError, WorkerDied
 from treadle.executor import fake_model
 from treadle.executor.base import DeathCallback, SamplesCallback
@@ -324,6 +325,9 @@ class _FakeWorker:
             result=result,
             num_prompt_tokens=len(op.prompt),
             num_sampled_tokens=sum(len(sequence.tokens) for sequence in result.sequences),
+            recorded=recorded(((s.tokens, s.logprobs) for s in result.sequences), len(op.prompt))
+            if op.record_stability_info
+            else (),
         )
 
     def _weights(self, key: BlobKey | None) -> Floats:

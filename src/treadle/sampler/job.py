@@ -13,6 +13,7 @@ import numpy as np
 from treadle.domain.limits import MAX_NUM_SAMPLES, MAX_TOPK_LOGPROBS
 from treadle.domain.ops import SampleOp
 from treadle.domain.outcome import Failure, SampledSequence, SampleOutcome, SampleResult
+from treadle.domain.stability import recorded
 from treadle.domain.states import Category, StopReason
 from treadle.errors import InvalidRequest, TreadleError
 from treadle.sampler.base import SampleRequest
@@ -103,6 +104,9 @@ class Job:
             result=SampleResult(sequences=sequences, prompt_logprobs=prompt_logprobs, topk_prompt_logprobs=topk),
             num_prompt_tokens=len(self.op.prompt),
             num_sampled_tokens=sum(len(sequence.tokens) for sequence in sequences),
+            recorded=recorded(((s.tokens, s.logprobs) for s in sequences), len(self.op.prompt))
+            if self.op.record_stability_info
+            else (),
         )
 
 

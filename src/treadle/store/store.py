@@ -33,6 +33,7 @@ from treadle.store.sampling import Sampling, SamplingInserts
 from treadle.store.secrets import Secrets
 from treadle.store.sessions import Sessions
 from treadle.store.snapshots import SnapshotRows, Snapshots
+from treadle.store.stability import StabilityRecords
 from treadle.store.tenants import Tenants
 from treadle.store.upkeep import Upkeep
 from treadle.store.writer import Writer
@@ -78,6 +79,7 @@ class Store:
         self.run_log = RunLog(database)
         self.retention = Retention(database=database, writer=writer)
         self.upkeep = Upkeep(database)
+        self.stability = StabilityRecords(database=database, writer=writer, clock=clock)
         self.tenants = Tenants(database=database, writer=writer, clock=clock)
         self.backlog = BacklogReads(database)
         self._needed_version: str | None = None

@@ -69,6 +69,7 @@ class Sweeper:
             ("retired_blobs", self._retired),
             ("requests", self._requests),
             ("sampling_sessions", self._sampling_sessions),
+            ("stability_records", self._stability_records),
             ("unnamed_blobs", self._unnamed_blobs),
         )
         counts = {}
@@ -149,6 +150,10 @@ class Sweeper:
     async def _sampling_sessions(self, now: float) -> int:
         before = now - self._settings.requests_s
         return await _until_done(lambda: self._store.retention.forget_sampling_sessions(used_before=before))
+
+    async def _stability_records(self, now: float) -> int:
+        since = now - self._settings.stability_record_s
+        return await _until_done(lambda: self._store.stability.forget(unused_since=since))
 
     async def _unnamed_blobs(self, now: float) -> int:
         if now - self._listed_at < self._settings.unnamed_blobs_s / _LISTINGS_PER_KEPT_TIME:
