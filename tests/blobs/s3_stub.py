@@ -120,9 +120,20 @@ class _Handler(BaseHTTPRequestHandler):
                 self._answer(200, self._listing(query.get("prefix", "")), content_type="application/xml")
             elif key in self.bucket.objects:
                 body = self.bucket.objects[key]
-                self._answer(200, body, etag='"x"', last_modified=HTTP_TIME)
+                self._answer_object(body)
             else:
                 self._answer(404, b"<Error><Code>NoSuchKey</Code></Error>")
+
+    def _answer_object(self, body: bytes) -> None:
+        facts = {"etag": '"x"', "last_modified": HTTP_TIME}
+        asked = self.headers.get("range")
+        if asked is None:
+            self._answer(200, body, **facts)
+            return
+        first, last = asked.removeprefix("bytes=").split("-")
+        part = body[int(first) : int(last) + 1]
+        where = f"bytes {first}-{int(first) + len(part) - 1}/{len(body)}"
+        self._answer(206, part, content_range=where, **facts)
 
     def _listing(self, prefix: str) -> bytes:
         items = "".join(

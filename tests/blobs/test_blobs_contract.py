@@ -58,6 +58,16 @@ def test_written_blob_is_read_back(blobs: BlobStore) -> None:
     assert not blobs.exists("models/s1:train:0")
 
 
+def test_parts_of_a_blob_are_read_by_range(blobs: BlobStore) -> None:
+    blobs.write("a/b", b"0123456789")
+    assert blobs.read_range("a/b", 2, 5) == b"234"
+    assert blobs.read_range("a/b", 8, 99) == b"89", "a range ends with the blob"
+    with pytest.raises(NotFound):
+        blobs.read_range("a/c", 0, 1)
+    with pytest.raises(InvalidRequest):
+        blobs.read_range("../etc/passwd", 0, 1)
+
+
 @pytest.mark.parametrize("data", [b"", bytearray(b"abc"), memoryview(b"abcd")[1:]])
 def test_any_kind_of_bytes_can_be_written(blobs: BlobStore, data: bytes | bytearray | memoryview) -> None:
     assert blobs.write("a", data) == len(data)

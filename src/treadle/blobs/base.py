@@ -48,6 +48,10 @@ class BlobStore(Protocol):
         """The bytes under `key`. Raises NotFound when there are none."""
         ...
 
+    def read_range(self, key: str, start: int, stop: int) -> bytes:
+        """The bytes [start, stop) under `key`, fewer where it ends before; `start` lies inside. Raises NotFound."""
+        ...
+
     def exists(self, key: str) -> bool:
         """Whether `key` can be read."""
         ...

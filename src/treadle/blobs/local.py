@@ -73,6 +73,13 @@ class LocalBlobs:
         with self._looking_for(key, "read"):
             return self._path(key).read_bytes()
 
+    def read_range(self, key: str, start: int, stop: int) -> bytes:
+        """See `BlobStore.read_range`."""
+        assert 0 <= start < stop
+        with self._looking_for(key, "read"), self._path(key).open("rb") as file:
+            file.seek(start)
+            return file.read(stop - start)
+
     def exists(self, key: str) -> bool:
         """See `BlobStore.exists`."""
         path = self._path(key)

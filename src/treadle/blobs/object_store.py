@@ -70,6 +70,13 @@ class ObjectBlobs:
         with self._looking_for(key, "read"):
             return bytes(obstore.get(self._store, key).bytes())
 
+    def read_range(self, key: str, start: int, stop: int) -> bytes:
+        """See `BlobStore.read_range`."""
+        checked_key(key)
+        assert 0 <= start < stop
+        with self._looking_for(key, "read"):
+            return bytes(obstore.get(self._store, key, options={"range": (start, stop)}).bytes())
+
     def exists(self, key: str) -> bool:
         """See `BlobStore.exists`."""
         checked_key(key)
