@@ -108,7 +108,7 @@ def restart_with_queue(service: Service, trainers: Sequence[Trainer], num_reques
     results = [[future.result(timeout=RESULT_S) for future in ours] for ours in futures]
     complete_s = time.monotonic() - killed_at
     for ours, trainer in zip(results, trainers, strict=True):
-        steps = [result.metrics["step"] for result in ours[1::2]]
+        steps = [result.metrics["num_steps"] for result in ours[1::2]]
         before = len(trainer.losses)
         assert steps == [before + 1 + index for index in range(len(steps))], "a step was lost or applied twice"
     return {"queued": num_queued, "ready_s": ready_s, "all_complete_s": complete_s}

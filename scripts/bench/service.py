@@ -130,7 +130,7 @@ class Trainer:
         self.losses.append(passed.result(timeout=RESULT_S).metrics["loss:sum"])
         metrics = stepped.result(timeout=RESULT_S).metrics
         assert metrics is not None
-        assert metrics["step"] == len(self.losses), "a step was lost or applied twice"
+        assert metrics["num_steps"] == len(self.losses), "a step was lost or applied twice"
         self.completed.append(time.monotonic())
 
     def submit(self, num_requests: int) -> list[Any]:

@@ -22,7 +22,7 @@ from tinker import types
 
 pytestmark = pytest.mark.filterwarnings("default", "ignore::ResourceWarning")
 
-STEP_METRICS = {"grad_norm", "update_norm", "step", "learning_rate", "skipped_passes"}
+STEP_METRICS = {"grad_norm", "update_norm", "num_steps", "learning_rate", "skipped_passes"}
 LENGTH = 6
 
 
@@ -70,7 +70,7 @@ def test_every_loss_trains_and_its_step_says_what_it_did(server: ServerProcess, 
     metrics = client.optim_step(types.AdamParams(learning_rate=2e-3)).result(timeout=60).metrics
     assert metrics is not None
     assert metrics.keys() == STEP_METRICS
-    assert metrics["step"] == 1
+    assert metrics["num_steps"] == 1
     assert metrics["learning_rate"] == 2e-3
     assert metrics["skipped_passes"] == 1
     assert metrics["grad_norm"] > 0
@@ -81,7 +81,7 @@ def test_every_loss_trains_and_its_step_says_what_it_did(server: ServerProcess, 
     assert logprobs_of(after) != logprobs_of(before)
     second = client.optim_step(types.AdamParams(learning_rate=1e-4, grad_clip_norm=1e-3)).result(timeout=60).metrics
     assert second is not None
-    assert (second["step"], second["skipped_passes"]) == (2, 0)
+    assert (second["num_steps"], second["skipped_passes"]) == (2, 0)
     assert second["grad_norm"] > 1e-3, "the norm before clipping"
 
 

@@ -69,7 +69,7 @@ def test_a_plan_asks_for_every_phase_with_both_processes() -> None:
 
 
 def test_an_answer_that_differs_in_one_bit_is_a_problem() -> None:
-    diary = Diary(answers=[("stepped", {"step": 1.0}), ("stepped", {"step": 2.0})])
+    diary = Diary(answers=[("stepped", {"num_steps": 1.0}), ("stepped", {"num_steps": 2.0})])
     reference = Reference((diary,), ((),))
 
     def problems_after(*told: tuple[str, object]) -> list[str]:
@@ -80,7 +80,7 @@ def test_an_answer_that_differs_in_one_bit_is_a_problem() -> None:
 
     first, second = diary.answers
     assert problems_after(first, second, ("round over", None)) == []
-    assert len(problems_after(first, ("stepped", {"step": 2.0000000000000004}))) == 1
+    assert len(problems_after(first, ("stepped", {"num_steps": 2.0000000000000004}))) == 1
     assert len(problems_after(first, second, second)) == 1  # doubled
     assert len(problems_after(first, ("round over", None))) == 1  # lost
     assert len(problems_after(("error", "APIConnectionError"))) == 1

@@ -58,7 +58,7 @@ def test_sigterm_persists_runs_and_a_restart_continues_them(own_server: ServerPr
     assert logprobs_of(client.forward(data, "cross_entropy").result(timeout=60)) == expected
     metrics = client.optim_step(types.AdamParams()).result(timeout=60).metrics
     assert metrics is not None
-    assert metrics["step"] == 2
+    assert metrics["num_steps"] == 2
 
 
 def test_sigkill_with_queued_ops_loses_none_of_them(own_server: ServerProcess) -> None:
@@ -86,7 +86,7 @@ def test_sigkill_with_queued_ops_loses_none_of_them(own_server: ServerProcess) -
         client.forward_backward(batch(), "cross_entropy").result(timeout=60)
         metrics = client.optim_step(types.AdamParams()).result(timeout=60).metrics
         assert metrics is not None
-        assert metrics["step"] == 7
+        assert metrics["num_steps"] == 7
 
 
 def test_a_run_that_nothing_has_changed_survives_sigkill(own_server: ServerProcess) -> None:

@@ -146,7 +146,7 @@ def test_many_chunks_of_one_call_arrive_out_of_order_and_add_up(server: ServerPr
     assert len(output.loss_fn_outputs) == 1030
     metrics = client.optim_step(types.AdamParams()).result(timeout=60).metrics
     assert metrics is not None
-    assert metrics["step"] == 1
+    assert metrics["num_steps"] == 1
 
 
 def test_rl_losses_train_on_the_samplers_logprobs(server: ServerProcess) -> None:

@@ -81,7 +81,7 @@ def test_any_gateway_serves_and_a_takeover_changes_no_number(pair: Pair) -> None
     assert passed.result(timeout=TAKEOVER_S).metrics["loss:sum"] == expected[2]
     metrics = stepped.result(timeout=TAKEOVER_S).metrics
     assert metrics is not None
-    assert metrics["step"] == 3
+    assert metrics["num_steps"] == 3
     print(f"takeover to the next completed step: {time.monotonic() - died:.2f} s")
     assert losses_of(client, range(3, NUM_STEPS)) == expected[3:]
     assert logprobs_of(client.forward(batch(), "cross_entropy").result(timeout=60)) == last

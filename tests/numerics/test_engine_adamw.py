@@ -75,7 +75,7 @@ def test_steps_equal_torch(adam: AdamParams, fused: bool) -> None:
         # The reference's change is rounded into weights of size 1, or of the learning rate.
         change = (reference.detach() - before).norm().item()
         assert metrics["update_norm"] == pytest.approx(change, rel=1e-3, abs=1e-12)
-        assert metrics["step"] == step + 1
+        assert metrics["num_steps"] == step + 1
         assert metrics["learning_rate"] == adam.learning_rate
 
 

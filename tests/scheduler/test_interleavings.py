@@ -84,7 +84,7 @@ async def test_1_a_snapshot_that_was_never_registered_is_no_state(eager: Cluster
     for run in (RUN, OTHER):
         await eager.run(backward(1, run=run), step_op(2, model_id=run))
     (stepped,) = (await eager.submit(backward(3), step_op(4)))[1:]
-    assert (await step_metrics(eager, stepped))["step"] == 2
+    assert (await step_metrics(eager, stepped))["num_steps"] == 2
     assert eager.faults.num_left == 0
     await eager.run(backward(3, run=OTHER), step_op(4, model_id=OTHER))
     assert await weights(eager, 5) == await weights(eager, 5, run=OTHER)
@@ -99,7 +99,7 @@ async def test_1_a_step_that_was_applied_and_not_committed_is_applied_once(clust
     passed, stepped = await cluster.submit(backward(3), step_op(4))
     undisturbed, _ = await cluster.run(backward(3, run=OTHER), step_op(4, model_id=OTHER))
     assert await cluster.result(passed) == undisturbed
-    assert (await step_metrics(cluster, stepped))["step"] == 2
+    assert (await step_metrics(cluster, stepped))["num_steps"] == 2
     assert await weights(cluster, 5) == await weights(cluster, 5, run=OTHER)
     assert cluster.faults.num_left == 0
 
@@ -131,7 +131,7 @@ async def test_2_of_two_leaders_only_the_newer_one_applies_an_op(cluster: Cluste
     old._standby._holder = "somebody else, from now on"
     cluster.new_worker = FakeExecutor
     cluster.start()
-    assert (await step_metrics(cluster, stepped))["step"] == 2
+    assert (await step_metrics(cluster, stepped))["num_steps"] == 2
     Held.go.set()
     await cluster.run(backward(5), step_op(6))
     assert old._cycles is None, "it stands by"
@@ -227,7 +227,7 @@ async def test_5_a_load_is_never_replayed_and_outlives_its_checkpoint(cluster: C
     stepped = [(await cluster.submit(step_op(8, model_id=run)))[0] for run in (RUN, OTHER)]
     first, second = [await step_metrics(cluster, request_id) for request_id in stepped]
     assert first == second
-    assert first["step"] == (2 if with_optimizer else 1)
+    assert first["num_steps"] == (2 if with_optimizer else 1)
     assert await weights(cluster, 9) == await weights(cluster, 9, run=OTHER)
 
 

@@ -37,7 +37,7 @@ async def test_a_run_is_created_trained_and_logged(cluster: Cluster) -> None:
     created = await cluster.create(RUN)
     assert json.loads(await cluster.result(created))["model_id"] == RUN
     _, stepped = await cluster.run(backward(1), step_op(2))
-    assert json.loads(stepped)["metrics"]["step"] == 1
+    assert json.loads(stepped)["metrics"]["num_steps"] == 1
     record = await cluster.model(RUN)
     assert (record.state, record.next_seq_id, record.changed_seq) == (ModelState.READY, 3, 2)
     entries = await cluster.store.run_log.read(RUN, 10)
@@ -62,7 +62,7 @@ async def test_a_hole_is_waited_for_and_then_given_up(cluster: Cluster) -> None:
     assert (await cluster.store.requests.future(stepped)).state == "queued"  # type: ignore[union-attr]
     cluster.clock.advance(31.0)
     await cluster.submit(backward(5))
-    assert json.loads(await cluster.result(stepped))["metrics"]["step"] == 1
+    assert json.loads(await cluster.result(stepped))["metrics"]["num_steps"] == 1
     for seq_id in (2, 3):
         failure = await cluster.failure(RequestId(f"{RUN}:{seq_id}"))
         assert failure.category is Category.USER
@@ -147,7 +147,7 @@ async def test_a_drained_pool_goes_on_exactly_where_it_was(cluster: Cluster) -> 
     await cluster.drain()
     (queued,) = await cluster.submit(step_op(5))
     cluster.start()
-    assert json.loads(await cluster.result(queued))["metrics"]["step"] == 2
+    assert json.loads(await cluster.result(queued))["metrics"]["num_steps"] == 2
     assert len(cluster.executors) == 2
     assert (await cluster.model(RUN)).incarnation == 2
     assert expected != await forward(cluster, 6)
@@ -162,7 +162,7 @@ async def test_a_crash_costs_a_run_nothing_but_time(cluster: Cluster) -> None:
     changed, fresh = await cluster.submit(step_op(8), backward(1, run=OTHER))
     await cluster.submit(backward(7))
     cluster.start()
-    assert json.loads(await cluster.result(changed))["metrics"]["step"] == 3
+    assert json.loads(await cluster.result(changed))["metrics"]["num_steps"] == 3
     await cluster.result(fresh)  # nothing had changed this one, so its seed is its state
     record = await cluster.model(RUN)
     assert (record.state, record.incarnation) == (ModelState.READY, 2)
@@ -178,7 +178,7 @@ async def test_a_save_makes_a_crash_harmless(cluster: Cluster) -> None:
     cluster.start()
     assert await forward(cluster, 6) == expected
     (stepped,) = await cluster.run(step_op(7))
-    assert json.loads(stepped)["metrics"]["step"] == 2
+    assert json.loads(stepped)["metrics"]["num_steps"] == 2
 
 
 class Poisoned(FakeExecutor):
@@ -218,7 +218,7 @@ async def test_a_commit_that_fails_is_void_in_the_worker_too(cluster: Cluster, m
     monkeypatch.setattr(cluster.store.cycles, "finish", failing)
     (stepped,) = await cluster.run(step_op(3))
     assert not failures
-    assert json.loads(stepped)["metrics"]["step"] == 1
+    assert json.loads(stepped)["metrics"]["num_steps"] == 1
     assert await forward(cluster, 4) == await forward(cluster, 3, run=OTHER)
 
 

@@ -64,7 +64,7 @@ async def test_a_database_that_is_away_for_a_moment_costs_nobody_its_state(
     await cluster.run(backward(1), step_op(2))
     break_commits(cluster, monkeypatch, *[StoreUnavailable("locked")] * 3)
     _, stepped = await cluster.run(backward(3), step_op(4))
-    assert json.loads(stepped)["metrics"]["step"] == 2
+    assert json.loads(stepped)["metrics"]["num_steps"] == 2
     record = await cluster.model(RUN)
     assert (record.state, record.incarnation) == (ModelState.READY, 1), "the state was not the worker's own any more"
 

@@ -322,7 +322,7 @@ async def test_a_commit_whose_answer_was_lost_is_not_made_again(
     await cluster.run(step_op(4))
     assert not errors
     _, stepped = await cluster.run(backward(5), step_op(6))
-    assert json.loads(stepped)["metrics"]["step"] == 3
+    assert json.loads(stepped)["metrics"]["num_steps"] == 3
     await cluster.run(step_op(4, model_id=OTHER), backward(5, run=OTHER), step_op(6, model_id=OTHER))
     assert await weights(cluster, 7) == await weights(cluster, 7, run=OTHER)
 

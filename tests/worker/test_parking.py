@@ -299,7 +299,7 @@ def test_a_run_with_a_pass_on_its_way_stays(make_driver: Callable[..., Driver], 
     assert driver.worker.seconds_until_parking is None
     last, stepped = driver.run([item(op, quanta=(1, 2)), item(step(run, 2))]).outcomes
     assert last.failure is None
-    assert metrics_of(stepped)["step"] == 1
+    assert metrics_of(stepped)["num_steps"] == 1
 
 
 def test_two_hundred_idle_runs_hold_no_memory(

@@ -124,7 +124,7 @@ def test_without_its_optimizer_a_run_starts_moments_and_gradient_afresh(driver: 
             item(step(RUN, 6), starts_from=StateTag(RUN, 2, 5)),
         ]
     ).outcomes
-    assert metrics_of(stepped)["step"] == 1
+    assert metrics_of(stepped)["num_steps"] == 1
 
 
 def test_an_op_from_another_state_takes_the_pass_before_it_along(driver: Driver) -> None:

@@ -52,7 +52,7 @@ def test_all_steps_of_a_cycle_are_one_call_and_those_that_may_not_run_are_left_o
     ]
     assert outcomes[3].tag_after is None
     for one in (outcomes[0], outcomes[2]):
-        assert metrics_of(one).keys() == {"grad_norm", "update_norm", "step", "learning_rate", "skipped_passes"}
+        assert metrics_of(one).keys() == {"grad_norm", "update_norm", "num_steps", "learning_rate", "skipped_passes"}
         assert metrics_of(one)["grad_norm"] > 0
         assert metrics_of(one)["update_norm"] > 0
 
@@ -62,10 +62,10 @@ def test_two_steps_of_one_run_in_a_cycle_run_one_after_the_other(driver: Driver,
     driver.run_ops(create(run), create(other), passed(run, 1, datums(1, 8)), passed(other, 1, datums(1, 8)))
     first, second, alone = driver.run([item(step(run, 2)), item(step(run, 3)), item(step(other, 2))]).outcomes
     assert calls == [2, 1]
-    assert metrics_of(first)["step"] == 1
+    assert metrics_of(first)["num_steps"] == 1
     assert second.failure is not None
     assert "forward_backward" in second.failure.message
-    assert metrics_of(alone)["step"] == 1
+    assert metrics_of(alone)["num_steps"] == 1
 
 
 def test_a_broken_optimiser_costs_only_runs_that_it_had_written_to(

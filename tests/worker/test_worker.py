@@ -262,7 +262,7 @@ def test_a_full_disk_fails_the_save_and_the_run_goes_on(
         assert outcome.failure is not None
         assert outcome.failure.category is Category.SERVER
     stepped, _ = driver.run_ops(step(run, 4), save(run, 5))
-    assert metrics_of(stepped)["step"] == 1
+    assert metrics_of(stepped)["num_steps"] == 1
 
 
 def test_a_restored_run_forgets_the_parts_of_a_pass_on_its_old_state(driver: Driver) -> None:

@@ -333,7 +333,8 @@ def _finish(step: _Step, update_norm: float, copies: tuple[Tensor, ...] | None) 
     return {
         "grad_norm": step.grad_norm,
         "update_norm": update_norm,
-        "step": float(state.step),
+        # Not "step": tinker-cookbook 0.6.1 writes these beside its own `step`, the key it cuts its log at on resuming.
+        "num_steps": float(state.step),
         "learning_rate": adam.learning_rate,
     }
 

@@ -105,7 +105,7 @@ def run_step(state: FakeState, adam: AdamParams) -> tuple[Mapping[str, float], F
     metrics = {
         "grad_norm": float(np.linalg.norm(state.grad)),
         "update_norm": float(np.linalg.norm(weights - state.weights)),
-        "step": float(state.num_steps + 1),
+        "num_steps": float(state.num_steps + 1),
         "learning_rate": adam.learning_rate,
     }
     return metrics, replace(new_state(state.lora, len(weights)), weights=weights, num_steps=state.num_steps + 1)
