@@ -177,10 +177,6 @@ async def test_garbage_is_unreadable_at_once(gateway: Harness, body: bytes) -> N
     refused(await send_bytes(gateway, body), 400)
 
 
-async def test_a_pass_as_json_names_the_sdk_to_use(gateway: Harness) -> None:
-    assert "protobuf" in refused(await gateway.post("forward_backward", {"model_id": "x"}), 400)
-
-
 async def test_seq_id_zero_is_unreadable(gateway: Harness, model_id: ModelId) -> None:
     assert "seq_id" in refused(await send_pass(gateway, pass_op(0, model_id=model_id)), 400)
     assert "seq_id" in refused(await gateway.post("optim_step", {"model_id": model_id, "adam_params": {}}), 400)

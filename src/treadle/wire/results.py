@@ -16,7 +16,15 @@ import orjson
 from numpy.typing import NDArray
 
 from treadle.domain.ids import ModelId, SamplingSessionId
-from treadle.domain.outcome import EncodedResult, Failure, PassResult, SampleResult, StepResult, TopkLogprobs
+from treadle.domain.outcome import (
+    EncodedResult,
+    Failure,
+    PassResult,
+    SampleResult,
+    StepResult,
+    TargetLogprobs,
+    TopkLogprobs,
+)
 from treadle.domain.states import QueueState, StopReason
 from treadle.wire import treadle_pb2 as pb
 from treadle.wire.tensors import FLOAT32, INT32, INT64
@@ -25,7 +33,7 @@ PROTOBUF = "application/x-protobuf"
 JSON = "application/json"
 
 # What the SDK takes for "no entry" in a top-k table: token 0 with exactly this logprob (types/topk_logprobs.py, 0.38).
-_NO_ENTRY_LOGPROB = -99999.0
+NO_ENTRY_LOGPROB = -99999.0
 
 _STOP_REASONS = {
     StopReason.STOP: pb.STOP_REASON_CODE_STOP,
@@ -53,19 +61,27 @@ def encode_step_result(result: StepResult) -> EncodedResult:
 
 
 def encode_sample_result(result: SampleResult) -> EncodedResult:
-    """Protobuf: the sequences, and the prompt's logprobs and top-k table where they were asked for."""
+    """Protobuf: the sequences, and what was asked for about the prompt."""
     message = pb.SampleOutput(prompt_cache_hit_tokens=result.prompt_cache_hit_tokens)
     for sequence in result.sequences:
         assert len(sequence.tokens) == len(sequence.logprobs)
-        message.sequences.add(
+        written = message.sequences.add(
             stop_reason=_STOP_REASONS[sequence.stop_reason],
             tokens=sequence.tokens.astype(INT32, copy=False).tobytes(),
             logprobs=sequence.logprobs.astype(FLOAT32, copy=False).tobytes(),
         )
+        if sequence.topk_logprobs is not None:
+            assert len(sequence.topk_logprobs.token_ids) == len(sequence.tokens)
+            _write_topk(written.topk_logprobs, sequence.topk_logprobs)
     if result.prompt_logprobs is not None:
         message.prompt_logprobs = result.prompt_logprobs.astype(FLOAT32, copy=False).tobytes()
     if result.topk_prompt_logprobs is not None:
         _write_topk(message.topk_prompt_logprobs, result.topk_prompt_logprobs)
+    if result.target_prompt_logprobs is not None:
+        _write_targets(message.target_prompt_logprobs, result.target_prompt_logprobs)
+    if result.prompt_alt_tokens is not None:
+        _write_dense(message.prompt_alt_tokens.tokens, result.prompt_alt_tokens.tokens)
+        _write_dense(message.prompt_alt_tokens.logprobs, result.prompt_alt_tokens.logprobs)
     return EncodedResult(PROTOBUF, message.SerializeToString())
 
 
@@ -130,18 +146,31 @@ def _write_record(
 
 
 def _write_topk(message: pb.TopkMessage, topk: TopkLogprobs) -> None:
-    # At least one column, so that a table whose rows are all empty is still a table and not "not asked for".
-    num_columns = max([1, *(len(row) for row in topk.rows if row is not None)])
-    token_ids = np.zeros((len(topk.rows), num_columns), dtype=INT32)
-    logprobs = np.full((len(topk.rows), num_columns), _NO_ENTRY_LOGPROB, dtype=FLOAT32)
-    for position, row in enumerate(topk.rows):
-        if row:
-            token_ids[position, : len(row)] = [token_id for token_id, _ in row]
-            logprobs[position, : len(row)] = [logprob for _, logprob in row]
-    message.token_ids = token_ids.tobytes()
-    message.logprobs = logprobs.tobytes()
-    message.k = num_columns
-    message.length = len(topk.rows)
+    is_entry = ~np.isnan(topk.logprobs)
+    message.token_ids = np.where(is_entry, topk.token_ids, 0).astype(INT32, copy=False).tobytes()
+    message.logprobs = np.where(is_entry, topk.logprobs, FLOAT32.type(NO_ENTRY_LOGPROB)).astype(FLOAT32).tobytes()
+    message.length, message.k = topk.token_ids.shape
+
+
+def _write_targets(message: pb.TensorMessage, result: TargetLogprobs) -> None:
+    """In the request's layout: dense, or with the very rows and columns of its sparse tensor."""
+    targets = result.targets
+    values = result.logprobs.astype(FLOAT32, copy=False).tobytes()
+    message.dtype = pb.ELEMENT_TYPE_FLOAT32
+    message.shape.extend((len(targets.starts) - 1, targets.num_columns))
+    if targets.row_starts is None or targets.columns is None:
+        message.dense = values
+        return
+    message.sparse.values = values
+    message.sparse.row_starts = targets.row_starts.astype(INT64, copy=False).tobytes()
+    message.sparse.columns = targets.columns.astype(INT64, copy=False).tobytes()
+
+
+def _write_dense(message: pb.TensorMessage, array: NDArray[np.int32] | NDArray[np.float32]) -> None:
+    is_float = array.dtype.kind == "f"
+    message.dtype = pb.ELEMENT_TYPE_FLOAT32 if is_float else pb.ELEMENT_TYPE_INT32
+    message.shape.extend(array.shape)
+    message.dense = array.astype(FLOAT32 if is_float else INT32, copy=False).tobytes()
 
 
 def _json(result: Mapping[str, object]) -> EncodedResult:

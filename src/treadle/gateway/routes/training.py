@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from starlette.requests import Request
 from starlette.responses import Response
 
 from treadle.domain.ops import OpKind, OptimStepOp, PassOp, SaveForSamplerOp, SaveWeightsOp, kind_of
 from treadle.domain.quanta import cut_quanta, quantum_tokens
 from treadle.domain.records import NewRequest
-from treadle.errors import InvalidRequest, NotSupported, UserError
+from treadle.errors import InvalidRequest, UserError
 from treadle.gateway.admission import Draft
+from treadle.gateway.answers import JSON
 from treadle.gateway.auth import Principal
 from treadle.gateway.context import Gateway, gateway_of, loaded_facts
 from treadle.gateway.intake import (
@@ -24,45 +28,71 @@ from treadle.gateway.intake import (
 )
 from treadle.gateway.routing import Resource
 from treadle.wire.bodies import OptimStepBody, SaveForSamplerBody, SaveWeightsBody, parse_body
+from treadle.wire.legacy_passes import SentPass, read_json_pass
 from treadle.wire.ops import optim_step_op, save_for_sampler_op, save_weights_op
 from treadle.wire.passes import decode_pass, read_pass_head
 
 router = Resource("/api/v1")
 
+# Reading a JSON pass takes this many times as long as reading a protobuf of as many bytes.
+JSON_DECODE_COST = 8
+_read_json = partial(read_json_pass, input_field="forward_backward_input", forward_only=False)
+
 
 @router.post("/forward_backward")
 async def forward_backward(request: Request) -> Response:
-    """One pass, protobuf, perhaps compressed; forward-only when its body says so. Stored as the client sent it."""
+    """One pass: protobuf, perhaps compressed, forward-only when its body says so; or JSON (SDKs before 0.25)."""
+    if request.headers.get("content-type", "").startswith(JSON):
+        return await submit_pass(request, OpKind.FORWARD_BACKWARD, _read_json, decode_cost=JSON_DECODE_COST)
+    return await submit_pass(request, OpKind.FORWARD_BACKWARD, _read_protobuf)
+
+
+async def submit_pass(
+    request: Request, kind: OpKind, read: Callable[[bytes], SentPass], *, decode_cost: int = 1
+) -> Response:
+    """Admit a pass: the future, always, once owner, model and seq_id could be read.
+
+    kind: of the row, as long as its body could not be read. decode_cost: what `read` takes for a byte, compared with
+    protobuf.
+    """
     gateway = gateway_of(request)
     principal = await gateway.submitter(request)
-    if request.headers.get("content-type", "").startswith("application/json"):
-        raise NotSupported("forward_backward takes protobuf; use tinker 0.25 or newer")
     await let_in(gateway, principal)
     # In a call of its own, so that an answer that is held does not hold the body in memory.
-    return await answer_op(request, await _admit_pass(gateway, principal, request))
+    return await answer_op(request, await _admit_pass(gateway, principal, request, kind, read, decode_cost))
 
 
-async def _admit_pass(gateway: Gateway, principal: Principal, request: Request) -> NewRequest:
+async def _admit_pass(
+    gateway: Gateway,
+    principal: Principal,
+    request: Request,
+    kind: OpKind,
+    read: Callable[[bytes], SentPass],
+    decode_cost: int,
+) -> NewRequest:
     raw = await read_plain_body(gateway, request)
-    head = await gateway.admission.run(lambda: read_pass_head(raw), num_bytes=len(raw))
+    sent = await gateway.admission.run(lambda: read(raw), num_bytes=len(raw) * decode_cost)
+    head, body = sent.head, sent.body
     model = await gateway.access.model_of_op(principal, head.model_id, seq_id=head.seq_id)
-    place = op_place(model, OpKind.FORWARD_BACKWARD, head.seq_id)
+    place = op_place(model, kind, head.seq_id)
     try:
         pool = await open_pool(gateway, principal, model, head.seq_id)
+        if isinstance(body, UserError):
+            raise body
     except UserError as refusal:
         await gateway.admission.submit_refused(place, refusal)
         return place
     limits = pass_limits(loaded_facts(pool))
 
     def draft() -> Draft:
-        op = decode_pass(raw, limits=limits)
+        op = decode_pass(body, limits=limits)
         if len(op.datums) > gateway.settings.max_datums_per_request:
             raise InvalidRequest(
                 f"data has {len(op.datums)} datums; this server takes {gateway.settings.max_datums_per_request}"
             )
-        return _pass_draft(op, raw)
+        return _pass_draft(op, body)
 
-    await gateway.admission.submit(place, draft, num_bytes=len(raw))
+    await gateway.admission.submit(place, draft, num_bytes=len(body))
     return place
 
 
@@ -113,3 +143,7 @@ def _pass_draft(op: PassOp, raw: bytes) -> Draft:
         num_tokens=sum(datum_tokens),
         quantum_tokens=quantum_tokens(datum_tokens, cut_quanta(datum_tokens)),
     )
+
+
+def _read_protobuf(raw: bytes) -> SentPass:
+    return SentPass(read_pass_head(raw), raw)
