@@ -308,6 +308,8 @@ stability_records = sa.Table(
     sa.Column("session_id", sa.Text, sa.ForeignKey(sessions.c.session_id), nullable=False),
     sa.Column("tenant_id", sa.Text, nullable=False),
     sa.Column("last_used_at", sa.Double, nullable=False, index=True),
+    # Of the request that sampled it.
+    sa.Column("num_prompt_tokens", sa.BigInteger, nullable=False),
     # int32 and float32, little-endian, one entry per sampled token.
     sa.Column("tokens", sa.LargeBinary, nullable=False),
     sa.Column("logprobs", sa.LargeBinary, nullable=False),

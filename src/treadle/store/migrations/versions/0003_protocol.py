@@ -46,6 +46,7 @@ def _create_loss_tables() -> None:
         sa.Column("session_id", sa.Text(), nullable=False),
         sa.Column("tenant_id", sa.Text(), nullable=False),
         sa.Column("last_used_at", sa.Double(), nullable=False),
+        sa.Column("num_prompt_tokens", sa.BigInteger(), nullable=False),
         sa.Column("tokens", sa.LargeBinary(), nullable=False),
         sa.Column("logprobs", sa.LargeBinary(), nullable=False),
         sa.ForeignKeyConstraint(["session_id"], ["sessions.session_id"], name="fk_stability_records_session_id"),
