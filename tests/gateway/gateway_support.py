@@ -23,6 +23,7 @@ from treadle.store import Store
 from treadle.telemetry.metrics import Metrics
 from treadle.testing.clock import ManualClock
 from treadle.wire.payloads import decode_payload
+from treadle.wire.results import PROTOBUF
 
 POOL = PoolName("fake/base")
 OTHER_POOL = PoolName("fake/other")
@@ -85,7 +86,8 @@ class Harness:
         )
 
     async def post(self, path: str, body: object = None, *, key: str = KEY, **options: Any) -> httpx.Response:
-        headers = {"X-API-Key": key, **options.pop("headers", {})}
+        # What newer SDKs accept of retrieve_future; without it, passes and samples are answered in JSON.
+        headers = {"X-API-Key": key, "Accept": PROTOBUF, **options.pop("headers", {})}
         if "content" not in options:
             options["json"] = {} if body is None else body
         return await self.client.post(f"/api/v1/{path}", headers=headers, **options)
