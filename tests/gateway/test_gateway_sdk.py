@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -118,7 +119,8 @@ def _result_of(op: Op) -> EncodedResult:
 async def _serve(
     directory: Path, started: threading.Event, server_box: list[uvicorn.Server], settings: GatewaySettings
 ) -> None:
-    clock = ManualClock()
+    # Today's time: the SDK compares the ends of its tokens with its own clock.
+    clock = ManualClock(time.time())
     store = await Store.open(f"sqlite:///{directory}/treadle.db", clock=clock.now)
     harness = Harness(
         store=store,
@@ -273,3 +275,17 @@ def test_a_client_that_floods_is_slowed_down_and_loses_nothing(tmp_path: Path) -
             assert stepped.result(120).metrics == {"learning_rate": 0.5}
         assert all(sample.result(120).sequences[0].tokens == [0, 1] for sample in samples)
         service.close("success").result()
+
+
+def test_the_sdk_works_below_a_prefix(tmp_path: Path) -> None:
+    with _served(tmp_path, replace(SETTINGS, root_path="/twinkle")) as url:
+        service = tinker.ServiceClient(base_url=f"{url}/twinkle", api_key="tml-prefixed")
+        training = service.create_lora_training_client(base_model=POOL, rank=8).result()
+        path = training.save_state("one").result().path
+        assert path == f"tinker://{training.model_id}/weights/one"
+        rest = tinker.RestClient(base_url=f"{url}/twinkle", api_key="tml-prefixed")
+        runs = rest.list_training_runs().result().training_runs
+        assert [run.training_run_id for run in runs] == [training.model_id]
+        service.close("success").result()
+        with pytest.raises(tinker.NotFoundError):
+            tinker.ServiceClient(base_url=url, api_key="tml-prefixed")

@@ -124,6 +124,10 @@ class Authenticator:
         }
         return await self._signer.sign(_LOGIN, claims, expires_at=expires_at)
 
+    def forget(self, principal: Principal) -> None:
+        """Its key was just revoked; believe it no longer."""
+        self._known.forget(principal.key_digest)
+
     async def _of_key(self, digest: str) -> Principal:
         if await self._is_open():
             name = f"open:{digest[:16]}"

@@ -6,13 +6,15 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from treadle.domain.limits import MAX_DATUMS_PER_REQUEST
-from treadle.errors import Forbidden, NotSupported
+from treadle.errors import Forbidden
 from treadle.gateway.answers import json_response
 from treadle.gateway.bodies import MAX_JSON_BYTES, read_body
 from treadle.gateway.context import gateway_of
 from treadle.gateway.deps import PoolView
 from treadle.gateway.routing import Resource
 from treadle.telemetry.metrics import METRICS_CONTENT_TYPE
+from treadle.wire.answers import StatusAnswer
+from treadle.wire.answers_service import CapabilitiesAnswer, ClientConfigAnswer, DynamicConfigAnswer, ReadyAnswer
 from treadle.wire.bodies import ClientConfigBody, parse_body
 
 router = Resource()
@@ -24,7 +26,7 @@ SDK_CHUNK_DATUMS = 1_024
 DYNAMIC_REFRESH_S = 300
 
 
-@router.post("/api/v1/client/config")
+@router.post("/api/v1/client/config", body=ClientConfigBody, answer=ClientConfigAnswer)
 async def client_config(request: Request) -> Response:
     """The flags of this server for one SDK version. The SDK keeps them for the life of its clients."""
     gateway = gateway_of(request)
@@ -33,7 +35,8 @@ async def client_config(request: Request) -> Response:
     max_datums = min(SDK_CHUNK_DATUMS, gateway.settings.max_datums_per_request, MAX_DATUMS_PER_REQUEST)
     return json_response(
         {
-            "pjwt_auth_enabled": False,
+            # Known since 0.18, which is the first that asks for flags.
+            "pjwt_auth_enabled": gateway.settings.has_jwt,
             "parallel_fwdbwd_chunks": True,
             "proto_compress_fwdbwd": _version(body.sdk_version) >= ZSTD_SINCE,
             # Only read by 0.19 to 0.24.1, whose bodies are JSON without it.
@@ -46,7 +49,7 @@ async def client_config(request: Request) -> Response:
     )
 
 
-@router.post("/api/v1/client/dynamic_config")
+@router.post("/api/v1/client/dynamic_config", body=ClientConfigBody, answer=DynamicConfigAnswer)
 async def dynamic_config(request: Request) -> Response:
     """The flags that the SDK asks for again now and then."""
     gateway = gateway_of(request)
@@ -55,14 +58,7 @@ async def dynamic_config(request: Request) -> Response:
     return json_response({"refresh_interval_sec": DYNAMIC_REFRESH_S, "sample_cancel_enabled": True})
 
 
-@router.post("/api/v1/auth/token")
-async def auth_token(request: Request) -> Response:
-    """Refused: this server knows API keys only, and says so in client/config (pjwt_auth_enabled)."""
-    await gateway_of(request).caller(request)
-    raise NotSupported("this server issues no tokens; send the API key itself with every request")
-
-
-@router.get("/api/v1/get_server_capabilities")
+@router.get("/api/v1/get_server_capabilities", answer=CapabilitiesAnswer)
 async def get_server_capabilities(request: Request) -> Response:
     """Every base model under its name, and under the local directory that the SDK can load a tokenizer from."""
     gateway = gateway_of(request)
@@ -75,7 +71,7 @@ async def get_server_capabilities(request: Request) -> Response:
     return json_response({"supported_models": models})
 
 
-@router.post("/api/v1/telemetry")
+@router.post("/api/v1/telemetry", answer=StatusAnswer)
 async def telemetry(request: Request) -> Response:
     """Accepted at once and dropped: a client whose telemetry is refused waits 30 s before it raises its own errors."""
     gateway = gateway_of(request)
@@ -84,14 +80,14 @@ async def telemetry(request: Request) -> Response:
     return json_response({"status": "accepted"})
 
 
-@router.get("/healthz")
-@router.get("/api/v1/healthz")
+@router.get("/healthz", answer=StatusAnswer, is_public=True)
+@router.get("/api/v1/healthz", answer=StatusAnswer, is_public=True)
 async def healthz(_: Request) -> Response:
     """The process is alive. It says nothing about models: see /readyz."""
     return json_response({"status": "ok"})
 
 
-@router.get("/readyz")
+@router.get("/readyz", answer=ReadyAnswer, is_public=True)
 async def readyz(request: Request) -> Response:
     """Whether new work would run now; 503 with the reasons when not."""
     readiness = await gateway_of(request).deps.readiness()
@@ -100,7 +96,7 @@ async def readyz(request: Request) -> Response:
     return json_response({"status": "not ready", "reasons": readiness.reasons}, status=503)
 
 
-@router.get("/metrics")
+@router.get("/metrics", answer_type="text/plain")
 async def metrics(request: Request) -> Response:
     """Prometheus text. Open on a loopback server, else for admin keys (send it as a bearer token)."""
     gateway = gateway_of(request)
