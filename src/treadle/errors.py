@@ -58,6 +58,14 @@ class InvalidRequest(UserError):
     """A readable request with a value that cannot be honoured."""
 
 
+class BadParameter(InvalidRequest):
+    """InvalidRequest, for the forms of the API whose errors name the field: `param`, None when none is to blame."""
+
+    def __init__(self, message: str, *, param: str | None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
 class UnreadableBody(UserError):
     """The body could not be decoded far enough to know whose request it is."""
 

@@ -211,6 +211,17 @@ class SampleOutcome:
 
 
 @dataclass(frozen=True, slots=True)
+class SampledPart:
+    """Tokens that a sequence of a running sample has got, for whoever watches it grow. start: the first one's place."""
+
+    request_id: RequestId
+    sequence_index: int
+    start: int
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class PoolFacts:
     """What a worker reports once its base model is loaded.
 

@@ -19,6 +19,8 @@ from treadle.gateway.admission import Admission
 from treadle.gateway.auth import Authenticator, Principal
 from treadle.gateway.backlog import Backlog, BacklogLimits
 from treadle.gateway.bodies import BodyRoom, room_of
+from treadle.gateway.chat.sessions import TextSessions
+from treadle.gateway.chat.tokenizers import Tokenizers
 from treadle.gateway.deps import GatewayDeps, GatewaySettings, PoolView
 from treadle.gateway.futures import FuturesHub
 from treadle.gateway.signing import Signer
@@ -40,6 +42,8 @@ class Gateway:
             store=deps.store, limits=_backlog_limits(deps.settings), metrics=deps.metrics, clock=deps.clock
         )
         self.admission = Admission(store=deps.store, blobs=deps.blobs, backlog=self.backlog)
+        self.tokenizers = Tokenizers()
+        self.text_sessions = TextSessions()
 
     async def start(self) -> None:
         """Listen to committed rows. Called once, on the event loop that serves."""

@@ -14,6 +14,7 @@ from treadle.blobs import BlobStore
 from treadle.domain import limits
 from treadle.domain.ids import PoolName
 from treadle.domain.outcome import PoolFacts
+from treadle.gateway.chat.live import LiveSamples
 from treadle.store import Store
 from treadle.telemetry.metrics import Metrics
 
@@ -107,6 +108,7 @@ class GatewayDeps:
 
     draw_seed: a fresh 63-bit seed for a request that came without one; it is stored in the row, so replay is exact.
     is_draining: True once the server is stopping: new work is refused, held polls are let go.
+    live: tokens of running samples, as far as this server's own workers draw them.
     """
 
     store: Store
@@ -118,3 +120,4 @@ class GatewayDeps:
     is_draining: Callable[[], bool]
     draw_seed: Callable[[], int]
     metrics: Metrics
+    live: LiveSamples = field(default_factory=LiveSamples)

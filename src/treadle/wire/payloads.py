@@ -92,4 +92,5 @@ def _sample_op(fields: dict[str, Any]) -> SampleOp:
         wants_prompt_logprobs=fields["wants_prompt_logprobs"],
         topk_prompt_logprobs=fields["topk_prompt_logprobs"],
         record_stability_info=fields.get("record_stability_info", False),
+        streams=fields.get("streams", False),
     )
