@@ -1,6 +1,7 @@
 """Checkpoints: names of immutable blobs. They are published by the scheduler's commits (cycles.py).
 
-It refuses to touch blobs. Invariant: a checkpoint whose time is up is as good as gone, even before a sweep.
+It refuses to touch blobs. Invariants: a checkpoint whose time is up is as good as gone, even before a sweep; what an
+owner changes is in the audit log.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from treadle.domain.ids import BlobKey, CheckpointKind, ModelId, TenantId
+from treadle.domain.ids import BlobKey, CheckpointKind, ModelId, TenantId, TinkerPath
 from treadle.domain.limits import MAX_UNPAGED_ROWS
 from treadle.domain.records import CheckpointRecord
+from treadle.store import audit
+from treadle.store.audit import AuditEvent
 from treadle.store.dialect import Dialect
 from treadle.store.engine import Database
 from treadle.store.lora_json import lora_from_json, lora_to_json
@@ -34,6 +37,14 @@ _NEWEST = (
     .limit(1)
 )
 _DELETE = checkpoints.delete().where(checkpoints.c.tinker_path == sa.bindparam("path"))
+_of_owner = (
+    checkpoints.c.tinker_path == sa.bindparam("path"),
+    checkpoints.c.tenant_id == sa.bindparam("of_tenant"),
+    sa.or_(checkpoints.c.expires_at.is_(None), checkpoints.c.expires_at > sa.bindparam("now", type_=sa.Double)),
+)
+_SET_PUBLIC = checkpoints.update().where(*_of_owner).values(public=sa.bindparam("new_public"))
+_SET_EXPIRY = checkpoints.update().where(*_of_owner).values(expires_at=sa.bindparam("new_expiry", type_=sa.Double))
+_DELETE_OWN = checkpoints.delete().where(*_of_owner)
 
 
 class CheckpointUpserts:
@@ -47,7 +58,7 @@ class CheckpointUpserts:
     def upsert(self, conn: sa.Connection, records: tuple[CheckpointRecord, ...]) -> None:
         """The last record of a path stays."""
         if records:
-            conn.execute(self._statement, [_row_of(record) for record in records])
+            conn.execute(self._statement, [row_of(record) for record in records])
 
 
 class Checkpoints:
@@ -93,8 +104,60 @@ class Checkpoints:
         """Whether there was such a checkpoint. Its blob stays for whoever still names it, until a sweep."""
         return await self._writer.run(lambda conn: conn.execute(_DELETE, {"path": tinker_path}).rowcount == 1)
 
+    async def set_public(self, path: TinkerPath, owner: TenantId, *, public: bool) -> bool:
+        """Let everybody read it, or its owner alone; whether the owner has such a live checkpoint. Idempotent."""
+        event = "checkpoint_publish" if public else "checkpoint_unpublish"
+        return await self._change(path, owner, _SET_PUBLIC, {"new_public": public}, event=event)
 
-def _row_of(record: CheckpointRecord) -> dict[str, Any]:
+    async def set_expiry(self, path: TinkerPath, owner: TenantId, *, expires_at: float | None) -> bool:
+        """Have it end then, or never; whether the owner has such a live checkpoint. Idempotent."""
+        values = {"new_expiry": expires_at}
+        return await self._change(path, owner, _SET_EXPIRY, values, event="checkpoint_ttl_set", expires_at=expires_at)
+
+    async def delete_own(self, path: TinkerPath, owner: TenantId) -> bool:
+        """Take its name away; whether the owner had such a live checkpoint. Its blob stays as for `delete`."""
+        return await self._change(path, owner, _DELETE_OWN, {}, event="checkpoint_delete")
+
+    async def _change(
+        self,
+        path: TinkerPath,
+        owner: TenantId,
+        statement: sa.Update | sa.Delete,
+        values: dict[str, Any],
+        *,
+        event: str,
+        **details: object,
+    ) -> bool:
+        """Change one row, and note who did it, in one transaction."""
+        now = self._clock()
+
+        def change(conn: sa.Connection) -> bool:
+            keys = {"path": str(path), "of_tenant": owner, "now": now}
+            if conn.execute(statement, keys | values).rowcount != 1:
+                return False
+            audit.add(conn, [event_of(event, owner, path=str(path), model_id=path.model_id, now=now, **details)])
+            return True
+
+        return await self._writer.run(change)
+
+
+def event_of(
+    event: str, tenant_id: TenantId, *, path: str, model_id: ModelId, now: float, **details: object
+) -> AuditEvent:
+    """What a tenant did to the checkpoint at `path`, for the audit log."""
+    return AuditEvent(
+        tenant_id=tenant_id,
+        created_at=now,
+        event_type="checkpoints",
+        event=event,
+        details={"tinker_path": path, **details},
+        model_id=model_id,
+        tinker_path=path,
+    )
+
+
+def row_of(record: CheckpointRecord) -> dict[str, Any]:
+    """The columns of a checkpoint."""
     return {
         "tinker_path": record.tinker_path,
         "model_id": record.model_id,

@@ -12,12 +12,20 @@ from dataclasses import dataclass
 
 import sqlalchemy as sa
 
-from treadle.domain.ids import BlobKey, ModelId, RequestId, TenantId
+from treadle.domain.ids import BlobKey, ModelId, RequestId, TenantId, op_request_id
 from treadle.domain.ops import OpKind
 from treadle.domain.outcome import Failure
-from treadle.domain.records import FinishedCycle, FinishedRequest, LeaseRecord, ModelAdvance, NewRequest
+from treadle.domain.records import (
+    CheckpointRecord,
+    FinishedCycle,
+    FinishedRequest,
+    LeaseRecord,
+    ModelAdvance,
+    NewRequest,
+)
 from treadle.domain.states import Category
-from treadle.store.checkpoints import CheckpointUpserts
+from treadle.store import audit
+from treadle.store.checkpoints import CheckpointUpserts, event_of
 from treadle.store.engine import Database
 from treadle.store.events import Events
 from treadle.store.leases import Leases, fence
@@ -131,6 +139,7 @@ class Cycles:
             finished = self._rows.finish(conn, [*cycle.finished, *late], now)
             self._advance(conn, lease, cycle.advances, now)
             self._checkpoints.upsert(conn, cycle.checkpoints)
+            audit.add(conn, _saves(cycle.checkpoints, finished, now))
             self._sampling.insert(conn, cycle.sampling_sessions)
             unused = self._snapshots.register(conn, cycle.snapshots, also=_cut_off(cycle, finished), now=now)
             self._run_log.insert(conn, cycle.run_log)
@@ -209,6 +218,24 @@ def _cut_off(cycle: FinishedCycle, finished: Sequence[FinishedRow]) -> set[Model
     over = {advance.model_id for advance in cycle.advances if advance.state in STATES_OVER}
     loaded = {row.model_id for row in finished if row.is_done and row.kind is OpKind.LOAD_WEIGHTS}
     return over | {model_id for model_id in loaded if model_id is not None}
+
+
+def _saves(records: Sequence[CheckpointRecord], finished: Sequence[FinishedRow], now: float) -> list[audit.AuditEvent]:
+    """What these saves leave in the audit log: nothing when the commit is repeated."""
+    final = {row.request_id for row in finished}
+    return [
+        event_of(
+            "checkpoint_save",
+            record.tenant_id,
+            path=record.tinker_path,
+            model_id=record.model_id,
+            now=now,
+            size_bytes=record.size_bytes,
+            expires_at=record.expires_at,
+        )
+        for record in records
+        if op_request_id(record.model_id, record.seq_id) in final
+    ]
 
 
 def _dropped(rows: Sequence[FinishedRow]) -> tuple[BlobKey, ...]:

@@ -102,7 +102,7 @@ class Models:
             record = replace(record, state=ModelState.FAILED, state_message=request.failure.message)
 
         def write(conn: sa.Connection) -> _Created:
-            values = _row_of(record) | {"create_request_id": request.request_id}
+            values = row_of(record) | {"create_request_id": request.request_id}
             if conn.execute(self._insert, values).one_or_none() is None:
                 first = RequestId(conn.execute(_CREATION, {"id": record.model_id}).scalar_one())
                 return _Created(first, Added(is_new=False, first_kind=first_kinds(conn, [first]).get(first)))
@@ -169,7 +169,8 @@ class Models:
         return [None] * len(model_ids)
 
 
-def _row_of(record: ModelRecord) -> dict[str, Any]:
+def row_of(record: ModelRecord) -> dict[str, Any]:
+    """The columns of a run, but for the request that creates it."""
     return {
         "model_id": record.model_id,
         "session_id": record.session_id,

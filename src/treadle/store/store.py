@@ -16,6 +16,7 @@ import sqlalchemy as sa
 from treadle.store import migrate
 from treadle.store.backlog import BacklogReads
 from treadle.store.checkpoints import Checkpoints
+from treadle.store.copies import Copies
 from treadle.store.cycles import Cycles
 from treadle.store.engine import Database, translated
 from treadle.store.events import Events
@@ -62,6 +63,7 @@ class Store:
         self.models = Models(database=database, writer=writer, rows=rows, requests=self.requests, clock=clock)
         self.sampling = Sampling(database=database, writer=writer, inserts=sampling_inserts)
         self.checkpoints = Checkpoints(database=database, writer=writer, clock=clock)
+        self.copies = Copies(database=database, writer=writer, clock=clock)
         self.leases = Leases(database=database, writer=writer, events=self.events, statements=statements)
         self.pools = Pools(database=database, writer=writer, events=self.events, statements=statements, clock=clock)
         self.cycles = Cycles(
