@@ -63,6 +63,8 @@ JWT_LIFE_S = 3_600.0
 SIGNED_URL_LIFE_S = 3_600.0
 # An id, path or base model name in a request: longer than any that treadle makes, short enough for an index.
 MAX_ID_CHARS = 512
+# A request's id, and the number of the sequence behind it.
+MAX_SEQUENCE_ID_CHARS = 2 * MAX_ID_CHARS
 # Free text of a request (display name, project, finish detail).
 MAX_TEXT_CHARS = 4_096
 # Metadata dictionaries sent by clients, as JSON.
@@ -132,3 +134,24 @@ MAX_REPLAY_BYTES = 256 * 2**20
 MAX_RUNS_READ_PER_CYCLE = 64
 # Worker seconds of ops of one run that a restore may have to run again, as far as snapshots for that stay cheap.
 MAX_REPLAY_S = 2.0
+# A custom loss: what its graph may have, and what one datum of it may cost in a worker that others share.
+# The SDK allows 16 inputs. Losses people write have 10 to 100 nodes; at some 20 us a node this many take 10 ms a datum.
+MAX_CUSTOM_LOSS_INPUTS = 16
+MAX_CUSTOM_LOSS_NODES = 512
+MAX_CUSTOM_LOSS_METRICS = 64
+# Numbers and references written out in one node, and how deep they are nested.
+MAX_CUSTOM_LOSS_ARGUMENTS = 64
+MAX_CUSTOM_LOSS_DEPTH = 4
+# The definition as it is stored, with the loss and with every pass that uses it.
+MAX_CUSTOM_LOSS_BYTES = 64 * 2**10
+# Sessions end; a client that makes a loss per step reuses none of them.
+MAX_CUSTOM_LOSSES_PER_SESSION = 256
+# Numbers of one tensor (all pairs of 2,896 tokens), and of all that one datum's graph makes: 256 MiB at eight bytes.
+MAX_CUSTOM_LOSS_NUMBERS = 2**23
+MAX_CUSTOM_LOSS_NUMBERS_PER_DATUM = 2**25
+# Operations on single numbers: so many for each datum and each of its tokens. Beside a pass of the base model, a few ns
+# each.
+CUSTOM_LOSS_WORK_PER_DATUM = 2**22
+CUSTOM_LOSS_WORK_PER_TOKEN = 2**15
+# Seconds of processor time for the custom loss on one quantum: far beyond what the bounds above let through.
+MAX_CUSTOM_LOSS_S = 5.0
