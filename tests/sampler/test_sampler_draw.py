@@ -132,7 +132,7 @@ def test_large_batches_are_drawn_in_pieces_with_the_same_tokens(monkeypatch: pyt
 
 def test_drawn_frequencies_fit_the_distribution() -> None:
     logits = torch.tensor([[0.0, 1.0, 2.0, -1.0, 0.5, 1.5]])
-    stream = UniformStream(seed=11, sample_index=0)
+    stream = UniformStream(seed=11, stream=0)
     uniforms = np.array([[stream.take() for _ in range(20_000)]])
     rows = settings_of((1.0, 6, 1.0))
     counts = np.bincount(draw_tokens(logits, rows, uniforms)[0].numpy(), minlength=6)
@@ -143,17 +143,17 @@ def test_drawn_frequencies_fit_the_distribution() -> None:
 
 
 def test_a_stream_depends_on_seed_and_index_only() -> None:
-    first = [UniformStream(seed=5, sample_index=2).take() for _ in range(2)]
+    first = [UniformStream(seed=5, stream=2).take() for _ in range(2)]
     assert first[0] == first[1]
-    stream = UniformStream(seed=5, sample_index=2)
+    stream = UniformStream(seed=5, stream=2)
     numbers = [stream.take() for _ in range(100)]
     assert numbers[0] == first[0]
     assert len(set(numbers)) == 100
     assert all(0.0 <= number < 1.0 for number in numbers)
-    others = [UniformStream(seed=5, sample_index=3), UniformStream(seed=6, sample_index=2), UniformStream(-5, 2)]
+    others = [UniformStream(seed=5, stream=3), UniformStream(seed=6, stream=2), UniformStream(-5, 2)]
     assert len({numbers[0], *(other.take() for other in others)}) == 4
 
 
 def test_the_stream_is_the_one_that_was_promised() -> None:
     # Stored rows are replayed with their seeds after an upgrade, so this number must never change.
-    assert UniformStream(seed=1, sample_index=0).take() == 0.2446485067787747
+    assert UniformStream(seed=1, stream=0).take() == 0.2446485067787747

@@ -119,7 +119,7 @@ def test_a_sample_has_the_same_bits_alone_and_in_a_crowd(
         )
         for index in range(14)
     ]
-    limits = SamplerLimits(max_running=12, prefill_chunk_tokens=48)
+    limits = SamplerLimits(max_running=12, prefill_chunk_tokens=64)
     together = sample(base, crowd, limits=limits)
     for one in crowd:
         alone = sample(base, [one], limits=limits)[one.request_id]
@@ -145,7 +145,7 @@ def test_samples_of_one_request_differ_and_come_again(qwen: BaseModel) -> None:
 def test_chunked_prefill_equals_prefill_at_once(qwen: BaseModel) -> None:
     asked = ask("a", prompt_of(130), max_tokens=5, temperature=0.0, wants_prompt_logprobs=True)
     whole = sample(qwen, [asked], limits=SamplerLimits(prefill_chunk_tokens=512))["a"]
-    chunked = sample(qwen, [asked], limits=SamplerLimits(prefill_chunk_tokens=32))["a"]
+    chunked = sample(qwen, [asked], limits=SamplerLimits(prefill_chunk_tokens=64))["a"]
     assert whole.sequences[0].tokens.tolist() == chunked.sequences[0].tokens.tolist()
     np.testing.assert_allclose(chunked.sequences[0].logprobs, whole.sequences[0].logprobs, atol=1e-5)
     assert whole.prompt_logprobs is not None

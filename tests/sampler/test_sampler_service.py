@@ -122,7 +122,7 @@ def test_all_adapters_and_prompts_share_one_forward(qwen: BaseModel, monkeypatch
 
 @pytest.mark.parametrize("num_steps", [0, 1, 2, 5])
 def test_a_cancelled_request_has_no_outcome_and_holds_nothing(qwen: BaseModel, num_steps: int) -> None:
-    sampler = sampler_of(qwen, max_running=4, prefill_chunk_tokens=32)
+    sampler = sampler_of(qwen, max_running=4, prefill_chunk_tokens=64)
     sampler.submit([ask("gone", prompt_of(50), num_samples=9, max_tokens=30, use_eos=False)])
     for _ in range(num_steps):
         assert sampler.step(0.0) == []

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from treadle.domain.ids import BlobKey, ModelId, SamplingSessionId
 from treadle.domain.limits import LORA_ALPHA
 from treadle.domain.losses import Loss
+from treadle.domain.provenance import Provenance
 
 
 class OpKind(StrEnum):
@@ -86,10 +87,14 @@ class AdamParams:
 
 @dataclass(frozen=True, slots=True)
 class Datum:
-    """One sequence: tokens int32 [T] and loss inputs by name, float32 or int64, [T] or [T, K]."""
+    """One sequence: tokens int32 [T] and loss inputs by name, float32 or int64, [T] or [T, K].
+
+    provenance: what the client says of where the tokens came from; read at admission, absent in what workers decode.
+    """
 
     tokens: NDArray[np.int32]
     inputs: Mapping[str, NDArray[np.generic]]
+    provenance: Provenance | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -124,13 +129,17 @@ class LoadWeightsOp:
 
 @dataclass(frozen=True, slots=True)
 class PassOp:
-    """forward_backward, or forward when `forward_only` (which leaves no trace)."""
+    """forward_backward, or forward when `forward_only` (which leaves no trace).
+
+    uses_adapter: False for a forward through the bare base model.
+    """
 
     model_id: ModelId
     seq_id: int
     datums: tuple[Datum, ...]
     loss: Loss
     forward_only: bool
+    uses_adapter: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,15 +209,37 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True)
+class TargetTokens:
+    """Token ids to score behind each token of a prompt but the last: a tensor [P - 1, K], dense or sparse.
+
+    Row i is about prompt position i + 1. token_ids: int32, the tensor's cells in their order, -1 where nothing is
+    wanted; dense ones row by row, of a sparse tensor (CSR) those that are listed. row_starts int64 [P] and columns
+    int64 [cells] are those of the sparse tensor, None of a dense one.
+    """
+
+    token_ids: NDArray[np.int32]
+    num_columns: int
+    row_starts: NDArray[np.int64] | None = None
+    columns: NDArray[np.int64] | None = None
+
+    @property
+    def starts(self) -> NDArray[np.int64]:
+        """Where each row's cells start, and the end: int64 [P]."""
+        if self.row_starts is not None:
+            return self.row_starts
+        return np.arange(0, len(self.token_ids) + 1, self.num_columns, dtype=np.int64)
+
+
+@dataclass(frozen=True, slots=True)
 class SampleOp:
     """`num_samples` continuations of one prompt from one set of weights.
 
     Weights: `blob_key` names sampler or training weights in the blob store, None is the bare base model.
-    topk_sample_logprobs: alternatives per sampled token. target_prompt_logprobs: int32 [P - 1, K] token ids whose
-    logprobs are wanted at each position behind the first, -1 where none is; target_is_sparse: the answer is laid out
-    as CSR like the request was. prompt_alt_tokens_k: tokens drawn at each position of the prompt instead of its own.
-    prompt_logprobs_last_n: only the last n positions of the prompt are scored. record_stability_info: what is sampled
-    is kept for stable_reinforce.
+    topk_sample_logprobs: alternatives per sampled token. target_prompt_logprobs: token ids whose logprobs are wanted at
+    positions of the prompt. prompt_alt_tokens_k: tokens drawn at each position of the prompt instead of its own, at the
+    temperature of `params`, from the whole vocabulary. prompt_logprobs_last_n: of the prompt's own tokens and its top-k
+    only the last n positions are scored. record_stability_info: what is sampled is kept for stable_reinforce.
+    streams: somebody watches it grow.
     """
 
     sampling_session_id: SamplingSessionId
@@ -220,11 +251,11 @@ class SampleOp:
     wants_prompt_logprobs: bool = False
     topk_prompt_logprobs: int = 0
     topk_sample_logprobs: int = 0
-    target_prompt_logprobs: NDArray[np.int32] | None = None
-    target_is_sparse: bool = False
+    target_prompt_logprobs: TargetTokens | None = None
     prompt_alt_tokens_k: int = 0
     prompt_logprobs_last_n: int | None = None
     record_stability_info: bool = False
+    streams: bool = False
 
 
 TrainingOp = (

@@ -27,6 +27,7 @@ import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
 
+from treadle.domain.adapter_file import CONFIG_NAME, WEIGHTS_NAME, config_file
 from treadle.domain.losses import Loss
 from treadle.domain.ops import AdamParams, LoraSpec, PassOp, SampleOp, SamplingParams
 from treadle.domain.outcome import PassResult, SampledSequence, SampleResult, TopkLogprobs
@@ -70,7 +71,7 @@ def run_pass(state: FakeState, op: PassOp) -> tuple[PassResult, FakeState]:
     Raises InvalidRequest for ids outside the vocabulary, NotSupported for a loss it does not know, NonFiniteResult.
     """
     vocab_size = len(state.weights)
-    log_p = log_differences(state.weights)
+    log_p = log_differences(state.weights if op.uses_adapter else np.zeros(vocab_size))
     logprobs: list[NDArray[np.float32]] = []
     total_loss = 0.0
     grad, mass = state.grad.copy(), state.grad_mass
@@ -140,6 +141,9 @@ def run_sample(
         raise InvalidRequest(f"the prompt has {len(prompt)} tokens; this model takes 1 to {max_context_length}")
     if not 0 <= prompt.min() <= prompt.max() < vocab_size:
         raise InvalidRequest(f"the prompt holds an id outside the vocabulary of {vocab_size}")
+    asks_for_more = op.topk_sample_logprobs or op.prompt_alt_tokens_k or op.prompt_logprobs_last_n is not None
+    if asks_for_more or op.target_prompt_logprobs is not None:
+        raise NotSupported("the fake executor knows only logprobs and top-k logprobs of the whole prompt")
     if op.params.stop_strings:
         raise InvalidRequest(f"stop string {op.params.stop_strings[0]!r} cannot be matched: send token ids")
     log_p = log_differences(weights)
@@ -198,8 +202,11 @@ def _draw_sequence(
 
 def _topk(prompt: Ids, log_p: Floats, k: int) -> TopkLogprobs:
     best = np.argsort(-log_p, kind="stable")[:k]
-    rows = [tuple((int((last + d) % len(log_p)), float(log_p[d])) for d in best) for last in prompt[:-1]]
-    return TopkLogprobs(rows=(None, *rows))
+    token_ids = np.zeros((len(prompt), k), dtype=np.int32)
+    logprobs = np.full((len(prompt), k), np.nan, dtype=np.float32)
+    token_ids[1:] = (prompt[:-1, None] + best) % len(log_p)
+    logprobs[1:] = log_p[best]
+    return TopkLogprobs(token_ids, logprobs)
 
 
 def _generator(seed: int, index: int) -> np.random.Generator:
@@ -243,8 +250,8 @@ def export_state(state: FakeState, *, base_model: str) -> dict[str, bytes]:
         "target_modules": [],
     }
     return {
-        "adapter_config.json": (json.dumps(config, indent=2) + "\n").encode(),
-        "adapter_model.safetensors": safetensors.numpy.save({"fake.weights": state.weights}, {"format": "pt"}),
+        CONFIG_NAME: config_file(config),
+        WEIGHTS_NAME: safetensors.numpy.save({"fake.weights": state.weights}, {"format": "pt"}),
     }
 
 

@@ -15,13 +15,15 @@ from treadle.domain.ids import RequestId, TenantId
 from treadle.domain.ops import SampleOp
 from treadle.domain.outcome import SampleOutcome
 from treadle.engine.adapter import AdapterWeights
+from treadle.sampler.prefixes import BLOCK_TOKENS
 
 
 @dataclass(frozen=True, slots=True)
 class SampleRequest:
     """One sample with its weights at hand. `adapter` None samples the bare base model.
 
-    The adapter's memory is read in place until the request ends; whoever owns it must not write to it.
+    The op's blob_key names the adapter: one key, one content, for good. The adapter's memory is read in place until the
+    request ends; whoever owns it must not write to it.
     """
 
     request_id: RequestId
@@ -39,6 +41,8 @@ class SamplerLimits:
     is always let in when nothing else runs, so the bound is exceeded by at most that one; memory grows by doubling,
     so up to twice as much is allocated.
     prefill_chunk_tokens: prompt tokens per pass; bounds how long a long prompt delays everybody's next token.
+    prefix_share: the part of max_cached_tokens that prompts already read may take beside the running ones, which come
+    first; 0 keeps none. Only a CPU keeps any: see prefixes.py.
     max_tenant_share: the part of the decode slots one tenant may hold. It holds for a lone tenant too: nothing
     running is ever thrown out for a newcomer, so slots must be free when one comes.
     """
@@ -47,11 +51,15 @@ class SamplerLimits:
     max_cached_tokens: int = 262_144
     prefill_chunk_tokens: int = 512
     max_tenant_share: float = 0.75
+    prefix_share: float = 0.25
 
     def __post_init__(self) -> None:
         assert self.max_running > 0
         assert self.max_cached_tokens > 0
         assert self.prefill_chunk_tokens > 0
+        # Blocks are read whole: only the last one of a prompt may be short.
+        assert self.prefill_chunk_tokens % BLOCK_TOKENS == 0
+        assert 0.0 <= self.prefix_share <= 1.0
         assert 0.0 < self.max_tenant_share <= 1.0
 
 

@@ -3,9 +3,10 @@
 Each pass carries one row for every running sequence and up to a chunk of prompt tokens, whatever their adapters,
 in ONE forward of the base model. It owns no thread and no clock but the one it is given, and knows no transport.
 
-Invariant: what a sequence samples depends on its request and the weights alone. Chunk borders depend on the prompt
-only, rows keep their bits in any company (layout.py, cache.py), random numbers are keyed by seed, sample and
-position (draw.py); so a sample is the same alone, in a crowd, and after a restart.
+Invariant: what a sequence samples depends on its request and the weights alone. Prompts are attended to on a grid of
+their own, rows keep their bits in any company (layout.py, cache.py), random numbers are keyed by seed, sample and
+position (draw.py); so a sample is the same alone, in a crowd, after a restart, and when an earlier prompt began with
+the same tokens (prefixes.py).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from treadle.sampler.base import SampleRequest, SamplerLimits
 from treadle.sampler.cache import Bucket, CacheShape, PromptCache, capacity_for
 from treadle.sampler.job import Job, SampledTokens, check_sample, failed_outcome, num_free_places
 from treadle.sampler.passes import Chunk, Drawn, run_pass
+from treadle.sampler.prefixes import BLOCK_TOKENS, BlockKey, Prefixes, block_keys
 from treadle.sampler.queue import TenantQueue
 from treadle.sampler.stops import stop_rule, tokenizer_eos_id
 from treadle.sampler.tokenizer import TokenBytes, load_token_bytes
@@ -45,6 +47,13 @@ class BuiltinSampler:
         self._eos_ids = eos_ids
         self._limits = limits
         self._clock = clock
+        self._prefixes = Prefixes()
+        # On other devices a library chooses a product's kernel by its number of rows, so nothing shows that a prompt
+        # that is served from there keeps its bits.
+        is_exact = base.device.type == "cpu"
+        self._max_prefix_tokens = int(limits.max_cached_tokens * limits.prefix_share) if is_exact else 0
+        # Larger pieces keep a larger device busy; on a CPU they must be the same for every prompt.
+        self._piece_tokens = BLOCK_TOKENS if is_exact else limits.prefill_chunk_tokens
         self._tenant_share = max(1, int(limits.max_running * limits.max_tenant_share))
         self._cache_shape = CacheShape(
             num_layers=base.num_layers,
@@ -115,7 +124,15 @@ class BuiltinSampler:
             token_bytes=self._token_bytes,
             num_free_places=num_free_places(request.op, base.max_context_length),
         )
-        return Job(request, rule)
+        return Job(request, rule, self._block_keys(request))
+
+    def _block_keys(self, request: SampleRequest) -> tuple[BlockKey, ...]:
+        # An adapter without a name could be any.
+        is_named = request.adapter is None or request.op.blob_key is not None
+        if not is_named or self._max_prefix_tokens < BLOCK_TOKENS:
+            return ()
+        weights = None if request.adapter is None else request.op.blob_key
+        return block_keys(request.tenant_id, weights, request.op.prompt)
 
     def _run_once(self) -> None:
         self._make_room_to_grow()
@@ -123,11 +140,12 @@ class BuiltinSampler:
         chunks = self._next_chunks()
         buckets = [bucket for bucket in self._buckets.values() if bucket.owners]
         assert chunks or buckets, "a live job is neither running, prefilling nor let in"
+        self._shrink_prefixes()
         result = run_pass(self._base, buckets, chunks)
         for drawn in result.drawn:
             self._take_token(drawn)
         for chunk in chunks:
-            self._after_chunk(chunk.job, result.failures.get(chunk.job.request.request_id))
+            self._after_chunk(chunk, result.failures.get(chunk.job.request.request_id))
         for job in {drawn.sequence.job: None for drawn in result.drawn}:
             if job.num_unfinished == 0 and self._is_live(job):
                 self._finished.append(job.outcome())
@@ -151,7 +169,7 @@ class BuiltinSampler:
         if not self._fits(max(job.places_wanted, num_tokens + capacity_for(num_tokens + 1))):
             return False
         self._queue.remove(job)
-        job.prompt_cache = PromptCache(self._cache_shape, num_tokens)
+        job.prompt_cache = PromptCache(self._cache_shape, num_tokens, piece_tokens=self._piece_tokens)
         self._prefilling.append(job)
         self._admitted[job.request.request_id] = job
         self._num_held[job.tenant_id] += 1
@@ -173,7 +191,9 @@ class BuiltinSampler:
             sequence = job.unstarted.pop(0)
             self._place(sequence, num_places)
             assert sequence.bucket is not None
-            sequence.bucket.data_N2SKCd[:, :, sequence.row, :, : num_places - 1] = job.prompt_cache.data_N2SKPd[:, :, 0]
+            sequence.bucket.data_N2SKCd[:, :, sequence.row, :, : num_places - 1] = job.prompt_cache.data_N2SKPd[
+                :, :, 0, :, : num_places - 1
+            ]
             self._num_held[job.tenant_id] += 1
             num_started += 1
         if not job.unstarted:
@@ -213,6 +233,37 @@ class BuiltinSampler:
         for sequence in full:
             self._move(sequence)
 
+    # Prompts that begin like earlier ones.
+
+    def _serve_prefix(self, job: Job) -> None:
+        """Take from earlier prompts what this one would read next, as far as it may be taken."""
+        cache = job.prompt_cache
+        assert cache is not None
+        next_block = cache.num_filled // BLOCK_TOKENS
+        found = self._prefixes.find(job.block_keys[next_block : job.num_reusable_blocks])
+        for block in found:
+            cache.fill_block(block)
+        if found:
+            job.reached(cache.num_filled, from_cache=True)
+            self._prefixes.touch(job.block_keys[: next_block + len(found)])
+
+    def _keep_prefix(self, job: Job, num_before: int) -> None:
+        """Keep what a pass has read of a prompt, for later ones."""
+        cache = job.prompt_cache
+        assert cache is not None
+        for index in range(num_before // BLOCK_TOKENS, min(len(job.block_keys), cache.num_filled // BLOCK_TOKENS)):
+            if job.block_keys[index] not in self._prefixes:
+                self._prefixes.put(job.block_keys[index], cache.block(index))
+        self._prefixes.touch(job.block_keys[: cache.num_filled // BLOCK_TOKENS])
+        self._shrink_prefixes()
+
+    def _shrink_prefixes(self) -> None:
+        self._prefixes.shrink(self._room_for_prefixes())
+
+    def _room_for_prefixes(self) -> int:
+        """Places that read prompts may take: their share, and no more than running sequences leave."""
+        return max(0, min(self._max_prefix_tokens, self._limits.max_cached_tokens - self._num_places()))
+
     # Sequences in buckets.
 
     def _place(self, sequence: SampledTokens, num_places: int) -> None:
@@ -242,17 +293,25 @@ class BuiltinSampler:
     def _next_chunks(self) -> list[Chunk]:
         """Whole chunks of prompts, up to one chunk's tokens together; who gets one goes to the back.
 
-        A prompt is always cut at the same places, whoever else is there: its numbers must not depend on company.
+        A chunk ends on the grid of blocks or with its prompt. Of prompts that begin alike one is read at a time: the
+        others take it over in the next pass.
         """
-        chunk_tokens = self._limits.prefill_chunk_tokens
+        num_free = chunk_tokens = self._limits.prefill_chunk_tokens
         chunks: list[Chunk] = []
-        num_free = chunk_tokens
+        being_read: set[BlockKey] = set()
+        num_keepable = self._room_for_prefixes() // BLOCK_TOKENS
         for job in list(self._prefilling):
+            self._serve_prefix(job)
             assert job.prompt_cache is not None
+            next_block = job.prompt_cache.num_filled // BLOCK_TOKENS
+            awaited = job.block_keys[next_block : min(job.num_reusable_blocks, num_keepable)]
+            if awaited and awaited[0] in being_read:
+                continue
             num_tokens = min(chunk_tokens, len(job.op.prompt) - job.prompt_cache.num_filled)
             if num_tokens > num_free:
                 break
             num_free -= num_tokens
+            being_read.update(job.block_keys[next_block : next_block + num_tokens // BLOCK_TOKENS])
             chunks.append(Chunk(job, num_tokens))
             self._prefilling.remove(job)
             self._prefilling.append(job)
@@ -265,7 +324,7 @@ class BuiltinSampler:
         if not math.isfinite(drawn.logprob):
             self._fail(job, NonFiniteResult("the model's logits are not finite for this sample"))
             return
-        if not sequence.push(drawn.token, drawn.logprob):
+        if not sequence.push(drawn.token, drawn.logprob, drawn.top):
             return
         job.num_unfinished -= 1
         if sequence.bucket is None:
@@ -274,13 +333,16 @@ class BuiltinSampler:
             self._displace(sequence)
             self._num_held[job.tenant_id] -= 1
 
-    def _after_chunk(self, job: Job, failure: TreadleError | None) -> None:
+    def _after_chunk(self, chunk: Chunk, failure: TreadleError | None) -> None:
+        job = chunk.job
         if not self._is_live(job):
             return
         if failure is not None:
             self._fail(job, failure)
             return
         assert job.prompt_cache is not None
+        job.reached(job.prompt_cache.num_filled, from_cache=False)
+        self._keep_prefix(job, job.prompt_cache.num_filled - chunk.num_tokens)
         if job.prompt_cache.num_filled < job.prompt_cache.num_places:
             return
         self._prefilling.remove(job)

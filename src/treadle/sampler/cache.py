@@ -2,10 +2,13 @@
 
 Running sequences live in buckets by capacity (64 places, 96, 128, 192, ...), one row each, without holes, so that a
 pass attends over a whole bucket in one call per layer; a sequence that outgrows its bucket moves to the next. A
-prompt is prefilled into a cache of its own and copied for each of its samples. It knows no requests and no tokens.
+prompt is prefilled into a cache of its own, in chunks of any length, and copied for each of its samples. It knows no
+requests and no tokens.
 
 Invariants: places behind a sequence's end hold zeros (a stray NaN of a former owner would spread through the masked
-sum), and a row's result depends on that row and its bucket's capacity alone, bit for bit.
+sum); a decoding row's result depends on that row and its bucket's capacity alone, bit for bit; and a prompt's rows on
+what stands before them alone: they attend piece by piece, on a grid that starts with the prompt (fused attention gives
+a row other bits in a call of another number of queries), and only the prompt's last piece may be a short one.
 
 Legend: N layers, S rows of a bucket, K key and value heads, H query heads, G query heads per key head, C places,
 d size of a head, T rows of the pass, P tokens of a prompt's chunk.
@@ -20,6 +23,9 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from treadle.sampler.layout import round_up
+from treadle.sampler.prefixes import BLOCK_TOKENS
 
 MIN_CAPACITY = 64
 
@@ -43,12 +49,28 @@ class CacheShape:
 
 
 class PromptCache:
-    """The keys and values of one prompt, filled chunk by chunk."""
+    """The keys and values of one prompt, filled chunk by chunk. piece_tokens: of the grid that its rows attend on."""
 
-    def __init__(self, shape: CacheShape, num_tokens: int) -> None:
+    def __init__(self, shape: CacheShape, num_tokens: int, *, piece_tokens: int = BLOCK_TOKENS) -> None:
         self.num_places = num_tokens
+        self.piece_tokens = piece_tokens
         self.num_filled = 0
-        self.data_N2SKPd = shape.zeros(1, num_tokens)
+        # In whole blocks, so that rows lie at the same distances to memory's lines in prompts of any length.
+        self.data_N2SKPd = shape.zeros(1, round_up(num_tokens, BLOCK_TOKENS))
+
+    def block(self, index: int) -> Tensor:
+        """A copy of the block's keys and values [N, 2, K, BLOCK_TOKENS, d]."""
+        start = index * BLOCK_TOKENS
+        assert start + BLOCK_TOKENS <= self.num_filled
+        return self.data_N2SKPd[:, :, 0, :, start : start + BLOCK_TOKENS].clone()
+
+    def fill_block(self, block_N2KBd: Tensor) -> None:
+        """Take the next block, computed before, as if it had been filled here."""
+        assert self.num_filled % BLOCK_TOKENS == 0
+        stop = self.num_filled + BLOCK_TOKENS
+        assert stop < self.num_places, "the last row is always read: sampling needs its logits"
+        self.data_N2SKPd[:, :, 0, :, self.num_filled : stop] = block_N2KBd
+        self.num_filled = stop
 
 
 class Bucket(Generic[Owner]):
@@ -142,7 +164,7 @@ class CachedAttention:
 
     def __init__(self, decodes: Sequence[DecodePart], prefills: Sequence[PrefillPart]) -> None:
         self._decodes = decodes
-        self._prefills = [(part, _chunk_mask(part)) for part in prefills]
+        self._prefills = [(part, _pieces(part)) for part in prefills]
 
     def attend(
         self, layer_index: int, query_1HTd: Tensor, key_1KTd: Tensor, value_1KTd: Tensor, scaling: float
@@ -156,22 +178,23 @@ class CachedAttention:
             query_SHd = query_1HTd[0].index_select(1, decode.rows).transpose(0, 1)
             mixed_SHd = _decode(query_SHd, keys_SKCd, values_SKCd, decode.mask, scaling)
             mixed_THd.index_copy_(0, decode.rows, mixed_SHd)
-        for prefill, mask_PL in self._prefills:
+        for prefill, pieces in self._prefills:
             start, stop = prefill.start, prefill.start + prefill.num_tokens
             filled, end = prefill.cache.num_filled, prefill.cache.num_filled + prefill.num_tokens
             data_2SKPd = prefill.cache.data_N2SKPd[layer_index]
             data_2SKPd[0, 0, :, filled:end] = key_1KTd[0, :, start:stop]
             data_2SKPd[1, 0, :, filled:end] = value_1KTd[0, :, start:stop]
-            mixed_1HPd = functional.scaled_dot_product_attention(
-                query_1HTd[:, :, start:stop],
-                data_2SKPd[0, :, :, :end],
-                data_2SKPd[1, :, :, :end],
-                attn_mask=mask_PL,
-                is_causal=mask_PL is None,
-                scale=scaling,
-                enable_gqa=True,
-            )
-            mixed_THd[start:stop] = mixed_1HPd[0].transpose(0, 1)
+            for piece in pieces:
+                mixed_1HPd = functional.scaled_dot_product_attention(
+                    query_1HTd[:, :, piece.start : piece.stop],
+                    data_2SKPd[0, :, :, : piece.end],
+                    data_2SKPd[1, :, :, : piece.end],
+                    attn_mask=piece.mask,
+                    is_causal=piece.mask is None,
+                    scale=scaling,
+                    enable_gqa=True,
+                )
+                mixed_THd[piece.start : piece.stop] = mixed_1HPd[0].transpose(0, 1)
         return mixed_THd.unsqueeze(0)
 
 
@@ -203,11 +226,29 @@ def _decode(query_SHd: Tensor, keys_SKCd: Tensor, values_SKCd: Tensor, mask_S11C
     return mixed_SKGd.reshape(num_rows, num_heads, head_dim)
 
 
-def _chunk_mask(part: PrefillPart) -> Tensor | None:
-    """Which places [P, L] each token of a later chunk sees; None for the first one, which is plainly causal."""
-    filled = part.cache.num_filled
-    if filled == 0:
-        return None
-    device = part.cache.data_N2SKPd.device
-    seen = torch.ones(part.num_tokens, filled + part.num_tokens, dtype=torch.bool, device=device)
-    return seen.tril(diagonal=filled)
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A part of a chunk that attends in one call: pass rows [start, stop), which see the prompt's places up to `end`.
+
+    mask [P, L]: which of these each row sees; None at a prompt's start, which is plainly causal.
+    """
+
+    start: int
+    stop: int
+    end: int
+    mask: Tensor | None
+
+
+def _pieces(part: PrefillPart) -> list[_Piece]:
+    filled, grid, device = part.cache.num_filled, part.cache.piece_tokens, part.cache.data_N2SKPd.device
+    pieces: list[_Piece] = []
+    place, last = filled, filled + part.num_tokens
+    while place < last:
+        end = min(last, (place // grid + 1) * grid)
+        start = part.start + place - filled
+        mask = None
+        if place > 0:
+            mask = torch.ones(end - place, end, dtype=torch.bool, device=device).tril(diagonal=place)
+        pieces.append(_Piece(start, start + end - place, end, mask))
+        place = end
+    return pieces

@@ -29,14 +29,15 @@ _STREAM_BLOCK = 32
 class UniformStream:
     """The uniform numbers in [0, 1) of one sampled sequence, one per position, in order.
 
-    Philox4x64 keyed by SHA-256 of (seed, sample index); number p is the top 53 bits of raw output p. numpy keeps
-    the raw output of its bit generators stable across versions.
+    Philox4x64 keyed by SHA-256 of (seed, stream), where a stream is named by its sample's index, or by what else is
+    drawn; number p is the top 53 bits of raw output p. numpy keeps the raw output of its bit generators stable across
+    versions.
     """
 
     __slots__ = ("_block", "_next", "_philox")
 
-    def __init__(self, seed: int, sample_index: int) -> None:
-        digest = hashlib.sha256(f"treadle sample:{seed}:{sample_index}".encode()).digest()
+    def __init__(self, seed: int, stream: int | str) -> None:
+        digest = hashlib.sha256(f"treadle sample:{seed}:{stream}".encode()).digest()
         self._philox = np.random.Philox(key=np.frombuffer(digest[:16], dtype="<u8"))
         self._block: list[float] = []
         self._next = 0
@@ -49,6 +50,12 @@ class UniformStream:
             self._next = 0
         self._next += 1
         return self._block[self._next - 1]
+
+    def take_many(self, count: int) -> NDArray[np.float64]:
+        """The next `count` uniforms, float64 [count]; of a stream that `take` is not used on."""
+        assert not self._block, "taken one by one before"
+        raw = np.asarray(self._philox.random_raw(count), dtype=np.uint64)
+        return np.asarray((raw >> np.uint64(11)) * 2.0**-53, dtype=np.float64)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,26 +7,32 @@ sampled, in words for the client. Invariant: a job restarted from nothing sample
 from __future__ import annotations
 
 import math
+from typing import TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from treadle.domain.limits import MAX_NUM_SAMPLES, MAX_TOPK_LOGPROBS
-from treadle.domain.ops import SampleOp
-from treadle.domain.outcome import Failure, SampledSequence, SampleOutcome, SampleResult
+from treadle.domain.ops import SampleOp, TargetTokens
+from treadle.domain.outcome import Failure, SampledSequence, SampleOutcome, TopkLogprobs
 from treadle.domain.stability import recorded
 from treadle.domain.states import Category, StopReason
 from treadle.errors import InvalidRequest, TreadleError
 from treadle.sampler.base import SampleRequest
 from treadle.sampler.cache import Bucket, PromptCache
 from treadle.sampler.draw import UniformStream
+from treadle.sampler.prefixes import BLOCK_TOKENS, BlockKey
 from treadle.sampler.prompt import PromptScores
 from treadle.sampler.stops import StopRule, StopWatch
+
+# The k most likely tokens of one position, best first: ids int32 [k], logprobs float32 [k].
+TopRow: TypeAlias = tuple[NDArray[np.int32], NDArray[np.float32]]
 
 
 class SampledTokens:
     """One sequence: what it has sampled, and where its keys and values lie while it runs."""
 
-    __slots__ = ("bucket", "index", "job", "logprobs", "reason", "row", "tokens", "uniforms", "watch")
+    __slots__ = ("bucket", "index", "job", "logprobs", "reason", "row", "tokens", "top", "uniforms", "watch")
 
     def __init__(self, job: Job, index: int) -> None:
         self.job = job
@@ -37,17 +43,21 @@ class SampledTokens:
         """Forget everything sampled; the same will be sampled again."""
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
+        self.top: list[TopRow] = []
         self.uniforms = UniformStream(self.job.op.params.seed, self.index)
         self.watch: StopWatch = self.job.stop_rule.start()
         self.reason: StopReason | None = None
         self.bucket: Bucket[SampledTokens] | None = None
         self.row = -1
 
-    def push(self, token: int, logprob: float) -> bool:
-        """Take the next token; whether the sequence ends with it."""
+    def push(self, token: int, logprob: float, top: TopRow | None = None) -> bool:
+        """Take the next token, with the most likely ones in its place if they are wanted; whether it is the last."""
         assert self.reason is None, "a finished sequence takes no tokens"
+        assert (top is not None) == (self.job.op.topk_sample_logprobs > 0)
         self.tokens.append(token)
         self.logprobs.append(logprob)
+        if top is not None:
+            self.top.append(top)
         self.reason = self.watch.push(token)
         return self.reason is not None
 
@@ -62,6 +72,7 @@ class SampledTokens:
             tokens=np.array(self.tokens, dtype=np.int32),
             logprobs=np.array(self.logprobs, dtype=np.float32),
             stop_reason=self.reason,
+            topk_logprobs=_table(self.top) if self.top else None,
         )
 
 
@@ -70,9 +81,11 @@ class Job:
 
     unstarted: sequences that wait for a decode slot; before the prefill has ended these are all of them.
     places_wanted: cache that must be free before it starts over, when it had to yield once.
+    block_keys: names of the prompt's whole blocks in the cache of prefixes, empty when they have none there.
+    num_cached_tokens: of the prompt, served from that cache; each place counts as what it was when first come to.
     """
 
-    def __init__(self, request: SampleRequest, stop_rule: StopRule) -> None:
+    def __init__(self, request: SampleRequest, stop_rule: StopRule, block_keys: tuple[BlockKey, ...] = ()) -> None:
         self.request = request
         self.op = request.op
         self.tenant_id = request.tenant_id
@@ -84,6 +97,10 @@ class Job:
         self.prompt_cache: PromptCache | None = None
         self.is_prefilled = False
         self.places_wanted = 0
+        self.block_keys = block_keys
+        self.num_cached_tokens = 0
+        # Places of the prompt that were read or served before, in this attempt or one that had to start over.
+        self._num_reached = 0
         self.scores = PromptScores(request.op)
 
     def restart(self) -> None:
@@ -94,20 +111,37 @@ class Job:
         self.prompt_cache = None
         self.is_prefilled = False
 
+    @property
+    def num_reusable_blocks(self) -> int:
+        """Blocks of the prompt that need not be read: nothing is wanted of their rows, nor of the prompt's last one."""
+        return min(len(self.block_keys), self.scores.next_row // BLOCK_TOKENS)
+
+    def reached(self, num_places: int, *, from_cache: bool) -> None:
+        """The prompt's keys and values are there up to this place; the newest of them were read, or served."""
+        if from_cache:
+            self.num_cached_tokens += max(0, num_places - self._num_reached)
+        self._num_reached = max(self._num_reached, num_places)
+
     def outcome(self) -> SampleOutcome:
         """The result of a job of which every sequence has ended."""
         assert self.num_unfinished == 0
         sequences = tuple(sequence.result() for sequence in self.sequences)
-        prompt_logprobs, topk = self.scores.result()
         return SampleOutcome(
             request_id=self.request.request_id,
-            result=SampleResult(sequences=sequences, prompt_logprobs=prompt_logprobs, topk_prompt_logprobs=topk),
+            result=self.scores.result(sequences, num_cached_tokens=self.num_cached_tokens),
             num_prompt_tokens=len(self.op.prompt),
             num_sampled_tokens=sum(len(sequence.tokens) for sequence in sequences),
+            num_cached_tokens=self.num_cached_tokens,
             recorded=recorded(((s.tokens, s.logprobs) for s in sequences), len(self.op.prompt))
             if self.op.record_stability_info
             else (),
         )
+
+
+def _table(rows: list[TopRow]) -> TopkLogprobs:
+    return TopkLogprobs(
+        token_ids=np.stack([token_ids for token_ids, _ in rows]), logprobs=np.stack([logprobs for _, logprobs in rows])
+    )
 
 
 def failed_outcome(request: SampleRequest, error: TreadleError) -> SampleOutcome:
@@ -132,7 +166,13 @@ def check_sample(op: SampleOp, *, vocab_size: int, max_context_length: int) -> N
         bad = lowest if lowest < 0 else highest
         raise InvalidRequest(f"prompt token {bad} is outside the vocabulary of {vocab_size}")
     _check_count("num_samples", op.num_samples, 1, MAX_NUM_SAMPLES)
-    _check_count("topk_prompt_logprobs", op.topk_prompt_logprobs, 0, MAX_TOPK_LOGPROBS)
+    _check_count("topk_prompt_logprobs", op.topk_prompt_logprobs, 0, min(MAX_TOPK_LOGPROBS, vocab_size))
+    _check_count("topk_sample_logprobs", op.topk_sample_logprobs, 0, min(MAX_TOPK_LOGPROBS, vocab_size))
+    _check_count("prompt_alt_tokens_k", op.prompt_alt_tokens_k, 0, MAX_TOPK_LOGPROBS)
+    if op.prompt_logprobs_last_n is not None:
+        _check_count("prompt_logprobs_last_n", op.prompt_logprobs_last_n, 1, num_tokens - 1)
+    if op.target_prompt_logprobs is not None:
+        _check_targets(op.target_prompt_logprobs, num_rows=num_tokens - 1, vocab_size=vocab_size)
     params = op.params
     if params.max_tokens is not None and params.max_tokens < 1:
         raise InvalidRequest(f"max_tokens is {params.max_tokens}; it must be at least 1")
@@ -147,6 +187,15 @@ def check_sample(op: SampleOp, *, vocab_size: int, max_context_length: int) -> N
 def num_free_places(op: SampleOp, max_context_length: int) -> int:
     """Tokens that fit behind the prompt; at least the one that is never fed back."""
     return max(1, max_context_length - len(op.prompt))
+
+
+def _check_targets(targets: TargetTokens, *, num_rows: int, vocab_size: int) -> None:
+    if len(targets.starts) != num_rows + 1:
+        raise InvalidRequest(f"target_prompt_logprobs has {len(targets.starts) - 1} rows; due are {num_rows}")
+    lowest, highest = int(targets.token_ids.min(initial=0)), int(targets.token_ids.max(initial=0))
+    if lowest < -1 or highest >= vocab_size:
+        bad = lowest if lowest < -1 else highest
+        raise InvalidRequest(f"target_prompt_logprobs has token {bad}, outside the vocabulary of {vocab_size}")
 
 
 def _check_count(name: str, value: int, low: int, high: int) -> None:

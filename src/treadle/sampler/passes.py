@@ -22,7 +22,7 @@ from treadle.engine.base_model import BaseModel
 from treadle.errors import TreadleError
 from treadle.sampler.cache import Bucket, CachedAttention, DecodePart, PrefillPart, PromptCache, decode_part
 from treadle.sampler.draw import DrawSettings, draw_tokens
-from treadle.sampler.job import Job, SampledTokens
+from treadle.sampler.job import Job, SampledTokens, TopRow
 from treadle.sampler.layout import Block, Layout, lay_out
 
 
@@ -36,11 +36,15 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """One sequence's next token; logprob is NaN when the model's logits were not finite."""
+    """One sequence's next token; logprob is NaN when the model's logits were not finite.
+
+    top: the most likely tokens in its place, when the request asks for them.
+    """
 
     sequence: SampledTokens
     token: int
     logprob: float
+    top: TopRow | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,9 +148,12 @@ def _draw_next(
     uniforms_S1 = np.array([[_uniform(sequence)] for sequence in sequences])
     tokens_S1 = draw_tokens(logits_BV.index_select(0, rows_S), settings, uniforms_S1)
     logprobs_S = logprobs_BV[rows_S, tokens_S1[:, 0]]
+    tops = _top_rows(logprobs_BV, rows, [sequence.job.op.topk_sample_logprobs for sequence in sequences])
     return [
-        Drawn(sequence, token, logprob)
-        for sequence, token, logprob in zip(sequences, tokens_S1[:, 0].tolist(), logprobs_S.tolist(), strict=True)
+        Drawn(sequence, token, logprob, top)
+        for sequence, token, logprob, top in zip(
+            sequences, tokens_S1[:, 0].tolist(), logprobs_S.tolist(), tops, strict=True
+        )
     ]
 
 
@@ -156,10 +163,28 @@ def _draw_first(job: Job, logits_1V: Tensor, logprobs_V: Tensor) -> list[Drawn]:
     uniforms_1S = np.array([[_uniform(sequence) for sequence in job.unstarted]])
     tokens_S = draw_tokens(logits_1V, settings, uniforms_1S)[0]
     logprobs_S = logprobs_V[tokens_S]
+    (top,) = _top_rows(logprobs_V[None, :], [0], [job.op.topk_sample_logprobs])
     return [
-        Drawn(sequence, token, logprob)
+        Drawn(sequence, token, logprob, top)
         for sequence, token, logprob in zip(job.unstarted, tokens_S.tolist(), logprobs_S.tolist(), strict=True)
     ]
+
+
+def _top_rows(logprobs_BV: Tensor, rows: Sequence[int], widths: Sequence[int]) -> list[TopRow | None]:
+    """The `widths[i]` most likely tokens of each of these rows, best first; None where the width is 0.
+
+    Rows of one width share a call. The same width whatever the company: which of two equally likely tokens comes first
+    may depend on it.
+    """
+    tops: list[TopRow | None] = [None] * len(rows)
+    for width in sorted(set(widths) - {0}):
+        members = [index for index, wanted in enumerate(widths) if wanted == width]
+        chosen = torch.tensor([rows[index] for index in members], device=logprobs_BV.device)
+        best = logprobs_BV.index_select(0, chosen).topk(min(width, logprobs_BV.shape[1]), dim=-1)
+        token_ids, logprobs = best.indices.int().cpu().numpy(), best.values.cpu().numpy()
+        for index, ids_K, logprobs_K in zip(members, token_ids, logprobs, strict=True):
+            tops[index] = ids_K, logprobs_K
+    return tops
 
 
 def _uniform(sequence: SampledTokens) -> float:
