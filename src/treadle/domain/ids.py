@@ -22,6 +22,11 @@ SamplingSessionId = NewType("SamplingSessionId", str)
 PoolName = NewType("PoolName", str)
 BlobKey = NewType("BlobKey", str)
 
+# The project of sessions that were put into none: answers of the API must name one.
+DEFAULT_PROJECT = "default"
+
+# What paths may begin with; ours begin with the first.
+PATH_SCHEMES = ("tinker", "twinkle")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._\-]{0,127}")
 
 
@@ -107,11 +112,12 @@ def checked_name(name: str, *, what: str = "checkpoint name") -> str:
 
 
 def parse_tinker_path(path: str) -> TinkerPath:
-    """The parts of a tinker:// path. Raises InvalidRequest when it is malformed."""
+    """The parts of a tinker:// path, or of the same path under twinkle://. Raises InvalidRequest when malformed."""
     shown = repr(path[:200])
-    if not path.startswith("tinker://"):
+    scheme, separator, rest = path.partition("://")
+    if not separator or scheme not in PATH_SCHEMES:
         raise InvalidRequest(f"path {shown} does not start with tinker://")
-    parts = path[len("tinker://") :].split("/")
+    parts = rest.split("/")
     kinds = [kind.value for kind in CheckpointKind]
     if len(parts) != 3 or not all(parts):
         raise InvalidRequest(f"path {shown} is not of the form tinker://RUN_ID/KIND/NAME with KIND one of {kinds}")

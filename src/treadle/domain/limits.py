@@ -69,6 +69,10 @@ MAX_SEQUENCE_ID_CHARS = 2 * MAX_ID_CHARS
 MAX_TEXT_CHARS = 4_096
 # Metadata dictionaries sent by clients, as JSON.
 MAX_METADATA_BYTES = 16 * 2**10
+# Keys that the files of one export are encrypted to (SDK 0.38).
+MAX_AGE_RECIPIENTS = 10
+# What a download reads and sends at a time: far above the cost of a call, far below what many of them could fill.
+DOWNLOAD_CHUNK_BYTES = 2**20
 # TTL of a checkpoint: one hour to ten years (SDK 0.38).
 MIN_TTL_S = 3_600
 MAX_TTL_S = 10 * 365 * 24 * 3_600
@@ -155,3 +159,11 @@ CUSTOM_LOSS_WORK_PER_DATUM = 2**22
 CUSTOM_LOSS_WORK_PER_TOKEN = 2**15
 # Seconds of processor time for the custom loss on one quantum: far beyond what the bounds above let through.
 MAX_CUSTOM_LOSS_S = 5.0
+# What one question about usage may cover: the API's fourteen days.
+MAX_USAGE_WINDOW_S = 14 * 24 * 3_600
+# Rows of usage per hour: long enough to bill a quarter of a year.
+USAGE_KEPT_S = 100 * 24 * 3_600
+# Events of one answer of the audit log, which is asked for by the day.
+MAX_AUDIT_ROWS = 100_000
+# Ops of one session's trace, newest first: some 10 MB of JSON, which the viewers still draw.
+MAX_TRACE_OPS = 20_000

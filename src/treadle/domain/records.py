@@ -22,6 +22,7 @@ from treadle.domain.ops import LoraSpec, OpKind
 from treadle.domain.outcome import EncodedResult, Failure
 from treadle.domain.stability import RecordedSequence
 from treadle.domain.states import ModelState, RequestState, SessionState
+from treadle.domain.usage import SampleUsage
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,11 @@ class SessionRecord:
     project_id: str | None = None
     display_name: str | None = None
     user_metadata: Mapping[str, str] = field(default_factory=dict)
+    # TINKER_TAGS of its client.
+    tags: tuple[str, ...] = ()
+    # What its client said at its end: success, errored or interrupted, and why.
+    finish_reason: str | None = None
+    finish_detail: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,7 +241,8 @@ class RunLogEntry:
 class FinishedRequest:
     """A final outcome as it is committed: exactly one of result and failure.
 
-    recorded: sequences of a sample to keep for stable_reinforce, under their sample's sequence ids.
+    recorded: sequences of a sample to keep for stable_reinforce, under their sample's sequence ids. usage: the tokens
+    of a sample.
     """
 
     request_id: RequestId
@@ -243,6 +250,7 @@ class FinishedRequest:
     failure: Failure | None = None
     is_transient: bool = False
     recorded: tuple[RecordedSequence, ...] = ()
+    usage: SampleUsage | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,7 +269,7 @@ class ModelAdvance:
 class FinishedCycle:
     """Everything one cycle commits, in one fenced transaction.
 
-    A tenant's usage follows from the rows: the tokens of each forward_backward that becomes DONE.
+    A tenant's usage follows from the rows: the tokens of each pass, and the checkpoint of each save, that becomes DONE.
     """
 
     finished: tuple[FinishedRequest, ...] = ()

@@ -17,6 +17,7 @@ from treadle.domain.outcome import Failure, SampleOutcome
 from treadle.domain.plan import SampleWork
 from treadle.domain.records import FinishedRequest, LeaseRecord, RequestRecord
 from treadle.domain.states import Category
+from treadle.domain.usage import SampleUsage
 from treadle.errors import Fenced, StoreUnavailable, TreadleError, WorkerDied
 from treadle.executor.base import Executor
 from treadle.scheduler.outages import Outages
@@ -209,6 +210,11 @@ class SamplingLoop:
                 failure=outcome.failure,
                 is_transient=outcome.is_transient,
                 recorded=outcome.recorded,
+                usage=SampleUsage(
+                    num_prompt_tokens=outcome.num_prompt_tokens,
+                    num_sampled_tokens=outcome.num_sampled_tokens,
+                    num_cached_tokens=outcome.num_cached_tokens,
+                ),
             )
             for outcome in outcomes
         ]

@@ -13,7 +13,9 @@ from typing import Any, Literal
 import sqlalchemy as sa
 
 from treadle.domain.ids import ModelId, TenantId
-from treadle.store.tables import audit_log
+from treadle.domain.limits import MAX_AUDIT_ROWS
+from treadle.store.engine import Database
+from treadle.store.tables import AnyRow, audit_log
 
 EventType = Literal["checkpoints", "projects", "teams", "organizations"]
 
@@ -36,6 +38,43 @@ def add(conn: sa.Connection, events: Sequence[AuditEvent]) -> None:
     """Note these events inside a write transaction."""
     if events:
         conn.execute(audit_log.insert(), [_row_of(event) for event in events])
+
+
+class AuditLog:
+    """Reads it."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def read(
+        self, tenant_id: TenantId, *, since: float, before: float, event_type: EventType | None = None
+    ) -> list[AuditEvent] | None:
+        """A tenant's events in [since, before), of one type when it is given, by time. None when there are more than
+        MAX_AUDIT_ROWS."""
+        a = audit_log.c
+        query = (
+            sa.select(*a)
+            .where(a.tenant_id == tenant_id, a.created_at >= since, a.created_at < before)
+            .order_by(a.created_at, a.audit_id)
+            .limit(MAX_AUDIT_ROWS + 1)
+        )
+        if event_type is not None:
+            query = query.where(a.event_type == event_type)
+        rows = await self._database.read(lambda conn: conn.execute(query).all())
+        return None if len(rows) > MAX_AUDIT_ROWS else [_event_of(row) for row in rows]
+
+
+def _event_of(row: AnyRow) -> AuditEvent:
+    return AuditEvent(
+        tenant_id=TenantId(row.tenant_id),
+        created_at=row.created_at,
+        event_type=row.event_type,
+        event=row.event,
+        details=row.details,
+        model_id=None if row.model_id is None else ModelId(row.model_id),
+        tinker_path=row.tinker_path,
+        purpose=row.purpose,
+    )
 
 
 def _row_of(event: AuditEvent) -> dict[str, Any]:

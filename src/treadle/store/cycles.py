@@ -36,6 +36,7 @@ from treadle.store.sampling import SamplingInserts
 from treadle.store.snapshots import STATES_OVER, SnapshotRows
 from treadle.store.stability import insert_records
 from treadle.store.tables import IS_IN_LINE, IS_QUEUED, IS_SAMPLE, models, requests, usage
+from treadle.store.usage import UsageCounter
 from treadle.store.writer import Writer
 
 _new_state = sa.bindparam("new_state", type_=sa.Text)
@@ -110,6 +111,7 @@ class Cycles:
         self._clock = clock
         self._checkpoints = CheckpointUpserts(database.dialect)
         self._run_log = RunLogInserts(database.dialect)
+        self._usage = UsageCounter(database.dialect)
         insert_usage = database.dialect.insert(usage)
         self._add_usage = insert_usage.on_conflict_do_update(
             index_elements=[usage.c.tenant_id],
@@ -144,6 +146,7 @@ class Cycles:
             unused = self._snapshots.register(conn, cycle.snapshots, also=_cut_off(cycle, finished), now=now)
             self._run_log.insert(conn, cycle.run_log)
             self._count_usage(conn, finished)
+            self._usage.count(conn, finished, saved=cycle.checkpoints, now=now)
             never_came = (r.request_id for r in cycle.never_received if r.request_id in added)
             return _Committed((*(row.request_id for row in finished), *never_came), (*_dropped(finished), *unused))
 
@@ -161,6 +164,7 @@ class Cycles:
             now = self._clock()
             rows = self._rows.finish(conn, finished, now)
             insert_records(conn, rows, now)
+            self._usage.count(conn, rows, now=now)
             return _Committed(tuple(row.request_id for row in rows), _dropped(rows))
 
         committed = await self._writer.run(write, after_commit=lambda done: self._announce(finished, done))

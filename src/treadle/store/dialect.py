@@ -94,6 +94,13 @@ class Dialect:
         """An INSERT with `on_conflict_do_nothing` and `on_conflict_do_update`."""
         return sqlite.insert(table) if self.is_sqlite else postgresql.insert(table)
 
+    def has_pair(self, column: sa.Column[Any], name: str, value: str) -> sa.ColumnElement[bool]:
+        """Whether a JSON object of texts has this pair. By comparison: a name may hold whatever means something in a
+        path."""
+        pairs = sa.func.json_each(column) if self.is_sqlite else sa.func.json_each_text(column)
+        table = pairs.table_valued("key", "value")
+        return sa.exists().where(table.c.key == name, table.c.value == value)
+
     def engine_options(self) -> dict[str, Any]:
         """Options of create_engine for connections that only this store uses."""
         if self.is_sqlite:

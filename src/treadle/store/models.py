@@ -20,6 +20,7 @@ from treadle.store.lora_json import lora_from_json, lora_to_json
 from treadle.store.pages import checked_limit, checked_page, read_page
 from treadle.store.request_rows import Added, RequestRows, checked_new, first_kinds
 from treadle.store.requests import Requests
+from treadle.store.sessions import session_project
 from treadle.store.tables import AnyRow, models, sessions
 from treadle.store.writer import Writer
 
@@ -154,7 +155,7 @@ class Models:
         if tenant_id is not None:
             query = query.where(models.c.tenant_id == tenant_id)
         if project_id is not None:
-            query = query.join_from(models, sessions).where(sessions.c.project_id == project_id)
+            query = query.join_from(models, sessions).where(session_project == project_id)
         page = checked_page(query, limit=limit, offset=offset)
         rows, total = await self._database.read(lambda conn: read_page(conn, page))
         return [_record_of(row) for row in rows], total

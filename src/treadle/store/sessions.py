@@ -7,16 +7,18 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from treadle.domain.ids import SessionId, TenantId
+from treadle.domain.ids import DEFAULT_PROJECT, SessionId, TenantId
 from treadle.domain.records import SessionRecord
 from treadle.domain.states import SessionState
+from treadle.store import audit
+from treadle.store.audit import AuditEvent
 from treadle.store.engine import Database
 from treadle.store.pages import checked_page, read_page
 from treadle.store.request_rows import chunks
 from treadle.store.tables import AnyRow, sessions
 from treadle.store.writer import Writer
 
-_COLUMNS = (
+SESSION_COLUMNS = (
     sessions.c.session_id,
     sessions.c.tenant_id,
     sessions.c.state,
@@ -26,11 +28,16 @@ _COLUMNS = (
     sessions.c.project_id,
     sessions.c.display_name,
     sessions.c.user_metadata,
+    sessions.c.tags,
+    sessions.c.finish_reason,
+    sessions.c.finish_detail,
 )
-_GET = sa.select(*_COLUMNS).where(sessions.c.session_id == sa.bindparam("id"))
-_FIND_BY_KEY = sa.select(*_COLUMNS).where(
+session_project = sa.func.coalesce(sessions.c.project_id, sa.literal_column(f"'{DEFAULT_PROJECT}'"))
+_GET = sa.select(*SESSION_COLUMNS).where(sessions.c.session_id == sa.bindparam("id"))
+_FIND_BY_KEY = sa.select(*SESSION_COLUMNS).where(
     sessions.c.tenant_id == sa.bindparam("of_tenant"), sessions.c.idempotency_key == sa.bindparam("key")
 )
+_OF_IDS = sa.select(*SESSION_COLUMNS).where(sessions.c.session_id.in_(sa.bindparam("ids", expanding=True)))
 _FINISHED = sa.select(sessions.c.session_id).where(
     sessions.c.session_id.in_(sa.bindparam("ids", expanding=True)), sessions.c.state == SessionState.FINISHED.value
 )
@@ -43,6 +50,10 @@ _TOUCH = (
         last_heartbeat_at=sa.bindparam("now"),
         state=sa.case((_IS_EXPIRED, SessionState.ACTIVE.value), else_=sessions.c.state),
     )
+)
+_PROJECT_OF = sa.select(sessions.c.project_id).where(sessions.c.session_id == sa.bindparam("id")).with_for_update()
+_ASSIGN = (
+    sessions.update().where(sessions.c.session_id == sa.bindparam("id")).values(project_id=sa.bindparam("to_project"))
 )
 _FINISH = (
     sessions.update()
@@ -81,14 +92,14 @@ class Sessions:
             if conn.execute(self._insert, values).one_or_none() is not None:
                 return record
             first = {"of_tenant": record.tenant_id, "key": idempotency_key}
-            return _record_of(conn.execute(_FIND_BY_KEY, first).one())
+            return record_of(conn.execute(_FIND_BY_KEY, first).one())
 
         return await self._writer.run(write)
 
     async def get(self, session_id: SessionId) -> SessionRecord | None:
         """The session, in any state."""
         row = await self._database.read(lambda conn: conn.execute(_GET, {"id": session_id}).one_or_none())
-        return None if row is None else _record_of(row)
+        return None if row is None else record_of(row)
 
     async def finished_among(self, session_ids: Sequence[SessionId]) -> set[SessionId]:
         """Those of these sessions that are finished."""
@@ -119,14 +130,44 @@ class Sessions:
         values = {"id": session_id, "now": self._clock(), "reason": reason, "detail": detail}
         return await self._writer.run(lambda conn: conn.execute(_FINISH, values).rowcount == 1)
 
+    async def assign_project(self, session_id: SessionId, project_id: str, *, by: TenantId) -> bool:
+        """Move a session into a project, and note it in the audit log of `by`; False when it was there already."""
+
+        def write(conn: sa.Connection) -> bool:
+            previous = conn.execute(_PROJECT_OF, {"id": session_id}).scalar_one()
+            if previous == project_id:
+                return False
+            conn.execute(_ASSIGN, {"id": session_id, "to_project": project_id})
+            details = {"session_id": session_id, "project_id": project_id, "previous_project_id": previous}
+            event = AuditEvent(
+                tenant_id=by,
+                created_at=self._clock(),
+                event_type="projects",
+                event="project_session_assigned",
+                details=details,
+            )
+            audit.add(conn, [event])
+            return True
+
+        return await self._writer.run(write)
+
     async def list(self, tenant_id: TenantId | None, limit: int, offset: int = 0) -> tuple[list[SessionRecord], int]:
         """A page of a tenant's sessions (of all tenants for None), newest first, and how many there are."""
-        query = sa.select(*_COLUMNS).order_by(sessions.c.created_at.desc(), sessions.c.session_id)
+        query = sa.select(*SESSION_COLUMNS).order_by(sessions.c.created_at.desc(), sessions.c.session_id)
         if tenant_id is not None:
             query = query.where(sessions.c.tenant_id == tenant_id)
         page = checked_page(query, limit=limit, offset=offset)
         rows, total = await self._database.read(lambda conn: read_page(conn, page))
-        return [_record_of(row) for row in rows], total
+        return [record_of(row) for row in rows], total
+
+    async def of_ids(self, session_ids: Collection[SessionId]) -> dict[SessionId, SessionRecord]:
+        """Those of these sessions that exist."""
+
+        def read(conn: sa.Connection) -> dict[SessionId, SessionRecord]:
+            found = (conn.execute(_OF_IDS, {"ids": chunk}) for chunk in chunks(sorted(session_ids)))
+            return {SessionId(row.session_id): record_of(row) for rows in found for row in rows}
+
+        return await self._database.read(read)
 
 
 def _row_of(record: SessionRecord) -> dict[str, Any]:
@@ -140,19 +181,23 @@ def _row_of(record: SessionRecord) -> dict[str, Any]:
         "project_id": record.project_id,
         "display_name": record.display_name,
         "user_metadata": dict(record.user_metadata),
+        "tags": list(record.tags),
     }
 
 
-def _record_of(row: AnyRow) -> SessionRecord:
-    session_id, tenant_id, state, created_at, heartbeat_at, sdk_version, project_id, display_name, metadata = row
+def record_of(row: AnyRow) -> SessionRecord:
+    """A row of SESSION_COLUMNS."""
     return SessionRecord(
-        session_id=SessionId(session_id),
-        tenant_id=TenantId(tenant_id),
-        state=SessionState(state),
-        created_at=created_at,
-        last_heartbeat_at=heartbeat_at,
-        sdk_version=sdk_version,
-        project_id=project_id,
-        display_name=display_name,
-        user_metadata=metadata,
+        session_id=SessionId(row.session_id),
+        tenant_id=TenantId(row.tenant_id),
+        state=SessionState(row.state),
+        created_at=row.created_at,
+        last_heartbeat_at=row.last_heartbeat_at,
+        sdk_version=row.sdk_version,
+        project_id=row.project_id,
+        display_name=row.display_name,
+        user_metadata=row.user_metadata,
+        tags=tuple(row.tags or ()),
+        finish_reason=row.finish_reason,
+        finish_detail=row.finish_detail,
     )

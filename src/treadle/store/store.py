@@ -14,6 +14,7 @@ from collections.abc import Callable
 import sqlalchemy as sa
 
 from treadle.store import migrate
+from treadle.store.audit import AuditLog
 from treadle.store.backlog import BacklogReads
 from treadle.store.checkpoints import Checkpoints
 from treadle.store.copies import Copies
@@ -32,11 +33,14 @@ from treadle.store.retention import Retention
 from treadle.store.runlog import RunLog
 from treadle.store.sampling import Sampling, SamplingInserts
 from treadle.store.secrets import Secrets
+from treadle.store.session_search import SessionSearch
 from treadle.store.sessions import Sessions
 from treadle.store.snapshots import SnapshotRows, Snapshots
 from treadle.store.stability import StabilityRecords
 from treadle.store.tenants import Tenants
+from treadle.store.traces import Traces
 from treadle.store.upkeep import Upkeep
+from treadle.store.usage import Usage
 from treadle.store.writer import Writer
 
 
@@ -82,6 +86,10 @@ class Store:
         self.retention = Retention(database=database, writer=writer)
         self.upkeep = Upkeep(database)
         self.stability = StabilityRecords(database=database, writer=writer, clock=clock)
+        self.session_search = SessionSearch(database=database, clock=clock)
+        self.audit = AuditLog(database)
+        self.traces = Traces(database)
+        self.usage = Usage(database=database, writer=writer, clock=clock)
         self.tenants = Tenants(database=database, writer=writer, clock=clock)
         self.backlog = BacklogReads(database)
         self._needed_version: str | None = None
