@@ -24,6 +24,8 @@ from treadle.sampler.tokenizer import TokenBytes
 # Text that is longer than this for each token of the context cannot be a prompt in any language, and is refused before
 # it is tokenized, which takes a second for some megabytes.
 MAX_CHARS_PER_TOKEN = 32
+# Tokenizing takes this many times as long as reading a pass of as many bytes.
+TEXT_COST = 32
 # The named special tokens that templates may use (transformers, SPECIAL_TOKENS_ATTRIBUTES).
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
