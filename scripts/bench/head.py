@@ -86,7 +86,7 @@ def make_task(args: argparse.Namespace, loss_name: str, num_tokens: int, *, unem
         targets=torch.from_numpy(rng.integers(0, args.vocabulary, shape)).to(args.device),
         inputs={name: torch.from_numpy(value).to(args.device) for name, value in inputs.items()},
         has_gradient=rows_with_gradient(loss, inputs),
-        datum_lengths=lengths,
+        sequence_lengths=lengths,
         loss=loss,
         adapter=AdapterWeights(layout, flat, 2.0),
         grads=AdapterArena(layout, torch.zeros_like(flat)),
@@ -117,7 +117,7 @@ def run_full(args: argparse.Namespace, base: Matrix, hidden_TD: Tensor, task: He
 
 def loss_terms(task: HeadTask, logprobs: Tensor) -> LossTerms:
     if task.loss.name in SEQUENCE_LOSSES:
-        return SEQUENCE_LOSSES[task.loss.name](logprobs, task.inputs, task.loss.config, task.datum_lengths)
+        return SEQUENCE_LOSSES[task.loss.name](logprobs, task.inputs, task.loss.config, task.sequence_lengths)
     return TOKEN_LOSSES[task.loss.name](logprobs, task.inputs, task.loss.config)
 
 

@@ -97,6 +97,12 @@ def make_datum(
     signal = rng.normal(size=shape).astype(np.float32) * (rng.random(shape) >= idle)
     if loss == "cross_entropy":
         inputs["weights"] = signal.astype(np.float32)
+    elif loss == "stable_reinforce":
+        # A prompt, and two runs of sampled tokens right behind one another.
+        runs = np.repeat([0, 1, 2], np.diff([0, length // 4, length * 2 // 3, length]))
+        inputs["sampled_runs"] = runs.astype(np.float32)
+        inputs["advantages"] = (signal * (runs != 0)).astype(np.float32)
+        inputs["sampling_logprobs"] = rng.normal(-5.0, 1.0, shape).astype(np.float32)
     else:
         inputs["advantages"] = signal.astype(np.float32)
         inputs["logprobs"] = rng.normal(-5.0, 1.0, shape).astype(np.float32)

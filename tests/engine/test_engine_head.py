@@ -27,7 +27,7 @@ from treadle.engine.adapter import (
 )
 from treadle.engine.base_model import BaseModel
 from treadle.engine.head import HeadResult, HeadTask, head_profile, piece_rows, run_head
-from treadle.engine.losses import SEQUENCE_LOSSES, TOKEN_LOSSES, rows_with_gradient
+from treadle.engine.losses import SEQUENCE_LOSSES, TOKEN_LOSSES, rows_with_gradient, sequence_lengths
 from treadle.engine.passes import run_micro_batch, sum_metrics
 
 HIDDEN = 24
@@ -83,6 +83,8 @@ def make_task(
         "clip_low_threshold": np.full(shape, 0.7, dtype=np.float32),
         "clip_high_threshold": np.full(shape, 1.5, dtype=np.float32),
         "sequence_ratio_mask": (rng.random(shape) >= 0.5).astype(np.float32),
+        "sampling_logprobs": rng.normal(-5, 0.5, shape).astype(np.float32),
+        "sampled_runs": np.broadcast_to((np.arange(num_rows) // 9 % 3)[:, None], shape).astype(np.float32),
     }
     shapes = ProjectionShape(HEAD_MODULE, HIDDEN, VOCAB_SIZE)
     layout = adapter_layout([ProjectionGroup(HEAD_MODULE, (shapes,))], LoraSpec(rank=rank, seed=0))
@@ -94,7 +96,7 @@ def make_task(
         targets=torch.from_numpy(rng.integers(0, VOCAB_SIZE, shape)),
         inputs={name: torch.from_numpy(value) for name, value in inputs.items()},
         has_gradient=rows_with_gradient(resolved, inputs),
-        datum_lengths=lengths,
+        sequence_lengths=sequence_lengths(resolved, inputs, lengths),
         loss=resolved,
         adapter=AdapterWeights(layout, flat, SCALE),
         grads=AdapterArena(layout, torch.zeros_like(flat)),
@@ -153,7 +155,7 @@ def test_every_loss_equals_autograd_on_full_logits(idle: float) -> None:
         # The losses themselves are tested elsewhere; here their gradient is led through the vocabulary.
         lp = logprobs.detach().float()
         if task.loss.name in SEQUENCE_LOSSES:
-            terms = SEQUENCE_LOSSES[task.loss.name](lp, task.inputs, task.loss.config, task.datum_lengths)
+            terms = SEQUENCE_LOSSES[task.loss.name](lp, task.inputs, task.loss.config, task.sequence_lengths)
         else:
             terms = TOKEN_LOSSES[task.loss.name](lp, task.inputs, task.loss.config)
         torch.testing.assert_close(results[index].losses, terms.loss, rtol=1e-4, atol=1e-5)

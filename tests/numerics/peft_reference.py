@@ -55,6 +55,8 @@ def reference_loss(logprobs: torch.Tensor, datum: Datum, loss: str, config: Mapp
     if loss == "cross_entropy":
         return -(torch.from_numpy(datum.inputs["weights"]) * logprobs).sum()
     advantages = torch.from_numpy(datum.inputs["advantages"])
+    if loss == "stable_reinforce":
+        return _stable_reinforce(logprobs, datum, advantages, config["kl_coeff"])
     difference = logprobs - torch.from_numpy(datum.inputs["logprobs"])
     if loss == "dro":
         return (config["beta"] / 2 * difference**2 - logprobs * advantages).sum()
@@ -71,6 +73,19 @@ def reference_loss(logprobs: torch.Tensor, datum: Datum, loss: str, config: Mapp
         return -(bounded.detach() * logprobs * advantages).sum()
     assert loss in ("ppo", "gspo")
     return -torch.minimum(ratio * advantages, bounded * advantages).sum()
+
+
+def _stable_reinforce(logprobs: torch.Tensor, datum: Datum, advantages: torch.Tensor, kl_coeff: float) -> torch.Tensor:
+    runs = torch.from_numpy(datum.inputs["sampled_runs"])
+    difference = logprobs - torch.from_numpy(datum.inputs["sampling_logprobs"])
+    total = torch.zeros(())
+    for run in range(1, int(runs.max()) + 1):
+        rows = runs == run
+        ratio = difference[rows].exp()
+        weight = difference[rows].mean().exp().clamp(max=1) * ratio.clamp(max=2)
+        total = total - (weight.detach() * advantages[rows] * logprobs[rows]).sum()
+        total = total + kl_coeff * (ratio - 1 - difference[rows]).sum()
+    return total
 
 
 def reference_gradients(arena: AdapterArena, model: torch.nn.Module) -> dict[tuple[str, str], torch.Tensor]:

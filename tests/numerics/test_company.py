@@ -41,7 +41,7 @@ def two_threads() -> Iterator[None]:
 def every_loss(base: BaseModel, *, seed: int = 0, lengths: Sequence[int] = (33, 1, 1, 18)) -> list[QuantumInput]:
     """A quantum of each loss, of ranks from 1 to 64, at offsets without a common factor; one has target columns."""
     rng = np.random.default_rng(seed)
-    ranks = (1, 64, 3, 16, 2, 33)
+    ranks = (1, 64, 3, 16, 2, 33, 6)
     quanta = [
         quantum_of(
             make_state(base, LoraSpec(rank=rank, seed=rank, train_attn=rank != 3, train_mlp=rank != 2)),

@@ -15,10 +15,18 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from treadle.domain.losses import LOSSES, Loss, resolve_loss
-from treadle.engine.losses import SEQUENCE_LOSSES, TOKEN_LOSSES, LossTerms, rows_with_gradient
+from treadle.engine.losses import (
+    SEQUENCE_LOSSES,
+    TOKEN_LOSSES,
+    LossTerms,
+    rows_with_gradient,
+    sequence_lengths,
+)
 
 LENGTHS = (20, 1, 43)
 NUM_ROWS = sum(LENGTHS)
+# A prompt and two runs side by side; one token; three runs with other tokens between two of them.
+RUNS = np.repeat([0, 1, 2, 1, 0, 1, 0, 2, 3], [6, 9, 5, 1, 11, 8, 3, 20, 1])
 
 Array64 = NDArray[np.float64]
 Inputs64 = Mapping[str, Array64]
@@ -37,6 +45,8 @@ def make_inputs(columns: int = 1, *, seed: int = 4) -> dict[str, NDArray[np.floa
         "clip_low_threshold": rng.uniform(0.5, 0.9, shape),
         "clip_high_threshold": rng.uniform(1.1, 1.5, shape),
         "sequence_ratio_mask": rng.integers(0, 2, shape) * rng.normal(size=shape),
+        "sampling_logprobs": rng.normal(-2, 0.4, shape),
+        "sampled_runs": np.broadcast_to(RUNS[:, None], shape),
     }
     return {name: value.astype(np.float32) for name, value in inputs.items()}
 
@@ -52,7 +62,7 @@ def evaluate(loss: Loss, logprobs: Array64, inputs: Mapping[str, NDArray[np.floa
     lp = torch.from_numpy(logprobs.astype(np.float32))
     tensors = {name: torch.from_numpy(value) for name, value in inputs.items()}
     if loss.name in SEQUENCE_LOSSES:
-        return SEQUENCE_LOSSES[loss.name](lp, tensors, loss.config, LENGTHS)
+        return SEQUENCE_LOSSES[loss.name](lp, tensors, loss.config, sequence_lengths(loss, inputs, LENGTHS))
     return TOKEN_LOSSES[loss.name](lp, tensors, loss.config)
 
 
@@ -70,6 +80,33 @@ def sequence_ratio(logprobs: Array64, inputs: Inputs64) -> Array64:
     return ratio
 
 
+def sampled_runs(inputs: Inputs64) -> list[NDArray[np.int64]]:
+    """The rows of each run, found row by row."""
+    runs: dict[tuple[int, float], list[int]] = {}
+    for index, rows in enumerate(datum_slices(LENGTHS)):
+        for row in range(rows.start, rows.stop):
+            if inputs["sampled_runs"][row, 0] != 0:
+                runs.setdefault((index, float(inputs["sampled_runs"][row, 0])), []).append(row)
+    return [np.array(rows) for rows in runs.values()]
+
+
+def importance_weights(logprobs: Array64, inputs: Inputs64) -> Array64:
+    """stable_reinforce: min(1, geometric mean of the run's ratios) * min(ratio, 2), 0 where nothing was sampled."""
+    weights = np.zeros_like(logprobs)
+    difference = logprobs - inputs["sampling_logprobs"]
+    for rows in sampled_runs(inputs):
+        weights[rows] = min(1.0, np.exp(difference[rows].mean())) * np.minimum(np.exp(difference[rows]), 2.0)
+    return weights
+
+
+def kl_terms(logprobs: Array64, inputs: Inputs64) -> Array64:
+    """r - 1 - log r, beyond r = 2 its tangent."""
+    difference = logprobs - inputs["sampling_logprobs"]
+    inner = np.exp(difference) - 1 - difference
+    outer = (1 - np.log(2)) + (difference - np.log(2))
+    return np.where(inputs["sampled_runs"] != 0, np.where(difference <= np.log(2), inner, outer), 0.0)
+
+
 def frozen_factors(loss: Loss, logprobs: Array64, inputs: Inputs64) -> Array64:
     """What the loss does not differentiate, at these log-probabilities: sg[...] of the formulas."""
     if loss.name == "cispo":
@@ -77,6 +114,8 @@ def frozen_factors(loss: Loss, logprobs: Array64, inputs: Inputs64) -> Array64:
         return np.clip(ratio, inputs["clip_low_threshold"], inputs["clip_high_threshold"])
     if loss.name == "gspo":
         return sequence_ratio(logprobs, inputs) / np.exp(logprobs)
+    if loss.name == "stable_reinforce":
+        return importance_weights(logprobs, inputs)
     return np.ones_like(logprobs)
 
 
@@ -93,6 +132,8 @@ def reference_loss(loss: Loss, logprobs: Array64, inputs: Inputs64, frozen: Arra
         case "dro":
             penalty = 0.5 * loss.config["beta"] * (logprobs - inputs["logprobs"]) ** 2
             return -(logprobs * advantages - penalty)
+        case "stable_reinforce":
+            return loss.config["kl_coeff"] * kl_terms(logprobs, inputs) - frozen * advantages * logprobs
         case "ppo" | "gspo":
             ratio = np.exp(logprobs - inputs["logprobs"]) if loss.name == "ppo" else frozen * np.exp(logprobs)
             bounded = np.clip(ratio, inputs["clip_low_threshold"], inputs["clip_high_threshold"])
@@ -229,13 +270,16 @@ def test_gspo_of_a_long_datum_keeps_digits_that_its_bounds_need() -> None:
 def test_rows_without_signal_are_known_beforehand() -> None:
     inputs = make_inputs(columns=2)
     inputs["weights"][1] = inputs["advantages"][1] = (0, 0.5)
-    expected = (inputs["weights"] != 0).any(axis=1)
-    assert not expected.all()
+    has_signal = (inputs["weights"] != 0).any(axis=1)
+    assert not has_signal.all()
     for name in LOSSES:
         loss = resolve_loss(name, {"beta": 0.0} if name == "dro" else {})
-        np.testing.assert_array_equal(rows_with_gradient(loss, inputs), expected)
+        is_read = RUNS != 0 if name == "stable_reinforce" else np.ones(NUM_ROWS, dtype=np.bool_)
+        np.testing.assert_array_equal(rows_with_gradient(loss, inputs), has_signal & is_read)
         flat = {key: value[:, 0] for key, value in inputs.items()}
-        np.testing.assert_array_equal(rows_with_gradient(loss, flat), flat["weights"] != 0)
+        np.testing.assert_array_equal(rows_with_gradient(loss, flat), (flat["weights"] != 0) & is_read)
+    with_penalty = resolve_loss("stable_reinforce", {"kl_coeff": 0.1})
+    np.testing.assert_array_equal(rows_with_gradient(with_penalty, inputs), RUNS != 0)
     assert rows_with_gradient(resolve_loss("dro", {}), inputs).all(), "dro's penalty acts on every token"
 
 

@@ -39,7 +39,7 @@ def test_an_unknown_setting_is_refused_and_the_known_ones_are_named() -> None:
         resolve_loss("cross_entropy", {"beta": 0.1})
 
 
-@pytest.mark.parametrize("name", ["stable_reinforce", "custom"])
+@pytest.mark.parametrize("name", ["custom"])
 def test_a_loss_that_is_not_enabled_says_why_and_what_is(name: str) -> None:
     with pytest.raises(
         NotSupported, match=f"'{name}' is not enabled: .*; enabled: cispo, cross_entropy, dro"

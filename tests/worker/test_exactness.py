@@ -68,6 +68,10 @@ def sequences(rng: np.random.Generator, lengths: Sequence[int], loss: str) -> tu
             inputs["weights"] = rng.random(length).astype(np.float32)
         else:
             inputs["advantages"] = rng.normal(size=length).astype(np.float32)
+        if loss == "stable_reinforce":
+            inputs["sampling_logprobs"] = rng.normal(-4, 1, length).astype(np.float32)
+            inputs["sampled_runs"] = (1 + np.arange(length) // 5).astype(np.float32)
+        elif loss != "cross_entropy":
             inputs["logprobs"] = rng.normal(-4, 1, length).astype(np.float32)
         made.append(Datum(row[:-1].astype(np.int32), inputs))
     return tuple(made)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from treadle.domain.custom_loss import CUSTOM, CustomLoss
 from treadle.errors import InvalidRequest, NotSupported
 
 CLIP_LOW = "clip_low_threshold"
@@ -18,18 +19,38 @@ CLIP_HIGH = "clip_high_threshold"
 # Settings that a datum may replace by a tensor of its own, one bound per token.
 PER_TOKEN_CLIPS = (CLIP_LOW, CLIP_HIGH)
 SEQUENCE_RATIO_MASK = "sequence_ratio_mask"
+# Inputs that the server writes beside a client's: see domain/provenance.py.
+SAMPLING_LOGPROBS = "sampling_logprobs"
+SAMPLED_RUNS = "sampled_runs"
+KL_COEFF = "kl_coeff"
 _MAX_FLOAT32 = 3.4028234663852886e38
 
 
 @dataclass(frozen=True, slots=True)
 class LossSpec:
-    """The interface of one loss: tensor inputs beside the tokens, and settings with defaults."""
+    """The interface of one loss: tensor inputs beside the tokens, and settings with defaults.
+
+    server_inputs: not the client's to send; the server adds them at admission from what it recorded of the sampled
+    sequences that a datum's provenance names. compared_inputs: may be sent, and must then agree with that record.
+    """
 
     name: str
     required_inputs: tuple[str, ...]
     optional_inputs: tuple[str, ...] = ()
     config_defaults: Mapping[str, float] = field(default_factory=dict)
     allows_target_columns: bool = False
+    server_inputs: tuple[str, ...] = ()
+    compared_inputs: tuple[str, ...] = ()
+
+    @property
+    def client_inputs(self) -> tuple[str, ...]:
+        """What a client may send."""
+        return self.required_inputs + self.optional_inputs + self.compared_inputs
+
+    @property
+    def engine_inputs(self) -> tuple[str, ...]:
+        """What the loss is computed from."""
+        return self.required_inputs + self.optional_inputs + self.server_inputs
 
 
 _POLICY_INPUTS = ("target_tokens", "logprobs", "advantages")
@@ -46,23 +67,43 @@ LOSSES: Mapping[str, LossSpec] = {
         LossSpec(
             "gspo", _POLICY_INPUTS, (SEQUENCE_RATIO_MASK, *PER_TOKEN_CLIPS), {CLIP_LOW: 0.9997, CLIP_HIGH: 1.0004}
         ),
+        # The public recipes send along the logprobs that they got with the sample.
+        LossSpec(
+            "stable_reinforce",
+            ("target_tokens", "advantages"),
+            (),
+            {KL_COEFF: 0.0},
+            server_inputs=(SAMPLING_LOGPROBS, SAMPLED_RUNS),
+            compared_inputs=("logprobs",),
+        ),
     )
 }
 
 # Names that the SDK knows and this server refuses, with the reason.
 NOT_ENABLED: Mapping[str, str] = {
-    "stable_reinforce": "its formula is not public",
-    "custom": "the server evaluates no custom losses yet; forward_backward_custom with a callable works",
 }
 assert not LOSSES.keys() & NOT_ENABLED.keys()
+
+# A custom loss reads what it declares, datum by datum, so its inputs beside the targets are no columns of a table.
+_CUSTOM_SPEC = LossSpec(CUSTOM, ("target_tokens",), allows_target_columns=True)
+assert CUSTOM not in LOSSES
+
+
+def spec_of(loss_name: str) -> LossSpec:
+    """The interface of a resolved loss; of a custom one, what all of them share."""
+    return _CUSTOM_SPEC if loss_name == CUSTOM else LOSSES[loss_name]
 
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """A loss as a request asks for it: its name and the settings with defaults filled in."""
+    """A loss as a request asks for it: its name and the settings with defaults filled in.
+
+    custom: what is computed, of a custom loss alone.
+    """
 
     name: str
     config: Mapping[str, float] = field(default_factory=dict)
+    custom: CustomLoss | None = None
 
 
 def resolve_loss(name: str, config: Mapping[str, float | str]) -> Loss:
@@ -71,6 +112,8 @@ def resolve_loss(name: str, config: Mapping[str, float | str]) -> Loss:
     Raises NotSupported for a loss that is not enabled; InvalidRequest for an unknown loss or setting, a text where a
     number is due, and anything float32 cannot hold: NaN, infinity, 1e39.
     """
+    if name == CUSTOM:
+        raise InvalidRequest(f"loss_fn {CUSTOM!r} needs the loss_id of a loss that create_custom_loss made")
     spec = LOSSES.get(name)
     if spec is None:
         enabled = f"enabled: {', '.join(sorted(LOSSES))}"
@@ -89,4 +132,6 @@ def resolve_loss(name: str, config: Mapping[str, float | str]) -> Loss:
     low, high = settings.get(CLIP_LOW), settings.get(CLIP_HIGH)
     if low is not None and high is not None and low > high:
         raise InvalidRequest(f"{CLIP_LOW} {low} of {name} is above {CLIP_HIGH} {high}")
+    if settings.get(KL_COEFF, 0.0) < 0:
+        raise InvalidRequest(f"{KL_COEFF} {settings[KL_COEFF]} of {name} is below 0: it would reward divergence")
     return Loss(name=name, config=settings)

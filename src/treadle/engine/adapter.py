@@ -197,6 +197,10 @@ class AdapterWeights(AdapterArena):
         """The same weights in memory of their own: an immutable version for sampling."""
         return AdapterWeights(self.layout, self.flat.clone(), self.scale)
 
+    def without_modules(self) -> AdapterWeights:
+        """An adapter that changes nothing."""
+        return AdapterWeights(AdapterLayout(self.layout.rank, (), 0), self.flat[:0], self.scale)
+
 
 def _group_tensors(places: GroupPlaces, flat: Tensor) -> GroupTensors:
     first = places.a[0]

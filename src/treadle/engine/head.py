@@ -69,7 +69,7 @@ class HeadTask:
     """What one quantum, rows [start, stop) of the pack, asks of the head.
 
     targets: int64 [rows, K]. inputs: float32 [rows, K] by name. has_gradient: bool [rows] on the host, see
-    losses.rows_with_gradient. datum_lengths: rows of each datum, in order. grads: where the head's own dA and dB are
+    losses.rows_with_gradient. sequence_lengths: see losses.sequence_lengths. grads: where the head's own dA and dB are
     added; None computes the loss alone.
     """
 
@@ -78,7 +78,7 @@ class HeadTask:
     targets: Tensor
     inputs: Mapping[str, Tensor]
     has_gradient: NDArray[np.bool_]
-    datum_lengths: Sequence[int]
+    sequence_lengths: Sequence[int]
     loss: Loss
     adapter: AdapterWeights
     grads: AdapterArena | None
@@ -157,7 +157,7 @@ def _times_head(base: Unembedding, hidden_MD: Tensor, logits_MV: Tensor) -> None
 
 
 def _empty_result(task: HeadTask) -> HeadResult:
-    assert sum(task.datum_lengths) == task.stop - task.start == len(task.has_gradient)
+    assert sum(task.sequence_lengths) == task.stop - task.start == len(task.has_gradient)
     logprobs = torch.empty(task.targets.shape, dtype=torch.float32, device=task.targets.device)
     return HeadResult(logprobs, torch.empty_like(logprobs))
 
@@ -165,7 +165,7 @@ def _empty_result(task: HeadTask) -> HeadResult:
 def _apply_sequence_loss(task: HeadTask, result: HeadResult) -> Tensor:
     """Book the losses and metrics of a task whose log-probabilities are complete; d loss / d logprobs."""
     loss = SEQUENCE_LOSSES[task.loss.name]
-    terms = loss(result.logprobs, task.inputs, task.loss.config, task.datum_lengths)
+    terms = loss(result.logprobs, task.inputs, task.loss.config, task.sequence_lengths)
     result.losses.copy_(terms.loss)
     result.metrics.update(terms.metrics)
     return terms.grad
@@ -192,7 +192,7 @@ def _second_visit_tasks(late: Sequence[tuple[HeadTask, Tensor]]) -> tuple[list[H
                 targets=task.targets[index],
                 inputs={"weights": -grad[index]},
                 has_gradient=np.ones(len(kept), dtype=np.bool_),
-                datum_lengths=(len(kept),),
+                sequence_lengths=(len(kept),),
                 loss=_CROSS_ENTROPY,
             )
         )

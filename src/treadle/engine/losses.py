@@ -7,13 +7,15 @@ here knows logits, tenants or tensors' places. domain/losses.py says which input
 Invariant: row i of every output depends on row i of the inputs alone (token losses) or on the rows of its own datum
 alone (sequence losses). Losses are summed, never averaged.
 
-Legend: C rows of a chunk, T rows of a quantum, N datums of a quantum, K target columns per row; p = exp(logp) is the
-trained policy, q = exp(logprobs input) the one that sampled, A the advantages, sg[.] what is not differentiated.
+Legend: C rows of a chunk, T rows of a quantum, N datums and S sequences of a quantum, K target columns per row;
+p = exp(logp) is the trained policy, q = exp(logprobs input) the one that sampled, A the advantages, sg[.] what is not
+differentiated.
 Sources: Tinker documentation, "Losses"; papers where named. docs/losses.md has the table.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -22,7 +24,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from treadle.domain.losses import CLIP_HIGH, CLIP_LOW, LOSSES, SEQUENCE_RATIO_MASK, Loss
+from treadle.domain.losses import (
+    CLIP_HIGH,
+    CLIP_LOW,
+    KL_COEFF,
+    LOSSES,
+    SAMPLED_RUNS,
+    SAMPLING_LOGPROBS,
+    SEQUENCE_RATIO_MASK,
+    Loss,
+)
+
+# No weight of stable_reinforce is larger: E_q[min(p / q, C)^2] <= C, whatever the two policies are.
+RATIO_CAP = 2.0
+_LOG_RATIO_CAP = math.log(RATIO_CAP)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +55,7 @@ class LossTerms:
 Inputs = Mapping[str, Tensor]
 Config = Mapping[str, float]
 TokenLoss = Callable[[Tensor, Inputs, Config], LossTerms]
-# The last argument: how many rows each datum has, in order; they cover all rows.
+# The last argument: how many rows each sequence has, in order (`sequence_lengths`); they cover all rows.
 SequenceLoss = Callable[[Tensor, Inputs, Config, Sequence[int]], LossTerms]
 
 
@@ -118,6 +133,43 @@ def gspo(logprobs_T1: Tensor, inputs: Inputs, config: Config, lengths: Sequence[
     return _clipped_objective(_one_without_advantage(ratio_T1, inputs), inputs)
 
 
+def stable_reinforce(logprobs_T1: Tensor, inputs: Inputs, config: Config, lengths: Sequence[int]) -> LossTerms:
+    """loss = sum over sampled t of -sg[min(1, s) * min(r_t, C)] * A_t * logp_t + kl_coeff * k_t.
+
+    r_t = p_t / q_t with the log q that the server recorded; s = exp(mean of log r) over the run of consecutive tokens
+    of one sampled sequence that t belongs to; C = RATIO_CAP. k_t = r - 1 - log r up to C, and its tangent beyond:
+    d k_t / d logp_t = min(r_t, C) - 1. So d loss / d logp_t is -A_t where the policies agree and within 2 * |A_t| +
+    kl_coeff of 0 everywhere. In float64, as in gspo: near agreement r - 1 - log r is the square of a small number.
+    Source: treadle's own; docs/losses.md derives it. Rows that were not sampled add nothing.
+    """
+    assert logprobs_T1.shape == (sum(lengths), 1), "one target per token"
+    is_sampled_T1 = inputs[SAMPLED_RUNS] != 0
+    difference_T1 = logprobs_T1.double() - inputs[SAMPLING_LOGPROBS].double()
+    difference_T1 = torch.where(is_sampled_T1, difference_T1, torch.zeros_like(difference_T1))
+    lengths_S = torch.tensor(lengths, dtype=torch.int64, device=logprobs_T1.device)
+    # One reduction per run: its mean cannot depend on the other ones.
+    mean_S = torch.segment_reduce(difference_T1.squeeze(1), "sum", lengths=lengths_S) / lengths_S
+    run_weight_S = torch.exp(mean_S.clamp(max=0.0))
+    run_weight_T1 = run_weight_S.repeat_interleave(lengths_S, output_size=len(logprobs_T1)).unsqueeze(1)
+    bounded_T1 = difference_T1.clamp(max=_LOG_RATIO_CAP)
+    ratio_T1 = torch.exp(bounded_T1)
+    weight_T1 = torch.where(is_sampled_T1, run_weight_T1 * ratio_T1, torch.zeros_like(ratio_T1))
+    kl_T1 = torch.expm1(bounded_T1) - bounded_T1 + (RATIO_CAP - 1.0) * (difference_T1 - bounded_T1)
+    signal_T1 = weight_T1 * inputs["advantages"]
+    kl_coeff = config[KL_COEFF]
+    is_capped_T1 = (difference_T1 > _LOG_RATIO_CAP) & (inputs["advantages"] != 0)
+    return LossTerms(
+        loss=(kl_coeff * kl_T1 - signal_T1 * logprobs_T1).float(),
+        grad=(kl_coeff * (ratio_T1 - 1.0) - signal_T1).float(),
+        metrics={
+            "treadle_objective_tokens:sum": is_sampled_T1.sum(),
+            "clipped_tokens:sum": is_capped_T1.sum(),
+            "importance_weight:sum": weight_T1.sum(),
+            "kl_to_sampler:sum": kl_T1.sum(),
+        },
+    )
+
+
 def _clipped_objective(ratio: Tensor, inputs: Inputs) -> LossTerms:
     """-min(r * A, clip(r, low, high) * A) of a ratio with d r / d logp = r.
 
@@ -158,9 +210,26 @@ TOKEN_LOSSES: Mapping[str, TokenLoss] = {
     "cispo": cispo,
     "dro": dro,
 }
-SEQUENCE_LOSSES: Mapping[str, SequenceLoss] = {"gspo": gspo}
+SEQUENCE_LOSSES: Mapping[str, SequenceLoss] = {"gspo": gspo, "stable_reinforce": stable_reinforce}
 assert not TOKEN_LOSSES.keys() & SEQUENCE_LOSSES.keys()
 assert TOKEN_LOSSES.keys() | SEQUENCE_LOSSES.keys() == LOSSES.keys(), "admission and engine know different losses"
+
+
+def sequence_lengths(
+    loss: Loss, inputs: Mapping[str, NDArray[np.float32]], datum_lengths: Sequence[int]
+) -> Sequence[int]:
+    """Rows of each sequence that a sequence loss takes whole, in order, from inputs [T, 1].
+
+    Datums for gspo; runs of sampled tokens, and what lies between them, for stable_reinforce.
+    """
+    if loss.name != "stable_reinforce":
+        return datum_lengths
+    runs = inputs[SAMPLED_RUNS].reshape(-1)
+    is_start = np.ones(len(runs) + 1, dtype=np.bool_)
+    is_start[1:-1] = runs[1:] != runs[:-1]
+    is_start[np.cumsum(datum_lengths)] = True
+    lengths: list[int] = np.diff(np.flatnonzero(is_start)).tolist()
+    return lengths
 
 
 def rows_with_gradient(loss: Loss, inputs: Mapping[str, NDArray[np.float32]]) -> NDArray[np.bool_]:
@@ -171,5 +240,8 @@ def rows_with_gradient(loss: Loss, inputs: Mapping[str, NDArray[np.float32]]) ->
     signal = inputs["weights" if loss.name == "cross_entropy" else "advantages"]
     if loss.name == "dro" and loss.config["beta"] != 0:
         return np.ones(len(signal), dtype=np.bool_)
+    if loss.name == "stable_reinforce":
+        is_sampled = inputs[SAMPLED_RUNS] != 0
+        signal = is_sampled if loss.config[KL_COEFF] != 0 else (signal != 0) & is_sampled
     is_nonzero: NDArray[np.bool_] = (signal != 0).reshape(len(signal), -1).any(axis=1)
     return is_nonzero

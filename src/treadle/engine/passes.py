@@ -21,14 +21,14 @@ from torch import Tensor
 
 from treadle.domain.losses import LOSSES, PER_TOKEN_CLIPS, SEQUENCE_RATIO_MASK, Loss
 from treadle.domain.ops import Datum
-from treadle.engine.adapter import AdapterArena
+from treadle.engine.adapter import AdapterArena, AdapterWeights
 from treadle.engine.attention import packed_attention
 from treadle.engine.base_model import BaseModel
 from treadle.engine.buckets import packed_length
 from treadle.engine.context import Recompute
 from treadle.engine.head import HeadResult, HeadTask, run_head
 from treadle.engine.kernels.base import LoraSegment
-from treadle.engine.losses import rows_with_gradient
+from treadle.engine.losses import rows_with_gradient, sequence_lengths
 from treadle.engine.state import TrainingState
 from treadle.errors import NonFiniteResult
 
@@ -40,7 +40,8 @@ class QuantumInput:
     """One quantum of a pass.
 
     scratch: the op's gradient arena (`state.new_scratch()`), the same for all quanta of the op and none other; None
-    for a forward_only op. first_datum_index: where `datums` start in the request, for messages.
+    for a forward_only op. first_datum_index: where `datums` start in the request, for messages. uses_adapter: False
+    for the bare base model, in a forward_only op.
     """
 
     state: TrainingState
@@ -48,6 +49,12 @@ class QuantumInput:
     loss: Loss
     scratch: AdapterArena | None
     first_datum_index: int = 0
+    uses_adapter: bool = True
+
+    @property
+    def weights(self) -> AdapterWeights:
+        """What the pass adds to the base model."""
+        return self.state.weights if self.uses_adapter else self.state.weights.without_modules()
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,22 +140,23 @@ class _Pack:
         for quantum in quanta:
             assert not quantum.state.is_released
             stop = start + sum(datum.num_tokens for datum in quantum.datums)
-            self.segments.append(LoraSegment(quantum.state.weights, start, stop, quantum.scratch))
+            self.segments.append(LoraSegment(quantum.weights, start, stop, quantum.scratch))
             start = stop
         assert start == row
 
 
 def _head_task(base: BaseModel, quantum: QuantumInput, segment: LoraSegment) -> HeadTask:
     targets, inputs = _aligned_inputs(quantum, base.vocab_size)
+    datum_lengths = [datum.num_tokens for datum in quantum.datums]
     return HeadTask(
         start=segment.start,
         stop=segment.stop,
         targets=torch.from_numpy(targets).to(base.device, non_blocking=True),
         inputs={name: torch.from_numpy(array).to(base.device, non_blocking=True) for name, array in inputs.items()},
         has_gradient=rows_with_gradient(quantum.loss, inputs),
-        datum_lengths=[datum.num_tokens for datum in quantum.datums],
+        sequence_lengths=sequence_lengths(quantum.loss, inputs, datum_lengths),
         loss=quantum.loss,
-        adapter=quantum.state.weights,
+        adapter=segment.adapter,
         grads=segment.grads,
     )
 
@@ -162,7 +170,7 @@ def _aligned_inputs(quantum: QuantumInput, vocab_size: int) -> tuple[NDArray[np.
     num_columns = max(target.shape[1] for target in targets)
     num_rows = sum(target.shape[0] for target in targets)
     spec = LOSSES[quantum.loss.name]
-    names = [name for name in (*spec.required_inputs, *spec.optional_inputs) if name != "target_tokens"]
+    names = [name for name in spec.engine_inputs if name != "target_tokens"]
     aligned_targets = np.zeros((num_rows, num_columns), dtype=np.int64)
     aligned = {name: np.zeros((num_rows, num_columns), dtype=np.float32) for name in names}
     row = 0
@@ -268,7 +276,7 @@ def _failure_of(quantum: QuantumInput, output: _HostOutput, bounds: NDArray[np.i
     spec = LOSSES[quantum.loss.name]
     given = ", ".join(
         f"{name}[{position}] = {datum.inputs[name][position].tolist()!s:.80}"
-        for name in (*spec.required_inputs, *spec.optional_inputs)
+        for name in spec.engine_inputs
         if name in datum.inputs
     )
     return NonFiniteResult(

@@ -23,11 +23,15 @@ from treadle.domain.ids import ModelId
 from treadle.domain.limits import MAX_DATUMS_PER_REQUEST, MAX_DECOMPRESSED_BYTES, MAX_ID_CHARS
 from treadle.domain.losses import CLIP_HIGH, CLIP_LOW, LOSSES, Loss, LossSpec, resolve_loss
 from treadle.domain.ops import Datum, PassOp
+from treadle.domain.provenance import Provenance
 from treadle.errors import InvalidRequest, NotSupported, UnreadableBody
 from treadle.wire import treadle_pb2 as pb
+from treadle.wire.provenance import read_provenance, write_provenance
 from treadle.wire.tensors import FLOAT32, INT32, INT64, FlatTensor, flat_tensor
 
 TARGET_TOKENS = "target_tokens"
+# A setting of every loss: a forward through the bare base model. It is Twinkle's, not the SDK's.
+DISABLE_LORA = "disable_lora"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +66,20 @@ def decode_pass(body: bytes, *, limits: PassLimits) -> PassOp:
 
 
 def decode_pass_trusted(body: bytes) -> PassOp:
-    """The pass of a stored payload, which `decode_pass` accepted before: model limits are not checked again."""
+    """The pass of a stored payload, which `decode_pass` accepted before: model limits are not checked again.
+
+    It has the inputs that the server added, and no provenance, which has served its purpose.
+    """
     return _decode(_parsed(body), None)
+
+
+def with_inputs(body: bytes, inputs: Sequence[Mapping[str, NDArray[np.generic]]]) -> bytes:
+    """The body with more loss inputs, those of each datum in order; everything else stays as the client sent it."""
+    message = _parsed(body)
+    for datum, added in zip(message.datums, inputs, strict=True):
+        for name, values in added.items():
+            _write_tensor(datum.loss_fn_inputs[name], values)
+    return message.SerializeToString()
 
 
 def encode_pass(op: PassOp) -> bytes:
@@ -71,16 +87,23 @@ def encode_pass(op: PassOp) -> bytes:
     message = pb.PassRequest(model_id=op.model_id, seq_id=op.seq_id, loss_fn=op.loss.name, forward_only=op.forward_only)
     for key, number in op.loss.config.items():
         message.loss_fn_settings[key].number = number
+    if not op.uses_adapter:
+        message.loss_fn_settings[DISABLE_LORA].number = 1
     for datum in op.datums:
         written = message.datums.add()
         written.model_input.add().text.tokens = datum.tokens.astype(INT32, copy=False).tobytes()
         for name, values in datum.inputs.items():
-            tensor = written.loss_fn_inputs[name]
-            is_integer = values.dtype.kind == "i"
-            tensor.dtype = pb.ELEMENT_TYPE_INT64 if is_integer else pb.ELEMENT_TYPE_FLOAT32
-            tensor.shape.extend(values.shape)
-            tensor.dense = values.astype(INT64 if is_integer else FLOAT32, copy=False).tobytes()
+            _write_tensor(written.loss_fn_inputs[name], values)
+        if datum.provenance is not None:
+            write_provenance(written, datum.provenance)
     return message.SerializeToString()
+
+
+def _write_tensor(tensor: pb.TensorMessage, values: NDArray[np.generic]) -> None:
+    is_integer = values.dtype.kind == "i"
+    tensor.dtype = pb.ELEMENT_TYPE_INT64 if is_integer else pb.ELEMENT_TYPE_FLOAT32
+    tensor.shape.extend(values.shape)
+    tensor.dense = values.astype(INT64 if is_integer else FLOAT32, copy=False).tobytes()
 
 
 def _parsed(body: bytes) -> pb.PassRequest:
@@ -105,11 +128,13 @@ def _head(message: pb.PassRequest) -> PassHead:
 
 def _decode(message: pb.PassRequest, limits: PassLimits | None) -> PassOp:
     head = _head(message)
-    loss = resolve_loss(message.loss_fn, _loss_settings(message))
+    settings = dict(_loss_settings(message))
+    uses_adapter = not _disables_lora(settings, forward_only=message.forward_only)
+    loss = resolve_loss(message.loss_fn, settings)
     if not 1 <= len(message.datums) <= MAX_DATUMS_PER_REQUEST:
         raise InvalidRequest(f"data has {len(message.datums)} datums; allowed are 1 to {MAX_DATUMS_PER_REQUEST}")
     tokens = _read_tokens(message.datums, limits)
-    inputs = _read_inputs(message.datums, LOSSES[loss.name], tokens)
+    inputs = _read_inputs(message.datums, LOSSES[loss.name], tokens, is_trusted=limits is None)
     if limits is not None:
         for column in (tokens, *inputs):
             if column.flat.dtype.kind == "i":
@@ -120,11 +145,18 @@ def _decode(message: pb.PassRequest, limits: PassLimits | None) -> PassOp:
     for column in inputs:
         for datum_index, array in zip(column.datum_indexes, column.arrays(), strict=True):
             inputs_of[datum_index][column.name] = array
+    provenances: list[Provenance | None] = [None] * len(inputs_of)
     if limits is not None:
         for datum_index, given in enumerate(inputs_of):
             _check_clips(datum_index, given, loss)
-    datums = tuple(Datum(tokens=t, inputs=i) for t, i in zip(tokens.arrays(), inputs_of, strict=True))
-    return PassOp(head.model_id, head.seq_id, datums, loss, message.forward_only)
+        provenances = [
+            read_provenance(datum_index, datum, num_rows)
+            for datum_index, (datum, (num_rows,)) in enumerate(zip(message.datums, tokens.shapes, strict=True))
+        ]
+    datums = tuple(
+        Datum(tokens=t, inputs=i, provenance=p) for t, i, p in zip(tokens.arrays(), inputs_of, provenances, strict=True)
+    )
+    return PassOp(head.model_id, head.seq_id, datums, loss, message.forward_only, uses_adapter=uses_adapter)
 
 
 def _loss_settings(message: pb.PassRequest) -> Mapping[str, float | str]:
@@ -143,6 +175,18 @@ def _loss_settings(message: pb.PassRequest) -> Mapping[str, float | str]:
             case _:
                 raise InvalidRequest(f"loss_fn_config key {key[:80]!r} has no value")
     return settings
+
+
+def _disables_lora(settings: dict[str, float | str], *, forward_only: bool) -> bool:
+    """Whether the pass is to go through the bare base model; takes the setting out."""
+    value = settings.pop(DISABLE_LORA, 0.0)
+    if value not in (0.0, 1.0):
+        raise InvalidRequest(f"loss_fn_config {DISABLE_LORA}={value!r} must be 0 or 1")
+    if value and not forward_only:
+        raise InvalidRequest(
+            f"loss_fn_config {DISABLE_LORA} is for forward alone: without the adapter there is nothing to train"
+        )
+    return bool(value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,14 +278,20 @@ def _token_bytes(datum_index: int, datum: pb.DatumMessage) -> bytes:
     return b"".join(chunks)
 
 
-def _read_inputs(datums: Sequence[pb.DatumMessage], spec: LossSpec, tokens: _Column) -> list[_Column]:
-    """The loss inputs by name, in the order of the loss's table. An input that no datum has is left out."""
-    allowed = spec.required_inputs + spec.optional_inputs
+def _read_inputs(
+    datums: Sequence[pb.DatumMessage], spec: LossSpec, tokens: _Column, *, is_trusted: bool
+) -> list[_Column]:
+    """The loss inputs by name, in the order of the loss's table. An input that no datum has is left out.
+
+    is_trusted: the datums are a stored payload's, so that those that the server adds are there.
+    """
+    required = spec.required_inputs + spec.server_inputs if is_trusted else spec.required_inputs
+    allowed = spec.client_inputs + spec.server_inputs if is_trusted else spec.client_inputs
     parts: dict[str, list[tuple[int, FlatTensor]]] = {name: [] for name in allowed}
     budget = MAX_DECOMPRESSED_BYTES
     for datum_index, datum in enumerate(datums):
         inputs = datum.loss_fn_inputs
-        _check_input_names(datum_index, inputs, spec)
+        _check_input_names(datum_index, inputs, spec.name, required, allowed)
         (num_rows,) = tokens.shapes[datum_index]
         for name in allowed:
             if name not in inputs:
@@ -260,16 +310,21 @@ def _dtype_of(name: str) -> np.dtype[Any]:
     return INT64 if name == TARGET_TOKENS else FLOAT32
 
 
-def _check_input_names(datum_index: int, inputs: Mapping[str, pb.TensorMessage], spec: LossSpec) -> None:
+def _check_input_names(
+    datum_index: int,
+    inputs: Mapping[str, pb.TensorMessage],
+    loss_name: str,
+    required: Sequence[str],
+    allowed: Sequence[str],
+) -> None:
     """Refuses missing inputs, and unknown ones too: a mask that is silently ignored trains on the wrong tokens."""
-    missing = [name for name in spec.required_inputs if name not in inputs]
+    missing = [name for name in required if name not in inputs]
     if missing:
-        raise InvalidRequest(f"datum {datum_index}: loss_fn_inputs lacks {', '.join(missing)}, which {spec.name} needs")
-    allowed = spec.required_inputs + spec.optional_inputs
+        raise InvalidRequest(f"datum {datum_index}: loss_fn_inputs lacks {', '.join(missing)}, which {loss_name} needs")
     unknown = sorted(name for name in inputs if name not in allowed)
     if unknown:
         raise InvalidRequest(
-            f"datum {datum_index}: loss_fn_inputs {unknown[0][:80]!r} is not an input of {spec.name}; "
+            f"datum {datum_index}: loss_fn_inputs {unknown[0][:80]!r} is not an input of {loss_name}; "
             f"its inputs are {', '.join(allowed)}"
         )
 

@@ -48,6 +48,7 @@ class OpenPass:
             loss=self.op.loss,
             scratch=self._scratch,
             first_datum_index=start,
+            uses_adapter=self.op.uses_adapter,
         )
 
     @property

@@ -27,6 +27,7 @@ from treadle.gateway.intake import (
     submit_training_op,
 )
 from treadle.gateway.routing import Resource
+from treadle.gateway.stability import with_sampling_records
 from treadle.wire.bodies import OptimStepBody, SaveForSamplerBody, SaveWeightsBody, parse_body
 from treadle.wire.legacy_passes import SentPass, read_json_pass
 from treadle.wire.ops import optim_step_op, save_for_sampler_op, save_weights_op
@@ -84,15 +85,21 @@ async def _admit_pass(
         return place
     limits = pass_limits(loaded_facts(pool))
 
-    def draft() -> Draft:
+    def checked_op() -> PassOp:
         op = decode_pass(body, limits=limits)
         if len(op.datums) > gateway.settings.max_datums_per_request:
             raise InvalidRequest(
                 f"data has {len(op.datums)} datums; this server takes {gateway.settings.max_datums_per_request}"
             )
-        return _pass_draft(op, body)
+        return op
 
-    await gateway.admission.submit(place, draft, num_bytes=len(body))
+    try:
+        op = await gateway.admission.run(checked_op, num_bytes=len(body))
+        payload = await with_sampling_records(gateway, model.session_id, op, body)
+    except UserError as refusal:
+        await gateway.admission.submit_refused(place, refusal)
+    else:
+        await gateway.admission.submit_checked(place, _pass_draft(op, payload))
     return place
 
 

@@ -1,0 +1,35 @@
+"""What a pass that trains on sampled sequences needs beyond its own bytes, looked up when it is admitted.
+
+It refuses to know what the loss makes of it. Invariant: the payload that leaves here says everything, so that a replay
+needs no record, however long ago that was dropped.
+"""
+
+from __future__ import annotations
+
+from treadle.domain.ids import SessionId
+from treadle.domain.losses import LOSSES
+from treadle.domain.ops import PassOp
+from treadle.domain.provenance import sampling_inputs
+from treadle.gateway.context import Gateway
+from treadle.wire.passes import with_inputs
+
+
+async def with_sampling_records(gateway: Gateway, session_id: SessionId, op: PassOp, body: bytes) -> bytes:
+    """The payload of a pass of this session: its body, with what was recorded for a loss that reads it.
+
+    Raises InvalidRequest when the datums' provenance names what the session has no record of, or something else than
+    what is recorded.
+    """
+    if not LOSSES[op.loss.name].server_inputs:
+        return body
+    ids = {id_ for datum in op.datums if datum.provenance is not None for id_ in datum.provenance.sequence_ids()}
+    records = await gateway.store.stability.use(session_id, ids)
+
+    def build() -> bytes:
+        added = [
+            sampling_inputs(index, datum.provenance, datum.tokens, datum.inputs, records)
+            for index, datum in enumerate(op.datums)
+        ]
+        return with_inputs(body, added)
+
+    return await gateway.admission.run(build, num_bytes=len(body))
