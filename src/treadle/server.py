@@ -317,6 +317,7 @@ class Server:
                 auth_mode=settings.auth.mode,
                 has_jwt=settings.auth.jwt,
                 root_path=settings.server.root_path,
+                public_url=settings.server.public_url,
                 max_lora_rank=settings.limits.max_lora_rank,
                 hold_s=settings.server.hold_s,
                 max_body_bytes=settings.server.max_body_bytes,

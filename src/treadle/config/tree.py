@@ -43,6 +43,9 @@ class ServerSettings(Section):
     root_path: str = Field(default="", pattern=r"^(/[A-Za-z0-9._~-]+)*$", max_length=200)
     """A prefix of every path, for example `/twinkle`: clients then use `http://HOST:PORT/twinkle`, and only
     `/healthz`, `/readyz` and `/metrics` answer without it. For a proxy that passes paths on as they are."""
+    public_url: str | None = Field(default=None, pattern=r"^https?://[^\s/?#]+[^\s?#]*$", max_length=500)
+    """Where clients reach this server when that is not what their requests say, prefix included, like
+    `https://train.example.org/twinkle`: URLs of downloads begin with it. Set it behind a proxy."""
     max_body_bytes: int = Field(default=limits.MAX_BODY_BYTES, gt=0)
     """Largest request body, in bytes as sent."""
     max_decompressed_bytes: int = Field(default=limits.MAX_DECOMPRESSED_BYTES, gt=0)

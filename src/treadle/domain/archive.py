@@ -14,8 +14,8 @@ from treadle.errors import InvalidRequest
 
 # No archive of ours has more files; a damaged one must not be read for ever.
 MAX_MEMBERS = 64
-# Two of these end a tar.
-_END = bytes(tarfile.BLOCKSIZE)
+_EMPTY = bytes(tarfile.BLOCKSIZE)
+ARCHIVE_END = 2 * _EMPTY
 
 # The bytes [start, stop) of a blob; fewer only at its end.
 ReadRange = Callable[[int, int], bytes]
@@ -35,10 +35,20 @@ def pack_files(files: Mapping[str, bytes]) -> bytes:
     assert 1 <= len(files) <= MAX_MEMBERS
     parts: list[bytes] = []
     for name, data in files.items():
-        info = tarfile.TarInfo(name)
-        info.size = len(data)
-        parts += (info.tobuf(tarfile.GNU_FORMAT), data, bytes(-len(data) % tarfile.BLOCKSIZE))
-    return b"".join([*parts, _END, _END])
+        parts += (member_head(name, len(data)), data, member_tail(len(data)))
+    return b"".join([*parts, ARCHIVE_END])
+
+
+def member_head(name: str, num_bytes: int) -> bytes:
+    """What stands in front of a file of this size in an archive."""
+    info = tarfile.TarInfo(name)
+    info.size = num_bytes
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+def member_tail(num_bytes: int) -> bytes:
+    """What stands behind a file of this size in an archive."""
+    return bytes(-num_bytes % tarfile.BLOCKSIZE)
 
 
 def list_members(read: ReadRange) -> tuple[Member, ...]:
@@ -47,7 +57,7 @@ def list_members(read: ReadRange) -> tuple[Member, ...]:
     offset = 0
     while len(members) <= MAX_MEMBERS:
         block = read(offset, offset + tarfile.BLOCKSIZE)
-        if block == _END:
+        if block == _EMPTY:
             return tuple(members)
         try:
             info = tarfile.TarInfo.frombuf(block, "utf-8", "strict")
@@ -55,5 +65,5 @@ def list_members(read: ReadRange) -> tuple[Member, ...]:
             raise InvalidRequest("the files of this checkpoint cannot be read: its archive is damaged") from error
         offset += tarfile.BLOCKSIZE
         members.append(Member(info.name, offset, info.size))
-        offset += info.size + -info.size % tarfile.BLOCKSIZE
+        offset += info.size + len(member_tail(info.size))
     raise InvalidRequest(f"the files of this checkpoint cannot be read: there are more than {MAX_MEMBERS}")

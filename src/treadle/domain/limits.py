@@ -153,10 +153,11 @@ MAX_CUSTOM_LOSSES_PER_SESSION = 256
 # Numbers of one tensor (all pairs of 2,896 tokens), and of all that one datum's graph makes: 256 MiB at eight bytes.
 MAX_CUSTOM_LOSS_NUMBERS = 2**23
 MAX_CUSTOM_LOSS_NUMBERS_PER_DATUM = 2**25
-# Operations on single numbers: so many for each datum and each of its tokens. Beside a pass of the base model, a few ns
-# each.
+# Work in units of about a quarter of a nanosecond: so much for each datum and each of its tokens, 30 us a token. Each
+# node counts as 1 us even if it does nothing.
+CUSTOM_LOSS_WORK_PER_NODE = 2**12
 CUSTOM_LOSS_WORK_PER_DATUM = 2**22
-CUSTOM_LOSS_WORK_PER_TOKEN = 2**15
+CUSTOM_LOSS_WORK_PER_TOKEN = 2**17
 # Seconds of processor time for the custom loss on one quantum: far beyond what the bounds above let through.
 MAX_CUSTOM_LOSS_S = 5.0
 # What one question about usage may cover: the API's fourteen days.

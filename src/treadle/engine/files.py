@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from treadle.domain.adapter_file import CONFIG_NAME, METADATA_KEY, TENSOR_PREFIX, WEIGHTS_NAME, config_file
 from treadle.domain.ops import LoraSpec
 from treadle.engine import peft_export
 from treadle.engine.adapter import AdapterWeights, adapter_layout
@@ -31,7 +32,6 @@ from treadle.errors import InvalidRequest
 # 2: the arenas of moments and gradient hold the A's of a group side by side. 3: a checksum over header and tensors.
 FORMAT_VERSION = 3
 _WITHOUT_CHECKSUM = 2
-_METADATA_KEY = "treadle"
 # Among the header's fields: safetensors writes several metadata keys in an order of chance.
 _CHECKSUM_FIELD = "crc32"
 _EXP_AVG = "treadle.exp_avg"
@@ -87,7 +87,7 @@ def encode_state(state: TrainingState, base: BaseModel, *, with_optimizer: bool,
 
 def _file_of(header: Mapping[str, Any], tensors: Mapping[str, NDArray[np.float32]]) -> bytes:
     fields = {**header, _CHECKSUM_FIELD: _checksum(header, tensors)}
-    return safetensors.numpy.save(dict(tensors), {_METADATA_KEY: json.dumps(fields, sort_keys=True)})
+    return safetensors.numpy.save(dict(tensors), {METADATA_KEY: json.dumps(fields, sort_keys=True)})
 
 
 def _checksum(header: Mapping[str, Any], tensors: Mapping[str, NDArray[np.float32]]) -> str:
@@ -148,7 +148,7 @@ def _fields(data: bytes) -> dict[str, Any]:
     """The header as it is written. Raises ValueError, KeyError or TypeError when there is none."""
     start = _HEADER_LENGTH_BYTES
     length = int.from_bytes(data[:start], "little")
-    fields: dict[str, Any] = json.loads(json.loads(data[start : start + length])["__metadata__"][_METADATA_KEY])
+    fields: dict[str, Any] = json.loads(json.loads(data[start : start + length])["__metadata__"][METADATA_KEY])
     return fields
 
 
@@ -173,14 +173,14 @@ def export_state(state: TrainingState, base: BaseModel) -> dict[str, bytes]:
 
 
 def _adapter_of(tensors: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
-    return {name: array for name, array in tensors.items() if name.startswith(peft_export.PREFIX)}
+    return {name: array for name, array in tensors.items() if name.startswith(TENSOR_PREFIX)}
 
 
 def _adapter_files(config: Mapping[str, Any], tensors: Mapping[str, NDArray[np.float32]]) -> dict[str, bytes]:
     contiguous = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
     return {
-        "adapter_config.json": (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
-        "adapter_model.safetensors": safetensors.numpy.save(contiguous, {"format": "pt"}),
+        CONFIG_NAME: config_file(config),
+        WEIGHTS_NAME: safetensors.numpy.save(contiguous, {"format": "pt"}),
     }
 
 

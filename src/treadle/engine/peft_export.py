@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from treadle.domain.adapter_file import TENSOR_PREFIX
 from treadle.domain.ops import LoraSpec
 from treadle.engine.adapter import ATTENTION_PROJECTIONS, HEAD_MODULE, MLP_PROJECTIONS, AdapterLayout
 
 FloatArray = NDArray[np.float32]
 
-PREFIX = "base_model.model."
 _EXPERTS = ".mlp.experts"
 _GATE_UP = "gate_up_proj"
 _EXPERT_PARAMETERS = (f"mlp.experts.{_GATE_UP}", "mlp.experts.down_proj")
@@ -138,4 +138,4 @@ def _name(module: str, which: str, *, is_expert: bool) -> str:
     if is_expert:
         path, _, leaf = module.rpartition(".")
         module = f"{path}.base_layer" if leaf == _GATE_UP else path
-    return f"{PREFIX}{module}.lora_{which}.weight"
+    return f"{TENSOR_PREFIX}{module}.lora_{which}.weight"

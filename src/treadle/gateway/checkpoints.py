@@ -8,18 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from treadle.domain.ids import CheckpointKind, parse_tinker_path
+from treadle.domain.ids import CheckpointKind, TinkerPath, parse_tinker_path
 from treadle.domain.ops import LoraSpec
 from treadle.domain.records import CheckpointRecord, ModelRecord
-from treadle.errors import InvalidRequest, NotFound
-from treadle.gateway.auth import Principal
+from treadle.errors import Forbidden, InvalidRequest, NotFound, Unauthenticated
+from treadle.gateway.auth import Authenticator, Principal
 from treadle.store import Store
 
 
 async def readable_checkpoint(
-    store: Store, principal: Principal, path: str, *, kinds: Collection[CheckpointKind]
+    store: Store,
+    principal: Principal,
+    path: str,
+    *,
+    kinds: Collection[CheckpointKind],
+    on_behalf_of: Principal | None = None,
 ) -> CheckpointRecord:
-    """The checkpoint at `path`, the caller's own or a public one.
+    """The checkpoint at `path`: the caller's own, a public one, or one of whoever gave the caller an access token.
 
     Raises InvalidRequest for a malformed path or another kind, NotFound for anything that is not there for the caller.
     """
@@ -28,9 +33,28 @@ async def readable_checkpoint(
         allowed = " or ".join(sorted(kind.value for kind in kinds))
         raise InvalidRequest(f"{path[:200]!r} is a {parsed.kind.value} path; this call takes {allowed}")
     record = await store.checkpoints.find(str(parsed))
-    if record is None or (record.tenant_id != principal.tenant_id and not record.public):
+    readers = {principal.tenant_id} if on_behalf_of is None else {principal.tenant_id, on_behalf_of.tenant_id}
+    if record is None or (record.tenant_id not in readers and not record.public):
         raise NotFound(f"checkpoint {path[:200]!r} does not exist")
     return record
+
+
+async def holder_of_token(auth: Authenticator, token: str | None) -> Principal | None:
+    """Whose key a weights access token is, None without one. Raises Forbidden for a token that nobody holds.
+
+    Not Unauthenticated, which the SDK would take for its own key's end, and answer with a new login.
+    """
+    if token is None:
+        return None
+    try:
+        return await auth.principal_of(token)
+    except Unauthenticated as error:
+        raise Forbidden("weights_access_token is not a key of this server: send a key of the weights' owner") from error
+
+
+def path_of_route(model_id: str, kind: str, name: str) -> TinkerPath:
+    """The checkpoint that a URL names by its segments. Raises InvalidRequest for a kind or a name that is none."""
+    return parse_tinker_path(f"tinker://{model_id}/{kind}/{name}")
 
 
 def check_fits(checkpoint: CheckpointRecord, model: ModelRecord) -> None:

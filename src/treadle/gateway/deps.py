@@ -73,12 +73,14 @@ class GatewaySettings:
     auth_mode: "auto" is open until the first key is created, "open" stays so, "keys" never is.
     has_jwt: keys may be exchanged for tokens that live an hour.
     root_path: what every path begins with, "" or like "/twinkle".
+    public_url: where clients reach this server, prefix included; None: where the request came to.
     """
 
     is_loopback: bool
     auth_mode: Literal["auto", "open", "keys"] = "auto"
     has_jwt: bool = True
     root_path: str = ""
+    public_url: str | None = None
     max_lora_rank: int = limits.MAX_LORA_RANK
     hold_s: float = limits.HOLD_S
     max_body_bytes: int = limits.MAX_BODY_BYTES

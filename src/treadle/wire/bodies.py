@@ -277,6 +277,7 @@ class LoadWeightsBody(Body):
     base_model: Id | None = None
     user_metadata: Metadata = Field(default_factory=dict)
     optimizer_config: OptimizerConfig | None = None
+    weights_access_token: Text | None = None
 
     @model_validator(mode="after")
     def _has_one_form(self) -> Self:

@@ -10,13 +10,14 @@ from starlette.responses import Response
 from treadle.domain.ids import CheckpointKind, PoolName, SessionId, training_model_id
 from treadle.domain.limits import MAX_SEQ_ID_LEAD
 from treadle.domain.ops import CreateModelOp, LoadWeightsOp, LoraSpec, OpKind
-from treadle.domain.records import ModelRecord, NewRequest, SessionRecord
+from treadle.domain.records import CheckpointRecord, ModelRecord, NewRequest, SessionRecord
 from treadle.domain.states import ModelState
 from treadle.errors import InvalidRequest, ServerError, UnreadableBody, UserError
 from treadle.gateway.admission import Draft, refused
 from treadle.gateway.answers import json_response
+from treadle.gateway.auth import Principal
 from treadle.gateway.bodies import MAX_JSON_BYTES, read_body
-from treadle.gateway.checkpoints import check_fits, readable_checkpoint
+from treadle.gateway.checkpoints import check_fits, holder_of_token, readable_checkpoint
 from treadle.gateway.context import Gateway, gateway_of, loaded_facts
 from treadle.gateway.deps import PoolView
 from treadle.gateway.intake import (
@@ -93,11 +94,11 @@ async def load_weights(request: Request) -> Response:
     place = op_place(record, OpKind.LOAD_WEIGHTS, 0)
     try:
         body = parse_body(LoadWeightsBody, raw)
-        checkpoint = await readable_checkpoint(gateway.store, principal, body.path, kinds=LOADABLE)
+        checkpoint = await _loadable(gateway, principal, body)
         pool = gateway.pool_for(checkpoint.base_model)
         if body.base_model is not None and gateway.pool_for(body.base_model) != pool:
             raise InvalidRequest(f"{body.path} belongs to base model {pool.name}, not to {body.base_model!r}")
-        op = load_weights_op(body, blob_key=checkpoint.blob_key, lora=checkpoint.lora)
+        op = _load_op(body, checkpoint)
     except UserError as refusal:
         return await _answer_refused_run(gateway, record, place, refusal)
     return await _answer_run(gateway, record, place, pool, op, body)
@@ -161,8 +162,19 @@ async def unload_model(request: Request) -> Response:
 
 async def _load_into_run(submission: Submission) -> LoadWeightsOp:
     body = parse_body(LoadWeightsBody, submission.raw)
-    checkpoint = await readable_checkpoint(submission.gateway.store, submission.principal, body.path, kinds=LOADABLE)
+    checkpoint = await _loadable(submission.gateway, submission.principal, body)
     check_fits(checkpoint, submission.model)
+    return _load_op(body, checkpoint)
+
+
+async def _loadable(gateway: Gateway, principal: Principal, body: LoadWeightsBody) -> CheckpointRecord:
+    reader = await holder_of_token(gateway.auth, body.weights_access_token)
+    return await readable_checkpoint(gateway.store, principal, body.path, kinds=LOADABLE, on_behalf_of=reader)
+
+
+def _load_op(body: LoadWeightsBody, checkpoint: CheckpointRecord) -> LoadWeightsOp:
+    # Under the path as this server writes it, which its answer repeats.
+    body = body.model_copy(update={"path": checkpoint.tinker_path})
     return load_weights_op(body, blob_key=checkpoint.blob_key, lora=checkpoint.lora)
 
 

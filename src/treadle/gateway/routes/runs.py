@@ -15,6 +15,7 @@ from treadle.gateway.context import gateway_of
 from treadle.gateway.paging import page_of
 from treadle.gateway.routing import Resource
 from treadle.store import Store
+from treadle.wire.answers_checkpoints import WeightsInfoAnswer
 from treadle.wire.bodies import WeightsInfoBody, parse_body
 
 router = Resource("/api/v1")
@@ -71,7 +72,7 @@ async def list_checkpoints(request: Request) -> Response:
     return json_response({"checkpoints": checkpoints, "cursor": page.cursor(total)})
 
 
-@router.post("/weights_info")
+@router.post("/weights_info", body=WeightsInfoBody, answer=WeightsInfoAnswer)
 async def weights_info(request: Request) -> Response:
     """What a run made from this checkpoint would be: enough to create a client for it."""
     gateway = gateway_of(request)
@@ -86,6 +87,8 @@ async def weights_info(request: Request) -> Response:
             "train_attn": record.lora.train_attn,
             "train_mlp": record.lora.train_mlp,
             "train_unembed": record.lora.train_unembed,
+            # The only one that there is.
+            "optimizer_config": {"type": "adamw"},
         }
     )
 
