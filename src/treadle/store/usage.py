@@ -191,15 +191,15 @@ class Usage:
         first = newest + HOUR_S if newest is not None else hour_of(now if oldest is None else oldest)
         return max(first, hour_of(now - MAX_USAGE_WINDOW_S))
 
-    async def accrue_storage(self, hour: int) -> int:
-        """Write what checkpoints took in the hour that begins at `hour` and is over: how many rows. Idempotent.
+    async def accrue_storage(self, hour: int) -> None:
+        """Write what checkpoints took in the hour that begins at `hour` and is over. Idempotent.
 
         One that was deleted meanwhile is not counted, neither the hour's part before its end.
         """
         assert hour == hour_of(hour), hour
         assert hour + HOUR_S <= self._clock(), "the hour is not over"
         values = {"hour": hour, "begin": float(hour), "end": float(hour + HOUR_S)}
-        return await self._writer.run(lambda conn: conn.execute(self._accrue, values).rowcount)
+        await self._writer.run(lambda conn: conn.execute(self._accrue, values).rowcount)
 
     async def forget(self) -> int:
         """Delete a day of what is older than USAGE_KEPT_S: how many rows."""
