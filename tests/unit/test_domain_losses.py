@@ -7,8 +7,8 @@ from typing import get_args
 import pytest
 from tinker.types.loss_fn_type import LossFnType
 
-from treadle.domain.losses import LOSSES, NOT_ENABLED, resolve_loss
-from treadle.errors import InvalidRequest, NotSupported
+from treadle.domain.losses import LOSSES, resolve_loss
+from treadle.errors import InvalidRequest
 
 
 @pytest.mark.parametrize("name", sorted(LOSSES))
@@ -39,17 +39,13 @@ def test_an_unknown_setting_is_refused_and_the_known_ones_are_named() -> None:
         resolve_loss("cross_entropy", {"beta": 0.1})
 
 
-@pytest.mark.parametrize("name", ["custom"])
-def test_a_loss_that_is_not_enabled_says_why_and_what_is(name: str) -> None:
-    with pytest.raises(
-        NotSupported, match=f"'{name}' is not enabled: .*; enabled: cispo, cross_entropy, dro"
-    ) as caught:
-        resolve_loss(name, {})
-    assert NOT_ENABLED[name] in caught.value.message
+def test_a_custom_loss_is_more_than_a_name() -> None:
+    with pytest.raises(InvalidRequest, match="'custom' needs the loss_id of a loss that create_custom_loss made"):
+        resolve_loss("custom", {})
 
 
-def test_every_loss_of_the_sdk_is_enabled_or_refused_by_name() -> None:
-    assert set(get_args(LossFnType)) == LOSSES.keys() | NOT_ENABLED.keys()
+def test_every_loss_of_the_sdk_is_there() -> None:
+    assert set(get_args(LossFnType)) == LOSSES.keys() | {"custom"}
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e39, -1e300, "0.8"])

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from treadle.domain.custom_loss import CUSTOM, CustomLoss
-from treadle.errors import InvalidRequest, NotSupported
+from treadle.errors import InvalidRequest
 
 CLIP_LOW = "clip_low_threshold"
 CLIP_HIGH = "clip_high_threshold"
@@ -79,11 +79,6 @@ LOSSES: Mapping[str, LossSpec] = {
     )
 }
 
-# Names that the SDK knows and this server refuses, with the reason.
-NOT_ENABLED: Mapping[str, str] = {
-}
-assert not LOSSES.keys() & NOT_ENABLED.keys()
-
 # A custom loss reads what it declares, datum by datum, so its inputs beside the targets are no columns of a table.
 _CUSTOM_SPEC = LossSpec(CUSTOM, ("target_tokens",), allows_target_columns=True)
 assert CUSTOM not in LOSSES
@@ -109,17 +104,14 @@ class Loss:
 def resolve_loss(name: str, config: Mapping[str, float | str]) -> Loss:
     """The loss with its settings complete.
 
-    Raises NotSupported for a loss that is not enabled; InvalidRequest for an unknown loss or setting, a text where a
-    number is due, and anything float32 cannot hold: NaN, infinity, 1e39.
+    Raises InvalidRequest for an unknown loss or setting, a text where a number is due, anything float32 cannot hold
+    (NaN, infinity, 1e39), and a custom loss, which is more than its settings.
     """
     if name == CUSTOM:
         raise InvalidRequest(f"loss_fn {CUSTOM!r} needs the loss_id of a loss that create_custom_loss made")
     spec = LOSSES.get(name)
     if spec is None:
-        enabled = f"enabled: {', '.join(sorted(LOSSES))}"
-        if name in NOT_ENABLED:
-            raise NotSupported(f"loss_fn {name!r} is not enabled: {NOT_ENABLED[name]}; {enabled}")
-        raise InvalidRequest(f"loss_fn {name[:80]!r} is not known; {enabled}")
+        raise InvalidRequest(f"loss_fn {name[:80]!r} is not known; known: {', '.join(sorted((*LOSSES, CUSTOM)))}")
     settings = dict(spec.config_defaults)
     for key, value in config.items():
         if key not in settings:

@@ -27,9 +27,11 @@ from treadle.domain.limits import PACK_MULTIPLE
 from treadle.domain.losses import Loss, resolve_loss
 from treadle.engine.adapter import HEAD_MODULE, AdapterArena, AdapterWeights
 from treadle.engine.buckets import round_up
+from treadle.engine.custom_loss import QuantumLoss
 from treadle.engine.kernels.base import LoraSegment
 from treadle.engine.kernels.segment_loop import SegmentLoop
 from treadle.engine.losses import SEQUENCE_LOSSES, TOKEN_LOSSES
+from treadle.errors import UserError
 
 # Most rows of a quantum's piece, the unit of reduction. Fewer would read the head's weight more often than its
 # arithmetic takes; more would only hold more logits.
@@ -70,7 +72,7 @@ class HeadTask:
 
     targets: int64 [rows, K]. inputs: float32 [rows, K] by name. has_gradient: bool [rows] on the host, see
     losses.rows_with_gradient. sequence_lengths: see losses.sequence_lengths. grads: where the head's own dA and dB are
-    added; None computes the loss alone.
+    added; None computes the loss alone. custom: what a custom loss computes, None for any other.
     """
 
     start: int
@@ -82,15 +84,25 @@ class HeadTask:
     loss: Loss
     adapter: AdapterWeights
     grads: AdapterArena | None
+    custom: QuantumLoss | None = None
+
+    @property
+    def is_late(self) -> bool:
+        """The loss needs all log-probabilities of a datum."""
+        return self.custom is not None or self.loss.name in SEQUENCE_LOSSES
 
 
 @dataclass(frozen=True, slots=True)
 class HeadResult:
-    """logprobs and losses: float32 [rows, K]; metrics: 0-d tensors, sums over the quantum; filled in place."""
+    """logprobs and losses: float32 [rows, K]; metrics: 0-d tensors, sums over the quantum; filled in place.
+
+    failures: why a custom loss has no terms; then nothing of the task but its logprobs counts.
+    """
 
     logprobs: Tensor
     losses: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
+    failures: list[UserError] = field(default_factory=list)
 
 
 @torch.no_grad()
@@ -115,12 +127,14 @@ def run_head(
     assert hidden_TD.shape[0] % PACK_MULTIPLE == 0
     results = [_empty_result(task) for task in tasks]
     # The gradient of a loss over whole datums is not known in the first visit.
-    first = [replace(task, grads=None) if task.loss.name in SEQUENCE_LOSSES else task for task in tasks]
+    first = [replace(task, grads=None) if task.is_late else task for task in tasks]
     visit = _Visit(base, hidden_TD, d_hidden_TD, group_rows, has_equal_groups=has_equal_groups)
     visit.run(first, results)
     late: list[tuple[HeadTask, Tensor]] = []
     for task, result in zip(tasks, results, strict=True):
-        if task.loss.name in SEQUENCE_LOSSES:
+        if task.custom is not None:
+            late.append(_apply_custom_loss(task, task.custom, result))
+        elif task.is_late:
             late.append((task, _apply_sequence_loss(task, result)))
     if d_hidden_TD is not None:
         second, rows = _second_visit_tasks(late)
@@ -171,6 +185,23 @@ def _apply_sequence_loss(task: HeadTask, result: HeadResult) -> Tensor:
     return terms.grad
 
 
+def _apply_custom_loss(task: HeadTask, custom: QuantumLoss, result: HeadResult) -> tuple[HeadTask, Tensor]:
+    """Book a custom loss; d loss / d logprobs, and the task with the rows in which that is not 0."""
+    result.losses.zero_()
+    grad = torch.zeros_like(result.logprobs)
+    # Log-probabilities that are not finite are reported as such, and not by what a graph makes of them.
+    if bool(torch.isfinite(result.logprobs).all()):
+        try:
+            terms = custom.terms(result.logprobs, wants_grad=task.grads is not None)
+        except UserError as failure:
+            result.failures.append(failure)
+        else:
+            result.losses.copy_(terms.loss)
+            result.metrics.update(terms.metrics)
+            grad = terms.grad
+    return replace(task, has_gradient=(grad != 0).any(dim=1).cpu().numpy()), grad
+
+
 def _second_visit_tasks(late: Sequence[tuple[HeadTask, Tensor]]) -> tuple[list[HeadTask], NDArray[np.int64]]:
     """What the second visit computes, and the row of the pack behind each of its rows.
 
@@ -194,6 +225,7 @@ def _second_visit_tasks(late: Sequence[tuple[HeadTask, Tensor]]) -> tuple[list[H
                 has_gradient=np.ones(len(kept), dtype=np.bool_),
                 sequence_lengths=(len(kept),),
                 loss=_CROSS_ENTROPY,
+                custom=None,
             )
         )
         rows.append(task.start + kept)
@@ -415,7 +447,7 @@ def _apply_token_loss(piece: _Piece, logprobs_PK: Tensor) -> Tensor:
     """Book a piece's log-probabilities, losses and metrics; d loss / d logprobs (0 while the loss is not known)."""
     task, result, rows = piece.task, piece.result, piece.rows
     result.logprobs[rows] = logprobs_PK
-    if task.loss.name in SEQUENCE_LOSSES:
+    if task.is_late:
         return torch.zeros_like(logprobs_PK)
     inputs = {name: tensor[rows] for name, tensor in task.inputs.items()}
     terms = TOKEN_LOSSES[task.loss.name](logprobs_PK, inputs, task.loss.config)

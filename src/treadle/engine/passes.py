@@ -19,18 +19,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from treadle.domain.losses import LOSSES, PER_TOKEN_CLIPS, SEQUENCE_RATIO_MASK, Loss
+from treadle.domain.losses import PER_TOKEN_CLIPS, SEQUENCE_RATIO_MASK, Loss, spec_of
 from treadle.domain.ops import Datum
 from treadle.engine.adapter import AdapterArena, AdapterWeights
 from treadle.engine.attention import packed_attention
 from treadle.engine.base_model import BaseModel
 from treadle.engine.buckets import packed_length
 from treadle.engine.context import Recompute
+from treadle.engine.custom_loss import QuantumLoss
 from treadle.engine.head import HeadResult, HeadTask, run_head
 from treadle.engine.kernels.base import LoraSegment
 from treadle.engine.losses import rows_with_gradient, sequence_lengths
 from treadle.engine.state import TrainingState
-from treadle.errors import NonFiniteResult
+from treadle.errors import NonFiniteResult, UserError
 
 FloatArray = NDArray[np.float32]
 
@@ -61,12 +62,12 @@ class QuantumInput:
 class QuantumResult:
     """logprobs: float32 per datum, shaped like its target_tokens. failure set: nothing of the quantum counts.
 
-    metrics: ":sum" metrics only, so that an op's metrics are the sums over its quanta (`sum_metrics`).
+    metrics: sums over the quantum, also those named ":mean", which `sum_metrics` divides by the op's datums.
     """
 
     logprobs: tuple[FloatArray, ...] = ()
     metrics: Mapping[str, float] = field(default_factory=dict)
-    failure: NonFiniteResult | None = None
+    failure: UserError | None = None
 
 
 def run_micro_batch(
@@ -100,13 +101,14 @@ def run_micro_batch(
 
 
 def sum_metrics(results: Sequence[QuantumResult]) -> dict[str, float]:
-    """An op's metrics from those of its quanta, in order."""
+    """An op's metrics from those of its quanta, in order: sums, and means over its datums."""
     totals: dict[str, float] = {}
     for result in results:
         for name, value in result.metrics.items():
-            assert name.endswith(":sum"), name
+            assert name.endswith((":sum", ":mean")), name
             totals[name] = totals.get(name, 0.0) + value
-    return totals
+    num_datums = sum(len(result.logprobs) for result in results)
+    return {name: total / num_datums if name.endswith(":mean") else total for name, total in totals.items()}
 
 
 class _Pack:
@@ -148,16 +150,20 @@ class _Pack:
 def _head_task(base: BaseModel, quantum: QuantumInput, segment: LoraSegment) -> HeadTask:
     targets, inputs = _aligned_inputs(quantum, base.vocab_size)
     datum_lengths = [datum.num_tokens for datum in quantum.datums]
+    custom = None
+    if quantum.loss.custom is not None:
+        custom = QuantumLoss(quantum.loss.custom, quantum.datums, first_datum_index=quantum.first_datum_index)
     return HeadTask(
         start=segment.start,
         stop=segment.stop,
         targets=torch.from_numpy(targets).to(base.device, non_blocking=True),
         inputs={name: torch.from_numpy(array).to(base.device, non_blocking=True) for name, array in inputs.items()},
-        has_gradient=rows_with_gradient(quantum.loss, inputs),
+        has_gradient=np.ones(len(targets), dtype=np.bool_) if custom else rows_with_gradient(quantum.loss, inputs),
         sequence_lengths=sequence_lengths(quantum.loss, inputs, datum_lengths),
         loss=quantum.loss,
         adapter=segment.adapter,
         grads=segment.grads,
+        custom=custom,
     )
 
 
@@ -169,7 +175,7 @@ def _aligned_inputs(quantum: QuantumInput, vocab_size: int) -> tuple[NDArray[np.
     targets = [_columns(datum.inputs["target_tokens"]) for datum in quantum.datums]
     num_columns = max(target.shape[1] for target in targets)
     num_rows = sum(target.shape[0] for target in targets)
-    spec = LOSSES[quantum.loss.name]
+    spec = spec_of(quantum.loss.name)
     names = [name for name in spec.engine_inputs if name != "target_tokens"]
     aligned_targets = np.zeros((num_rows, num_columns), dtype=np.int64)
     aligned = {name: np.zeros((num_rows, num_columns), dtype=np.float32) for name in names}
@@ -211,6 +217,7 @@ class _HostOutput:
     losses: FloatArray
     metrics: Mapping[str, float]
     has_finite_gradient: NDArray[np.bool_]
+    failure: UserError | None = None
 
 
 def _to_host(
@@ -236,15 +243,17 @@ def _to_host(
     ]
     is_finite_T = np.ones(segments[-1].stop, dtype=np.bool_) if d_hidden_TD is None else take(lowest_T.shape) == 1
     return [
-        _HostOutput(logprobs, losses, metrics, is_finite_T[segment.start : segment.stop])
-        for (logprobs, losses, metrics), segment in zip(taken, segments, strict=True)
+        _HostOutput(
+            logprobs, losses, metrics, is_finite_T[segment.start : segment.stop], next(iter(output.failures), None)
+        )
+        for (logprobs, losses, metrics), segment, output in zip(taken, segments, outputs, strict=True)
     ]
 
 
 def _result_of(quantum: QuantumInput, output: _HostOutput) -> QuantumResult:
     """The quantum's result, or the failure that names its first datum that is not finite."""
     bounds = np.cumsum([datum.num_tokens for datum in quantum.datums])
-    failure = _failure_of(quantum, output, bounds)
+    failure = output.failure or _failure_of(quantum, output, bounds)
     if failure is not None:
         return QuantumResult(failure=failure)
     per_datum = []
@@ -273,7 +282,7 @@ def _failure_of(quantum: QuantumInput, output: _HostOutput, bounds: NDArray[np.i
         what = "the loss"
     else:
         what = "the gradient"
-    spec = LOSSES[quantum.loss.name]
+    spec = spec_of(quantum.loss.name)
     given = ", ".join(
         f"{name}[{position}] = {datum.inputs[name][position].tolist()!s:.80}"
         for name in spec.engine_inputs

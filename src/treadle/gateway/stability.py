@@ -7,7 +7,7 @@ needs no record, however long ago that was dropped.
 from __future__ import annotations
 
 from treadle.domain.ids import SessionId
-from treadle.domain.losses import LOSSES
+from treadle.domain.losses import spec_of
 from treadle.domain.ops import PassOp
 from treadle.domain.provenance import sampling_inputs
 from treadle.gateway.context import Gateway
@@ -20,7 +20,7 @@ async def with_sampling_records(gateway: Gateway, session_id: SessionId, op: Pas
     Raises InvalidRequest when the datums' provenance names what the session has no record of, or something else than
     what is recorded.
     """
-    if not LOSSES[op.loss.name].server_inputs:
+    if not spec_of(op.loss.name).server_inputs:
         return body
     ids = {id_ for datum in op.datums if datum.provenance is not None for id_ in datum.provenance.sequence_ids()}
     records = await gateway.store.stability.use(session_id, ids)
