@@ -45,7 +45,7 @@ from treadle.engine.adapter import (
     adapter_layout,
 )
 from treadle.engine.head import HeadTask, run_head
-from treadle.engine.losses import SEQUENCE_LOSSES, TOKEN_LOSSES, LossTerms, rows_with_gradient
+from treadle.engine.losses import SEQUENCE_LOSSES, TOKEN_LOSSES, LossTerms, rows_with_gradient, sequence_lengths
 
 SIDES = ("chunked", "full")
 RANK = 16
@@ -74,6 +74,8 @@ def make_task(args: argparse.Namespace, loss_name: str, num_tokens: int, *, unem
         "sequence_ratio_mask": np.ones(shape, np.float32),
         "clip_low_threshold": np.full(shape, 0.0, np.float32),
         "clip_high_threshold": np.full(shape, 1e6, np.float32),
+        "sampling_logprobs": np.full(shape, -np.log(args.vocabulary), np.float32),
+        "sampled_runs": np.ones(shape, np.float32),
     }
     module = HEAD_MODULE if unembed else "model.layers.0.mlp.gate_proj"
     projection = ProjectionShape(module, args.hidden, args.vocabulary if unembed else 1)
@@ -86,7 +88,7 @@ def make_task(args: argparse.Namespace, loss_name: str, num_tokens: int, *, unem
         targets=torch.from_numpy(rng.integers(0, args.vocabulary, shape)).to(args.device),
         inputs={name: torch.from_numpy(value).to(args.device) for name, value in inputs.items()},
         has_gradient=rows_with_gradient(loss, inputs),
-        sequence_lengths=lengths,
+        sequence_lengths=sequence_lengths(loss, inputs, lengths),
         loss=loss,
         adapter=AdapterWeights(layout, flat, 2.0),
         grads=AdapterArena(layout, torch.zeros_like(flat)),
