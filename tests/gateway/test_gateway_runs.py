@@ -88,7 +88,7 @@ async def test_checkpoints_are_paged_over_all_runs(gateway: Harness, model_id: s
 
 
 async def test_weights_info_tells_what_a_run_from_it_would_be(gateway: Harness, model_id: str) -> None:
-    for kind in (CheckpointKind.TRAINING, CheckpointKind.SAMPLER):
+    for kind in CheckpointKind:
         checkpoint = await gateway.publish(model_id, "a", kind=kind)
 
         assert ok(await gateway.post("weights_info", {"tinker_path": checkpoint.tinker_path})) == {
@@ -98,6 +98,7 @@ async def test_weights_info_tells_what_a_run_from_it_would_be(gateway: Harness, 
             "train_attn": True,
             "train_mlp": True,
             "train_unembed": True,
+            "optimizer_config": {"type": "adamw"},
         }
 
 
