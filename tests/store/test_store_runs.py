@@ -180,8 +180,9 @@ async def test_published_checkpoint_is_found_and_listed(store: Store) -> None:
     sampler = checkpoint("c", kind=CheckpointKind.SAMPLER, created_at=3.0, seq_id=3)
     await store.cycles.finish(await lead(store), FinishedCycle(checkpoints=(old, new, sampler)))
     assert await store.checkpoints.find(old.tinker_path) == old
-    assert await store.checkpoints.newest(MODEL, CheckpointKind.TRAINING) == new
-    assert await store.checkpoints.newest(ModelId("nobody"), CheckpointKind.TRAINING) is None
+    newest = await store.checkpoints.newest([MODEL, ModelId("nobody")])
+    assert newest[MODEL, CheckpointKind.TRAINING] == new
+    assert {model_id for model_id, _ in newest} == {MODEL}
     assert await store.checkpoints.of_model(MODEL) == [sampler, new, old]
     assert await store.checkpoints.list(TENANT, limit=2, offset=1) == ([new, old], 3)
     assert await store.checkpoints.list(OTHER_TENANT, limit=2) == ([], 0)
@@ -208,4 +209,4 @@ async def test_expired_checkpoint_is_gone_before_any_sweep(store: Store, clock: 
     assert not await store.checkpoints.exists(dying.tinker_path)
     assert await store.checkpoints.of_model(MODEL) == []
     assert await store.checkpoints.list(TENANT, limit=10) == ([], 0)
-    assert await store.checkpoints.newest(MODEL, CheckpointKind.TRAINING) is None
+    assert await store.checkpoints.newest([MODEL]) == {}

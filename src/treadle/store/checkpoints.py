@@ -6,7 +6,7 @@ owner changes is in the audit log.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -19,7 +19,7 @@ from treadle.store.audit import AuditEvent
 from treadle.store.dialect import Dialect
 from treadle.store.engine import Database
 from treadle.store.lora_json import lora_from_json, lora_to_json
-from treadle.store.pages import checked_page, read_page
+from treadle.store.pages import checked_limit, checked_page, read_page
 from treadle.store.tables import AnyRow, checkpoints
 from treadle.store.writer import Writer
 
@@ -31,11 +31,16 @@ _FIND = _LIVE.where(checkpoints.c.tinker_path == sa.bindparam("path"))
 _OF_MODEL = (
     _LIVE.where(checkpoints.c.model_id == sa.bindparam("of_model")).order_by(*_NEWEST_FIRST).limit(MAX_UNPAGED_ROWS)
 )
-_NEWEST = (
-    _LIVE.where(checkpoints.c.model_id == sa.bindparam("of_model"), checkpoints.c.kind == sa.bindparam("of_kind"))
-    .order_by(checkpoints.c.created_at.desc(), checkpoints.c.seq_id.desc())
-    .limit(1)
+_place = (
+    sa.func.row_number()
+    .over(
+        partition_by=(checkpoints.c.model_id, checkpoints.c.kind),
+        order_by=(checkpoints.c.created_at.desc(), checkpoints.c.seq_id.desc()),
+    )
+    .label("place")
 )
+_ranked = _LIVE.add_columns(_place).where(checkpoints.c.model_id.in_(sa.bindparam("ids", expanding=True))).subquery()
+_NEWEST = sa.select(_ranked).where(_ranked.c.place == 1)
 _DELETE = checkpoints.delete().where(checkpoints.c.tinker_path == sa.bindparam("path"))
 _of_owner = (
     checkpoints.c.tinker_path == sa.bindparam("path"),
@@ -94,11 +99,13 @@ class Checkpoints:
         rows, total = await self._database.read(lambda conn: read_page(conn, page))
         return [_record_of(row) for row in rows], total
 
-    async def newest(self, model_id: ModelId, kind: CheckpointKind) -> CheckpointRecord | None:
-        """A run's newest checkpoint of one kind."""
-        values = {"of_model": model_id, "of_kind": kind.value, "now": self._clock()}
-        row = await self._database.read(lambda conn: conn.execute(_NEWEST, values).one_or_none())
-        return None if row is None else _record_of(row)
+    async def newest(self, model_ids: Sequence[ModelId]) -> dict[tuple[ModelId, CheckpointKind], CheckpointRecord]:
+        """The newest checkpoint of each of these runs (a page of them) and kind, where there is one."""
+        checked_limit(len(model_ids))
+        values = {"ids": list(model_ids), "now": self._clock()}
+        rows = await self._database.read(lambda conn: conn.execute(_NEWEST, values).all())
+        records = [_record_of(row) for row in rows]
+        return {(record.model_id, record.kind): record for record in records}
 
     async def delete(self, tinker_path: str) -> bool:
         """Whether there was such a checkpoint. Its blob stays for whoever still names it, until a sweep."""

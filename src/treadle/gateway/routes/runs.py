@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -13,10 +15,14 @@ from treadle.gateway.bodies import MAX_JSON_BYTES, read_body
 from treadle.gateway.checkpoints import readable_checkpoint
 from treadle.gateway.context import gateway_of
 from treadle.gateway.paging import page_of
+from treadle.gateway.queries import query_of
 from treadle.gateway.routing import Resource
 from treadle.store import Store
+from treadle.wire.account_bodies import RunsQuery, ScopeQuery
 from treadle.wire.answers_checkpoints import WeightsInfoAnswer
+from treadle.wire.answers_sessions import CheckpointsAnswer, TrainingRunAnswer, TrainingRunsAnswer
 from treadle.wire.bodies import WeightsInfoBody, parse_body
+from treadle.wire.queries import PageQuery
 
 router = Resource("/api/v1")
 
@@ -29,29 +35,31 @@ CHECKPOINT_TYPES = {
 UNUSABLE = (ModelState.FAILED, ModelState.LOST)
 
 
-@router.get("/training_runs")
+@router.get("/training_runs", query=RunsQuery, answer=TrainingRunsAnswer)
 async def list_training_runs(request: Request) -> Response:
-    """The caller's runs, newest first. `access_scope` changes nothing: runs are not shared."""
+    """The caller's runs, newest first: all, or those of sessions in one project."""
     gateway = gateway_of(request)
     principal = await gateway.caller(request)
     page = page_of(request, default_limit=20)
+    query = query_of(request, RunsQuery)
     models, total = await gateway.store.models.list(
-        principal.tenant_id, page.limit, page.offset, project_id=request.query_params.get("project_id")
+        principal.tenant_id, page.limit, page.offset, project_id=query.project_id
     )
-    runs = [await _run_body(gateway.store, model) for model in models]
-    return json_response({"training_runs": runs, "cursor": page.cursor(total)})
+    return json_response({"training_runs": await _run_bodies(gateway.store, models), "cursor": page.cursor(total)})
 
 
-@router.get("/training_runs/{model_id}")
+@router.get("/training_runs/{model_id}", query=ScopeQuery, answer=TrainingRunAnswer)
 async def get_training_run(request: Request, model_id: str) -> Response:
     """One run of the caller."""
     gateway = gateway_of(request)
     principal = await gateway.caller(request)
+    query_of(request, ScopeQuery)
     model = await gateway.access.model(principal, ModelId(model_id))
-    return json_response(await _run_body(gateway.store, model))
+    [run] = await _run_bodies(gateway.store, [model])
+    return json_response(run)
 
 
-@router.get("/training_runs/{model_id}/checkpoints")
+@router.get("/training_runs/{model_id}/checkpoints", answer=CheckpointsAnswer)
 async def list_run_checkpoints(request: Request, model_id: str) -> Response:
     """All checkpoints of one run, newest first."""
     gateway = gateway_of(request)
@@ -61,7 +69,7 @@ async def list_run_checkpoints(request: Request, model_id: str) -> Response:
     return json_response({"checkpoints": [_checkpoint_body(record) for record in records]})
 
 
-@router.get("/checkpoints")
+@router.get("/checkpoints", query=PageQuery, answer=CheckpointsAnswer)
 async def list_checkpoints(request: Request) -> Response:
     """The caller's checkpoints of all runs, newest first."""
     gateway = gateway_of(request)
@@ -93,9 +101,21 @@ async def weights_info(request: Request) -> Response:
     )
 
 
-async def _run_body(store: Store, model: ModelRecord) -> dict[str, object]:
-    newest_training = await store.checkpoints.newest(model.model_id, CheckpointKind.TRAINING)
-    newest_sampler = await store.checkpoints.newest(model.model_id, CheckpointKind.SAMPLER)
+async def _run_bodies(store: Store, models: Sequence[ModelRecord]) -> list[dict[str, object]]:
+    newest = await store.checkpoints.newest([model.model_id for model in models])
+    return [
+        _run_body(
+            model,
+            newest.get((model.model_id, CheckpointKind.TRAINING)),
+            newest.get((model.model_id, CheckpointKind.SAMPLER)),
+        )
+        for model in models
+    ]
+
+
+def _run_body(
+    model: ModelRecord, newest_training: CheckpointRecord | None, newest_sampler: CheckpointRecord | None
+) -> dict[str, object]:
     return {
         "training_run_id": model.model_id,
         "base_model": model.base_model,
