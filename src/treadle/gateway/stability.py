@@ -1,4 +1,4 @@
-"""What a pass that trains on sampled sequences needs beyond its own bytes, looked up when it is admitted.
+"""stable_reinforce at the gateway: what a session is told of it, and what its passes need beyond their own bytes.
 
 It refuses to know what the loss makes of it. Invariant: the payload that leaves here says everything, so that a replay
 needs no record, however long ago that was dropped.
@@ -6,12 +6,29 @@ needs no record, however long ago that was dropped.
 
 from __future__ import annotations
 
+import re
+
 from treadle.domain.ids import SessionId
 from treadle.domain.losses import spec_of
 from treadle.domain.ops import PassOp
 from treadle.domain.provenance import sampling_inputs
 from treadle.gateway.context import Gateway
 from treadle.wire.passes import with_inputs
+
+# The first SDK whose loss functions include stable_reinforce (types/loss_fn_type.py).
+_FIRST_SDK_WITH_IT = (0, 35)
+_NOTICE = (
+    "stable_reinforce is computed by this server's own objective, because the vendor's formula is not public: "
+    "see docs/losses.md of treadle. Metrics of such passes have treadle_objective_tokens:sum."
+)
+
+
+def objective_notice(sdk_version: str) -> str | None:
+    """What a new session must be told about stable_reinforce; None for an SDK that does not know the loss."""
+    numbers = re.match(r"(\d{1,6})\.(\d{1,6})", sdk_version)
+    if numbers is None or (int(numbers[1]), int(numbers[2])) < _FIRST_SDK_WITH_IT:
+        return None
+    return _NOTICE
 
 
 async def with_sampling_records(gateway: Gateway, session_id: SessionId, op: PassOp, body: bytes) -> bytes:

@@ -18,6 +18,7 @@ from treadle.gateway.bodies import MAX_JSON_BYTES, read_body
 from treadle.gateway.context import gateway_of
 from treadle.gateway.paging import page_of
 from treadle.gateway.routing import Resource
+from treadle.gateway.stability import objective_notice
 from treadle.wire.bodies import CreateSessionBody, FinishBody, HeartbeatBody, parse_body
 
 router = Resource("/api/v1")
@@ -48,7 +49,8 @@ async def create_session(request: Request) -> Response:
         user_metadata=body.user_metadata,
     )
     first = await gateway.store.sessions.create(record, idempotency_key=key)
-    return json_response({"session_id": first.session_id})
+    notice = objective_notice(body.sdk_version)
+    return json_response({"session_id": first.session_id, **({} if notice is None else {"warning_message": notice})})
 
 
 @router.post("/session_heartbeat")
