@@ -19,6 +19,7 @@ import numpy as np
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
+from treadle.domain.custom_loss import CUSTOM, CustomLoss
 from treadle.domain.ids import ModelId
 from treadle.domain.limits import MAX_DATUMS_PER_REQUEST, MAX_DECOMPRESSED_BYTES, MAX_ID_CHARS
 from treadle.domain.losses import CLIP_HIGH, CLIP_LOW, LOSSES, Loss, LossSpec, resolve_loss
@@ -26,12 +27,18 @@ from treadle.domain.ops import Datum, PassOp
 from treadle.domain.provenance import Provenance
 from treadle.errors import InvalidRequest, NotSupported, UnreadableBody
 from treadle.wire import treadle_pb2 as pb
+from treadle.wire.custom_inputs import read_custom_inputs
+from treadle.wire.graphs import read_custom_loss, write_custom_loss
 from treadle.wire.provenance import read_provenance, write_provenance
 from treadle.wire.tensors import FLOAT32, INT32, INT64, FlatTensor, flat_tensor
 
+MODEL_INPUT = "model_input"
 TARGET_TOKENS = "target_tokens"
 # A setting of every loss: a forward through the bare base model. It is Twinkle's, not the SDK's.
 DISABLE_LORA = "disable_lora"
+# Settings of a custom loss: the client names it, and the server puts beside that what it is.
+LOSS_ID = "loss_id"
+DEFINITION = "definition"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +51,14 @@ class PassLimits:
 
 @dataclass(frozen=True, slots=True)
 class PassHead:
-    """Whose pass it is: enough to make a row for it, whatever the rest holds."""
+    """Whose pass it is: enough to make a row for it, whatever the rest holds.
+
+    custom_loss_id: what a pass with a custom loss names, "" when it names none; None for other passes.
+    """
 
     model_id: ModelId
     seq_id: int
+    custom_loss_id: str | None = None
 
 
 def read_pass_head(body: bytes) -> PassHead:
@@ -55,14 +66,14 @@ def read_pass_head(body: bytes) -> PassHead:
     return _head(_parsed(body))
 
 
-def decode_pass(body: bytes, *, limits: PassLimits) -> PassOp:
-    """The whole pass, checked against `limits`.
+def decode_pass(body: bytes, *, limits: PassLimits, custom_loss: CustomLoss | None = None) -> PassOp:
+    """The whole pass, checked against `limits`. custom_loss: the one that its head names.
 
     Arrays are writable copies of `body`, laid end to end per input, so that they can be handed to torch as they are.
     Raises UnreadableBody as `read_pass_head` does, InvalidRequest naming datum and field, NotSupported for chunks
     other than text.
     """
-    return _decode(_parsed(body), limits)
+    return _decode(_parsed(body), limits, custom_loss)
 
 
 def decode_pass_trusted(body: bytes) -> PassOp:
@@ -70,7 +81,18 @@ def decode_pass_trusted(body: bytes) -> PassOp:
 
     It has the inputs that the server added, and no provenance, which has served its purpose.
     """
-    return _decode(_parsed(body), None)
+    return _decode(_parsed(body), None, None)
+
+
+def with_definition(body: bytes, definition: bytes) -> bytes:
+    """The body of a pass with what its custom loss is, so that whoever reads the payload needs no table.
+
+    The body was accepted by `decode_pass`, so it has no definition of its own.
+    """
+    # One message behind the other is both of them merged, by protobuf's own rules.
+    added = pb.PassRequest()
+    added.loss_fn_settings[DEFINITION].text = definition.decode()
+    return body + added.SerializeToString()
 
 
 def with_inputs(body: bytes, inputs: Sequence[Mapping[str, NDArray[np.generic]]]) -> bytes:
@@ -89,6 +111,8 @@ def encode_pass(op: PassOp) -> bytes:
         message.loss_fn_settings[key].number = number
     if not op.uses_adapter:
         message.loss_fn_settings[DISABLE_LORA].number = 1
+    if op.loss.custom is not None:
+        message.loss_fn_settings[DEFINITION].text = write_custom_loss(op.loss.custom).decode()
     for datum in op.datums:
         written = message.datums.add()
         written.model_input.add().text.tokens = datum.tokens.astype(INT32, copy=False).tobytes()
@@ -123,24 +147,32 @@ def _head(message: pb.PassRequest) -> PassHead:
         raise UnreadableBody(f"model_id {model_id[:80]!r} is not an id")
     if message.seq_id < 1:
         raise UnreadableBody(f"seq_id {message.seq_id} is not a sequence number; they start at 1")
-    return PassHead(ModelId(model_id), message.seq_id)
+    custom_loss_id = None
+    if message.loss_fn == CUSTOM:
+        named = message.loss_fn_settings[LOSS_ID].text if LOSS_ID in message.loss_fn_settings else ""
+        custom_loss_id = named if len(named) <= MAX_ID_CHARS and "\0" not in named else ""
+    return PassHead(ModelId(model_id), message.seq_id, custom_loss_id)
 
 
-def _decode(message: pb.PassRequest, limits: PassLimits | None) -> PassOp:
+def _decode(message: pb.PassRequest, limits: PassLimits | None, custom_loss: CustomLoss | None) -> PassOp:
     head = _head(message)
+    if limits is None and message.loss_fn == CUSTOM:
+        custom_loss = _stored_custom_loss(message)
+    assert custom_loss is None or message.loss_fn == CUSTOM, "the head says which pass has one"
     settings = dict(_loss_settings(message))
     uses_adapter = not _disables_lora(settings, forward_only=message.forward_only)
-    loss = resolve_loss(message.loss_fn, settings)
+    loss = resolve_loss(message.loss_fn, settings) if custom_loss is None else _custom(custom_loss, settings)
     if not 1 <= len(message.datums) <= MAX_DATUMS_PER_REQUEST:
         raise InvalidRequest(f"data has {len(message.datums)} datums; allowed are 1 to {MAX_DATUMS_PER_REQUEST}")
     tokens = _read_tokens(message.datums, limits)
-    inputs = _read_inputs(message.datums, LOSSES[loss.name], tokens, is_trusted=limits is None)
+    if loss.custom is None:
+        inputs = _read_inputs(message.datums, LOSSES[loss.name], tokens, is_trusted=limits is None)
+    else:
+        num_rows = [rows for (rows,) in tokens.shapes]
+        parts = read_custom_inputs(message.datums, loss.custom, num_rows, target_name=TARGET_TOKENS)
+        inputs = [_joined(name, dtype, of_datums) for (name, dtype), of_datums in parts.items()]
     if limits is not None:
-        for column in (tokens, *inputs):
-            if column.flat.dtype.kind == "i":
-                column.check_token_ids(limits.vocab_size)
-            else:
-                column.check_finite()
+        _check_values((tokens, *inputs), limits)
     inputs_of: list[dict[str, NDArray[np.generic]]] = [{} for _ in message.datums]
     for column in inputs:
         for datum_index, array in zip(column.datum_indexes, column.arrays(), strict=True):
@@ -157,6 +189,31 @@ def _decode(message: pb.PassRequest, limits: PassLimits | None) -> PassOp:
         Datum(tokens=t, inputs=i, provenance=p) for t, i, p in zip(tokens.arrays(), inputs_of, provenances, strict=True)
     )
     return PassOp(head.model_id, head.seq_id, datums, loss, message.forward_only, uses_adapter=uses_adapter)
+
+
+def _check_values(columns: Sequence[_Column], limits: PassLimits) -> None:
+    """Refuses ids outside the vocabulary and floats that are not finite. Integers of custom losses mean anything."""
+    for column in columns:
+        if column.flat.dtype.kind != "i":
+            column.check_finite()
+        elif column.name in (MODEL_INPUT, TARGET_TOKENS):
+            column.check_token_ids(limits.vocab_size)
+
+
+def _custom(custom_loss: CustomLoss, settings: Mapping[str, float | str]) -> Loss:
+    unknown = sorted(settings.keys() - {LOSS_ID})
+    if unknown:
+        raise InvalidRequest(f"loss_fn_config key {unknown[0][:80]!r} is not known to {CUSTOM}; known: {LOSS_ID}")
+    return Loss(name=CUSTOM, custom=custom_loss)
+
+
+def _stored_custom_loss(message: pb.PassRequest) -> CustomLoss:
+    """The loss that the server put into the payload; takes its definition out of the settings."""
+    if DEFINITION not in message.loss_fn_settings:
+        raise InvalidRequest(f"the payload has no definition of its {CUSTOM} loss")
+    custom_loss = read_custom_loss(message.loss_fn_settings[DEFINITION].text.encode())
+    del message.loss_fn_settings[DEFINITION]
+    return custom_loss
 
 
 def _loss_settings(message: pb.PassRequest) -> Mapping[str, float | str]:
@@ -262,7 +319,7 @@ def _read_tokens(datums: Sequence[pb.DatumMessage], limits: PassLimits | None) -
                 f"the context length is {limits.max_context_length}"
             )
         parts.append((datum_index, FlatTensor(raw, (num_tokens,))))
-    return _joined("model_input", INT32, parts)
+    return _joined(MODEL_INPUT, INT32, parts)
 
 
 def _token_bytes(datum_index: int, datum: pb.DatumMessage) -> bytes:

@@ -69,6 +69,25 @@ def flat_tensor(tensor: pb.TensorMessage, *, num_rows: int, dtype: np.dtype[Any]
     return FlatTensor(raw, shape)
 
 
+def scalar_tensor(tensor: pb.TensorMessage, *, dtype: np.dtype[Any]) -> FlatTensor:
+    """The one value of `tensor`, of shape (). Raises InvalidRequest for another number of values or another dtype."""
+    sent = sent_dtype(tensor)
+    if tuple(tensor.shape) not in ((), (1,)) or tensor.WhichOneof("encoding") == "sparse":
+        raise InvalidRequest(f"has shape {list(tensor.shape[:8])}; a scalar is due")
+    values_dtype = _DTYPES[tensor.dtype]
+    if len(tensor.dense) != values_dtype.itemsize:
+        raise InvalidRequest(f"has {len(tensor.dense)} bytes; one {sent.name} is due")
+    return FlatTensor(_converted(np.frombuffer(tensor.dense, dtype=values_dtype), dtype).tobytes(), ())
+
+
+def sent_dtype(tensor: pb.TensorMessage) -> np.dtype[Any]:
+    """float32 or int64, as the tensor was sent. Raises InvalidRequest for any other dtype."""
+    sent = _DTYPES.get(tensor.dtype)
+    if sent is None:
+        raise InvalidRequest(f"has dtype {_dtype_name(tensor.dtype)}; send float32 or int64")
+    return FLOAT32 if sent == FLOAT32 else INT64
+
+
 def _check_shape(shape: tuple[int, ...], num_rows: int) -> None:
     if len(shape) not in (1, 2) or shape[0] != num_rows:
         raise InvalidRequest(f"has shape {list(shape[:8])}, but model_input has {num_rows} tokens")
