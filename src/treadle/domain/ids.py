@@ -21,6 +21,7 @@ RequestId = NewType("RequestId", str)
 SamplingSessionId = NewType("SamplingSessionId", str)
 PoolName = NewType("PoolName", str)
 BlobKey = NewType("BlobKey", str)
+LossId = NewType("LossId", str)
 
 # The project of sessions that were put into none: answers of the API must name one.
 DEFAULT_PROJECT = "default"
@@ -83,6 +84,16 @@ def sample_request_id(sampling_session_id: SamplingSessionId, seq_id: int) -> Re
 def sample_sequence_ids(request_id: RequestId, num_samples: int) -> tuple[str, ...]:
     """One id per sampled sequence; the SDK asserts that their number is `num_samples`."""
     return tuple(f"{request_id}:{index}" for index in range(num_samples))
+
+
+def custom_loss_id(session_id: SessionId, custom_loss_seq_id: int) -> LossId:
+    """`{session}:loss:{n}`."""
+    return LossId(f"{session_id}:loss:{custom_loss_seq_id}")
+
+
+def custom_loss_request_id(session_id: SessionId, custom_loss_seq_id: int) -> RequestId:
+    """The request that registers a loss. Deterministic, as for ops."""
+    return RequestId(f"{session_id}:create_loss:{custom_loss_seq_id}")
 
 
 def blob_folder(owner: ModelId | SamplingSessionId) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from treadle.domain.ids import (
     BlobKey,
     CheckpointKind,
+    LossId,
     ModelId,
     PoolName,
     RequestId,
@@ -105,6 +106,19 @@ class ReplayDebt:
     snapshots: tuple[SnapshotRecord, ...]
     num_payloads: int
     payload_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class CustomLossRecord:
+    """A registered loss. definition: its inputs and graph as checked, JSON. created_at is set by the store."""
+
+    loss_id: LossId
+    session_id: SessionId
+    tenant_id: TenantId
+    custom_loss_seq_id: int
+    name: str
+    definition: bytes
+    created_at: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

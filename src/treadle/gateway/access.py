@@ -7,9 +7,9 @@ Invariant: nothing leaves this file that does not belong to the caller's tenant.
 
 from __future__ import annotations
 
-from treadle.domain.ids import ModelId, SamplingSessionId, SessionId
+from treadle.domain.ids import LossId, ModelId, SamplingSessionId, SessionId
 from treadle.domain.limits import MAX_SEQ_ID_LEAD
-from treadle.domain.records import ModelRecord, SamplingSessionRecord, SessionRecord
+from treadle.domain.records import CustomLossRecord, ModelRecord, SamplingSessionRecord, SessionRecord
 from treadle.domain.states import SessionState
 from treadle.errors import NotFound, SessionFinished
 from treadle.gateway.auth import Principal
@@ -21,6 +21,8 @@ from treadle.store import Store
 SESSION_CACHE_S = 1.0
 # Rows remembered per kind, least recently used first out; about 1 KB each, 17 KB with the largest metadata.
 MAX_CACHED_ROWS = 8_192
+# Custom losses remembered, up to 64 KB each.
+MAX_CACHED_LOSSES = 256
 
 
 class Access:
@@ -33,6 +35,7 @@ class Access:
             capacity=MAX_CACHED_ROWS, lifetime_s=SESSION_CACHE_S, clock=clock, ended=store.sessions.finished_among
         )
         self._models: RecentRows[ModelId, ModelRecord] = RecentRows(MAX_CACHED_ROWS)
+        self._losses: RecentRows[LossId, CustomLossRecord] = RecentRows(MAX_CACHED_LOSSES)
         self._samplers: ConfirmedRows[SamplingSessionId, SamplingSessionRecord] = ConfirmedRows(
             capacity=MAX_CACHED_ROWS, lifetime_s=SESSION_CACHE_S, clock=clock, ended=store.retention.dropped_among
         )
@@ -56,8 +59,8 @@ class Access:
         self._sessions.put(session_id, record, read_at=read_at)
         return record
 
-    def session_finished(self, session_id: SessionId) -> None:
-        """This gateway just finished the session; take no more work for it."""
+    def session_changed(self, session_id: SessionId) -> None:
+        """This gateway just finished the session, or moved it: what was remembered of it is no longer true."""
         self._sessions.forget(session_id)
 
     async def model(self, principal: Principal, model_id: ModelId) -> ModelRecord:
@@ -92,4 +95,12 @@ class Access:
             raise NotFound(f"sampling session {sampling_session_id[:80]!r} does not exist")
         if not record.is_dropped:
             self._samplers.put(sampling_session_id, record, read_at=read_at)
+        return record
+
+    async def custom_loss(self, principal: Principal, loss_id: LossId) -> CustomLossRecord:
+        """The caller's custom loss, which never changes. Raises NotFound."""
+        record = self._losses.get(loss_id) or await self._store.custom_losses.get(loss_id)
+        if record is None or record.tenant_id != principal.tenant_id:
+            raise NotFound(f"custom loss {loss_id[:80]!r} does not exist")
+        self._losses.put(loss_id, record)
         return record

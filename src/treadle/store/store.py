@@ -18,6 +18,7 @@ from treadle.store.audit import AuditLog
 from treadle.store.backlog import BacklogReads
 from treadle.store.checkpoints import Checkpoints
 from treadle.store.copies import Copies
+from treadle.store.custom_losses import CustomLosses
 from treadle.store.cycles import Cycles
 from treadle.store.engine import Database, translated
 from treadle.store.events import Events
@@ -82,6 +83,7 @@ class Store:
             clock=clock,
         )
         self.snapshots = Snapshots(database=database, writer=writer, rows=snapshot_rows)
+        self.custom_losses = CustomLosses(database=database, writer=writer, events=self.events, rows=rows, clock=clock)
         self.run_log = RunLog(database)
         self.retention = Retention(database=database, writer=writer)
         self.upkeep = Upkeep(database)
