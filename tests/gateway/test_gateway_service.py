@@ -23,7 +23,7 @@ async def test_flags_turn_on_what_this_server_does(gateway: Harness) -> None:
     assert flags["sample_use_retrieve_futures"] is True
     assert flags["sample_join_sampling_session"] is True
     assert flags["parallel_fwdbwd_chunks"] is True
-    assert flags["custom_loss_server_side"] is False
+    assert flags["custom_loss_server_side"] is True
     assert flags["pjwt_auth_enabled"] is True
 
 

@@ -44,7 +44,7 @@ async def client_config(request: Request) -> Response:
             "fwdbwd_max_chunk_len": max_datums,
             "sample_use_retrieve_futures": True,
             "sample_join_sampling_session": True,
-            "custom_loss_server_side": False,
+            "custom_loss_server_side": True,
         }
     )
 
