@@ -34,6 +34,7 @@ from treadle.executor.local import LocalExecutor
 from treadle.executor.messages import WorkerConfig
 from treadle.executor.spare import WORKER_COMMAND, Spare
 from treadle.gateway.app import create_app
+from treadle.gateway.chat.live import LiveSamples
 from treadle.gateway.deps import GatewayDeps, GatewaySettings, PoolDirectory, PoolView, Readiness
 from treadle.scheduler.cycle_loop import CycleSettings
 from treadle.scheduler.holders import this_process
@@ -111,6 +112,7 @@ class Server:
         self._settings = settings
         self._make_executor = make_executor
         self._metrics = Metrics(CollectorRegistry())
+        self._live = LiveSamples()
         self._spare = Spare() if settings.worker.spare else None
         self._pools: list[PoolRunner] = []
         # Looked up once: views of the pools are asked for with every request, and these are questions to a disk.
@@ -187,6 +189,7 @@ class Server:
             ),
             spare=self._spare,
             hang_after_s=self._settings.worker.hang_after_s,
+            on_parts=self._live.publish,
         )
 
     def _pool(self, model: ModelSettings, store: Store, blobs: BlobStore, first: LocalExecutor | None) -> PoolRunner:
@@ -334,6 +337,7 @@ class Server:
             readiness=readiness,
             is_draining=lambda: self._is_draining,
             draw_seed=lambda: secrets.randbits(63),
+            live=self._live,
             metrics=self._metrics,
         )
 

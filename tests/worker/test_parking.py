@@ -399,6 +399,9 @@ class EndlessSampler:
     def step(self, _max_s: float) -> list[Any]:
         return []
 
+    def take_parts(self) -> list[Any]:
+        return []
+
 
 def test_a_drain_snapshots_parked_runs_without_bringing_them_all_back(
     make_driver: Callable[..., Driver], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -11,11 +11,13 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from treadle.domain.ids import ModelId, RequestId
-from treadle.domain.outcome import CycleOutcome, PoolFacts, SampleOutcome, SnapshotWritten
+from treadle.domain.outcome import CycleOutcome, PoolFacts, SampledPart, SampleOutcome, SnapshotWritten
 from treadle.domain.plan import CycleWork, SampleWork, StateTag
 
 SamplesCallback = Callable[[Sequence[SampleOutcome]], None]
 DeathCallback = Callable[[str], None]
+# Tokens of running samples that somebody watches; an executor that cannot tell them has none to tell.
+PartsCallback = Callable[[Sequence[SampledPart]], None]
 
 
 class Executor(Protocol):

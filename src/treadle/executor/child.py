@@ -33,6 +33,7 @@ from treadle.executor.messages import (
     Progress,
     RunCycle,
     SamplesDone,
+    SamplesGrew,
     Snapshot,
     Stop,
     SubmitSamples,
@@ -123,6 +124,8 @@ class ChildProcess:
             finished = loop.run_unit()
             if finished.cycle is not None:
                 self._send(CycleDone(encode_cycle(finished.cycle)))
+            if finished.parts:
+                self._send(SamplesGrew(finished.parts))
             if finished.samples:
                 self._send(SamplesDone(encode_samples(finished.samples)))
             for snapshots in finished.snapshots:

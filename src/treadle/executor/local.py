@@ -22,7 +22,7 @@ from treadle.domain.limits import HANG_AFTER_S, HANG_FACTOR, PROGRESS_EVERY_S
 from treadle.domain.outcome import CycleOutcome, PoolFacts, SnapshotWritten
 from treadle.domain.plan import CycleWork, SampleWork, StateTag
 from treadle.errors import ConfigError, Fenced, ServerError, TreadleError, WorkerDied
-from treadle.executor.base import DeathCallback, SamplesCallback
+from treadle.executor.base import DeathCallback, PartsCallback, SamplesCallback
 from treadle.executor.hangs import Silence
 from treadle.executor.messages import (
     CallDone,
@@ -36,6 +36,7 @@ from treadle.executor.messages import (
     Progress,
     RunCycle,
     SamplesDone,
+    SamplesGrew,
     Snapshot,
     Stop,
     SubmitSamples,
@@ -73,6 +74,7 @@ class LocalExecutor:
         spare: Spare | None = None,
         spare_after_s: float = SPARE_AFTER_S,
         hang_after_s: float = HANG_AFTER_S,
+        on_parts: PartsCallback | None = None,
     ) -> None:
         self._config = config
         self._command = command
@@ -80,6 +82,7 @@ class LocalExecutor:
         self._spare_after_s = spare_after_s
         self._spare_timer: asyncio.TimerHandle | None = None
         self._hang_after_s = hang_after_s
+        self._on_parts = on_parts
         self._child: StartedProcess | None = None
         self._outbox: queue.SimpleQueue[ToWorker | None] = queue.SimpleQueue()
         self._loaded: asyncio.Future[PoolFacts] | None = None
@@ -256,6 +259,9 @@ class LocalExecutor:
             case SamplesDone(outcomes=outcomes):
                 self._samples.difference_update(outcome.request_id for outcome in outcomes)
                 on_samples(outcomes)
+            case SamplesGrew(parts=parts):
+                if self._on_parts is not None:
+                    self._on_parts(parts)
             case CallDone(call_id=call_id):
                 _resolve(self._calls.get(call_id), message)
             case Progress():

@@ -12,7 +12,7 @@ from typing import Literal
 
 from treadle.domain.ids import ModelId, RequestId
 from treadle.domain.limits import PARK_AFTER_S
-from treadle.domain.outcome import CycleOutcome, PoolFacts, SampleOutcome, SnapshotWritten
+from treadle.domain.outcome import CycleOutcome, PoolFacts, SampledPart, SampleOutcome, SnapshotWritten
 from treadle.domain.plan import CycleWork, SampleWork, StateTag
 
 
@@ -108,6 +108,13 @@ class SamplesDone:
 
 
 @dataclass(frozen=True, slots=True)
+class SamplesGrew:
+    """Tokens of running samples that somebody watches."""
+
+    parts: tuple[SampledPart, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class CallDone:
     """The answer to Snapshot or Evict; what is durable of a snapshot."""
 
@@ -121,4 +128,4 @@ class Progress:
 
 
 ToWorker = RunCycle | SubmitSamples | CancelSamples | Snapshot | Evict | Stop
-FromWorker = Loaded | LoadFailed | CycleDone | CycleRefused | SamplesDone | CallDone | Progress
+FromWorker = Loaded | LoadFailed | CycleDone | CycleRefused | SamplesDone | SamplesGrew | CallDone | Progress

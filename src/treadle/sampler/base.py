@@ -13,7 +13,7 @@ from typing import Protocol
 
 from treadle.domain.ids import RequestId, TenantId
 from treadle.domain.ops import SampleOp
-from treadle.domain.outcome import SampleOutcome
+from treadle.domain.outcome import SampledPart, SampleOutcome
 from treadle.engine.adapter import AdapterWeights
 from treadle.sampler.prefixes import BLOCK_TOKENS
 
@@ -81,6 +81,13 @@ class Sampler(Protocol):
         """Run passes until something finished, nothing is left, or `max_seconds` are over; what finished.
 
         At least one pass is run when there is one to run, so time is exceeded by at most one pass.
+        """
+        ...
+
+    def take_parts(self) -> list[SampledPart]:
+        """What the running samples that somebody watches (SampleOp.streams) have got since the last call.
+
+        A part may come again after a sampler was made anew. What a finished sample got last is in its outcome only.
         """
         ...
 

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from treadle.domain.ids import RequestId, TenantId
-from treadle.domain.outcome import SampleOutcome
+from treadle.domain.outcome import SampledPart, SampleOutcome
 from treadle.engine.base_model import BaseModel
 from treadle.errors import NonFiniteResult, TreadleError
 from treadle.sampler.base import SampleRequest, SamplerLimits
@@ -114,6 +114,11 @@ class BuiltinSampler:
                 break
         finished, self._finished = self._finished, []
         return finished
+
+    def take_parts(self) -> list[SampledPart]:
+        """See Sampler.take_parts."""
+        watched = (sequence for job in self._jobs.values() if job.op.streams for sequence in job.sequences)
+        return [part for sequence in watched if (part := sequence.news()) is not None]
 
     def _new_job(self, request: SampleRequest) -> Job:
         base = self._base

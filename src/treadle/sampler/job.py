@@ -14,7 +14,13 @@ from numpy.typing import NDArray
 
 from treadle.domain.limits import MAX_NUM_SAMPLES, MAX_TOPK_LOGPROBS
 from treadle.domain.ops import SampleOp, TargetTokens
-from treadle.domain.outcome import Failure, SampledSequence, SampleOutcome, TopkLogprobs
+from treadle.domain.outcome import (
+    Failure,
+    SampledPart,
+    SampledSequence,
+    SampleOutcome,
+    TopkLogprobs,
+)
 from treadle.domain.stability import recorded
 from treadle.domain.states import Category, StopReason
 from treadle.errors import InvalidRequest, TreadleError
@@ -32,11 +38,25 @@ TopRow: TypeAlias = tuple[NDArray[np.int32], NDArray[np.float32]]
 class SampledTokens:
     """One sequence: what it has sampled, and where its keys and values lie while it runs."""
 
-    __slots__ = ("bucket", "index", "job", "logprobs", "reason", "row", "tokens", "top", "uniforms", "watch")
+    __slots__ = (
+        "bucket",
+        "index",
+        "job",
+        "logprobs",
+        "num_told",
+        "reason",
+        "row",
+        "tokens",
+        "top",
+        "uniforms",
+        "watch",
+    )
 
     def __init__(self, job: Job, index: int) -> None:
         self.job = job
         self.index = index
+        # Tokens that whoever watches has been told of; a restart draws the same ones again.
+        self.num_told = 0
         self.restart()
 
     def restart(self) -> None:
@@ -60,6 +80,15 @@ class SampledTokens:
             self.top.append(top)
         self.reason = self.watch.push(token)
         return self.reason is not None
+
+    def news(self) -> SampledPart | None:
+        """The tokens that it has got since it was last asked, if any."""
+        start, stop = self.num_told, len(self.tokens)
+        if start >= stop:
+            return None
+        self.num_told = stop
+        request_id = self.job.request.request_id
+        return SampledPart(request_id, self.index, start, tuple(self.tokens[start:]), tuple(self.logprobs[start:]))
 
     @property
     def num_cached(self) -> int:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from treadle.domain.ids import RequestId
 from treadle.domain.limits import PROGRESS_EVERY_S
-from treadle.domain.outcome import CycleOutcome, SampleOutcome
+from treadle.domain.outcome import CycleOutcome, SampledPart, SampleOutcome
 from treadle.domain.share import DeviceShare, Side, charge, next_side
 from treadle.worker.snapshots import SnapshotCall, Snapshots, SnapshotsDone
 from treadle.worker.work import DecodedCycle, DecodedSample
@@ -29,6 +29,7 @@ class Finished:
 
     cycle: CycleOutcome | None = None
     samples: tuple[SampleOutcome, ...] = ()
+    parts: tuple[SampledPart, ...] = ()
     snapshots: tuple[SnapshotsDone, ...] = ()
 
 
@@ -99,12 +100,16 @@ class ComputeLoop:
             self.worker.park_idle()
             return Finished(snapshots=snapshots)
         started = time.perf_counter()
-        finished = self._train() if side is Side.TRAINING else Finished(samples=self.worker.sample_step(MAX_UNIT_S))
+        finished = self._train() if side is Side.TRAINING else self._sample()
         self._share = charge(self._share, side, time.perf_counter() - started)
         if self._running is None:
             # Also behind samples, which may never end: an idle run's memory is theirs to use.
             self.worker.park_idle()
         return replace(finished, snapshots=snapshots)
+
+    def _sample(self) -> Finished:
+        samples = self.worker.sample_step(MAX_UNIT_S)
+        return Finished(samples=samples, parts=self.worker.sampled_parts())
 
     def _train(self) -> Finished:
         assert self._running is not None

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 
 from treadle.domain.ids import RequestId
-from treadle.domain.outcome import SampleOutcome
+from treadle.domain.outcome import SampledPart, SampleOutcome
 from treadle.sampler.base import Sampler, SampleRequest
 from treadle.telemetry.logs import get_logger
 from treadle.worker.device_loss import reraise_if_device_is_lost
@@ -70,6 +70,10 @@ class GuardedSampler:
         for outcome in finished:
             self._inside.pop(outcome.request_id, None)
         return finished
+
+    def take_parts(self) -> list[SampledPart]:
+        """See Sampler.take_parts."""
+        return self._inner.take_parts()
 
     def _let_in(self) -> None:
         """Suspects go in alone; everybody else when no suspect is left."""

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Generator, Sequence
 
 from treadle.domain.ids import BlobKey, ModelId, RequestId
-from treadle.domain.outcome import CycleOutcome, PoolFacts, SampleOutcome
+from treadle.domain.outcome import CycleOutcome, PoolFacts, SampledPart, SampleOutcome
 from treadle.domain.plan import StateTag
 from treadle.engine.base_model import BaseModel
 from treadle.engine.files import encode_state
@@ -158,3 +158,7 @@ class Worker:
         if self._sampler.has_work:
             phases.phase(phases.Phase.SAMPLING)
         return (*refused, *finished)
+
+    def sampled_parts(self) -> tuple[SampledPart, ...]:
+        """What running samples that somebody watches have got since the last call."""
+        return tuple(self._sampler.take_parts())
