@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import pyrage
 import pytest
 from scheduler_support import TENANT, Cluster
 
 from treadle.domain.ids import CheckpointKind, ModelId, RequestId, SamplingSessionId, TinkerPath
 from treadle.domain.limits import HANG_FACTOR
-from treadle.domain.ops import LoadWeightsOp, SaveForSamplerOp, SaveWeightsOp, UnloadModelOp
+from treadle.domain.ops import LoadWeightsOp, SaveExternalOp, SaveForSamplerOp, SaveWeightsOp, UnloadModelOp
 from treadle.domain.outcome import CycleOutcome, Failure, PoolFacts
 from treadle.domain.plan import CycleWork
 from treadle.domain.states import Category, ModelState
@@ -264,3 +265,24 @@ async def test_the_first_cycle_of_a_large_model_is_not_expected_to_be_quick(clus
     await cluster.run(pass_op(1, model_id=RUN, datums=[datum(num_tokens=2_000)]))
     assert isinstance(cluster.worker, Predicted)
     assert 60 < cluster.worker.predicted_s * HANG_FACTOR < 3_600
+
+
+async def test_an_export_is_a_checkpoint_of_its_own_kind(cluster: Cluster) -> None:
+    await cluster.create(RUN)
+    recipient = str(pyrage.x25519.Identity.generate().to_public())
+    plain, closed = await cluster.run(
+        SaveExternalOp(RUN, 1, name="a", ttl_s=3600), SaveExternalOp(RUN, 2, name="b", recipients=(recipient,))
+    )
+    body = json.loads(plain)
+    record = await cluster.store.checkpoints.find(body["path"])
+    assert record is not None
+    assert (record.kind, record.is_encrypted) == (CheckpointKind.EXTERNAL, False)
+    assert record.expires_at == cluster.clock.now() + 3600
+    assert body["size_bytes"] == record.size_bytes == cluster.blobs.size(record.blob_key)
+    encrypted = await cluster.store.checkpoints.find(json.loads(closed)["path"])
+    assert encrypted is not None
+    assert encrypted.is_encrypted
+    (taken,) = await cluster.submit(SaveExternalOp(RUN, 3, name="a"))
+    assert "exists" in (await cluster.failure(taken)).message
+    # A training checkpoint of the same name is another thing, and training goes on.
+    await cluster.run(backward(4), step_op(5), SaveWeightsOp(RUN, 6, name="a"))

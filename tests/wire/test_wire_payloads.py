@@ -21,6 +21,7 @@ from treadle.domain.ops import (
     PassOp,
     SampleOp,
     SamplingParams,
+    SaveExternalOp,
     SaveForSamplerOp,
     SaveWeightsOp,
     UnloadModelOp,
@@ -74,6 +75,7 @@ ops = st.one_of(
     st.builds(OptimStepOp, names, seq_ids, st.builds(AdamParams, finite, finite, finite, finite, finite, finite)),
     st.builds(SaveWeightsOp, names, seq_ids, names, st.booleans(), ttls, metadata),
     st.builds(SaveForSamplerOp, names, seq_ids, st.none() | names, st.none() | names, ttls, metadata),
+    st.builds(SaveExternalOp, names, seq_ids, names, ttls, st.lists(names, max_size=3).map(tuple)),
     st.builds(UnloadModelOp, names, seq_ids),
     st.builds(
         SampleOp,
