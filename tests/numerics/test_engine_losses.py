@@ -126,7 +126,7 @@ def reference_loss(loss: Loss, logprobs: Array64, inputs: Inputs64, frozen: Arra
         case "cross_entropy":
             return -inputs["weights"] * logprobs
         case "importance_sampling":
-            return -np.exp(logprobs - inputs["logprobs"]) * advantages
+            return -inputs["weights"] * np.exp(logprobs - inputs["logprobs"]) * advantages
         case "cispo":
             return -frozen * logprobs * advantages
         case "dro":
@@ -306,6 +306,21 @@ def test_a_token_without_advantage_adds_nothing_whatever_its_placeholder(name: s
     assert torch.equal(before.grad, after.grad)
 
 
+def test_a_token_of_weight_zero_adds_nothing_to_importance_sampling() -> None:
+    """Twinkle's GRPO script masks the prompt by weights, and its placeholders may be any numbers."""
+    inputs = make_inputs()
+    idle = np.arange(len(inputs["weights"])) % 2 == 0
+    inputs["weights"] = np.where(idle[:, None], 0, 1).astype(np.float32)
+    inputs["advantages"][:] = 1.5
+    loss, logprobs = resolve_loss("importance_sampling", {}), make_logprobs()
+    before = evaluate(loss, logprobs, inputs)
+    inputs["logprobs"][idle] = -1e4
+    after = evaluate(loss, logprobs, inputs)
+    assert not after.loss.numpy()[idle].any()
+    assert torch.equal(before.loss, after.loss)
+    assert torch.equal(before.grad, after.grad)
+
+
 def test_gspo_without_advantages_is_zero_even_at_an_infinite_ratio() -> None:
     inputs = make_inputs()
     inputs["advantages"][:] = 0
@@ -335,6 +350,9 @@ def test_any_finite_signal_has_the_documented_loss(name: str, change: Callable[[
     inputs, logprobs = make_inputs(), make_logprobs()
     change(inputs["weights"])
     inputs["advantages"] = inputs["weights"]
+    if name == "importance_sampling":
+        # Its signal is the product of the two, which must not be beyond float32 itself.
+        inputs["weights"] = np.ones_like(inputs["weights"])
     inputs64 = in_float64(inputs)
     terms = evaluate(loss, logprobs, inputs)
     expected = reference_loss(loss, logprobs, inputs64, frozen_factors(loss, logprobs, inputs64))

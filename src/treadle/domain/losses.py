@@ -59,7 +59,8 @@ LOSSES: Mapping[str, LossSpec] = {
     spec.name: spec
     for spec in (
         LossSpec("cross_entropy", ("target_tokens",), ("weights",), allows_target_columns=True),
-        LossSpec("importance_sampling", _POLICY_INPUTS),
+        # Twinkle's GRPO script sends a mask of the sampled tokens as weights.
+        LossSpec("importance_sampling", _POLICY_INPUTS, ("weights",)),
         LossSpec("ppo", _POLICY_INPUTS, PER_TOKEN_CLIPS, {CLIP_LOW: 0.8, CLIP_HIGH: 1.2}),
         LossSpec("cispo", _POLICY_INPUTS, PER_TOKEN_CLIPS, {CLIP_LOW: 0.0, CLIP_HIGH: 4.0}),
         LossSpec("dro", _POLICY_INPUTS, (), {"beta": 0.05}),

@@ -69,8 +69,12 @@ def cross_entropy(logprobs_CK: Tensor, inputs: Inputs, config: Config) -> LossTe
 
 
 def importance_sampling(logprobs_C: Tensor, inputs: Inputs, config: Config) -> LossTerms:
-    """loss = -sum_t r_t * A_t ; r = p / q is differentiated, so d loss / d logp = loss."""
-    loss_C = -_ratio(logprobs_C, inputs) * inputs["advantages"]
+    """loss = -sum_t r_t * A_t * w_t ; r = p / q is differentiated, so d loss / d logp = loss.
+
+    The weights (1 where a datum sent none) scale the advantages: a token of weight 0 is one without advantage.
+    """
+    weighted_C = inputs["advantages"] * inputs["weights"]
+    loss_C = -_ratio(logprobs_C, {**inputs, "advantages": weighted_C}) * weighted_C
     return LossTerms(loss=loss_C, grad=loss_C)
 
 
