@@ -68,7 +68,8 @@ async def archive(request: Request, model_id: str, kind: str, name: str) -> Resp
     record = await readable_checkpoint(gateway.store, principal, str(path), kinds=tuple(CheckpointKind))
     urls = await archive_url(gateway, request, record)
     body = {"url": urls.by_name[ARCHIVE_NAME], "expires": iso_time(urls.expires_at)}
-    if _REDIRECT_TYPE in request.headers.get("accept", ""):
+    # They send two headers, the usual one first.
+    if any(_REDIRECT_TYPE in accepted for accepted in request.headers.getlist("accept")):
         headers = {"Location": urls.by_name[ARCHIVE_NAME], "Expires": formatdate(urls.expires_at, usegmt=True)}
         return json_response(body, status=302, headers=headers)
     return json_response(body)

@@ -49,7 +49,7 @@ async def retrieve_future(request: Request) -> Response:
         case RequestState.QUEUED:
             return await _still_queued(gateway, request_id)
         case RequestState.DONE:
-            return await _result(gateway, future, wants_protobuf=PROTOBUF in request.headers.get("accept", ""))
+            return await _result(gateway, future, wants_protobuf=_wants_protobuf(request))
         case RequestState.FAILED:
             return _failure(future)
         case _:
@@ -106,6 +106,11 @@ async def _still_queued(gateway: Gateway, request_id: RequestId) -> Response:
         wait = await why_queued(gateway, row)
         state, reason = wait.state, wait.reason
     return Response(queue_state_body(state, reason=reason), status_code=408, media_type=JSON)
+
+
+def _wants_protobuf(request: Request) -> bool:
+    # SDKs may send two headers, the usual "application/json" first.
+    return any(PROTOBUF in accepted for accepted in request.headers.getlist("accept"))
 
 
 async def _result(gateway: Gateway, future: FutureRecord, *, wants_protobuf: bool) -> Response:
