@@ -18,7 +18,7 @@ import time
 import traceback
 import urllib.request
 from collections.abc import Callable, Iterable
-from datetime import timezone
+from datetime import UTC
 from typing import Any
 
 import numpy as np
@@ -344,7 +344,7 @@ def archive(client: Client) -> None:
     for path in (client.sampler_path, client.state_path):
         answer = client.rest.get_checkpoint_archive_url_from_tinker_path(path).result(timeout=WAIT_S)
         # Up to 0.30 it is in UTC without saying so.
-        expires = answer.expires if answer.expires.tzinfo else answer.expires.replace(tzinfo=timezone.utc)
+        expires = answer.expires if answer.expires.tzinfo else answer.expires.replace(tzinfo=UTC)
         assert expires.timestamp() > time.time(), answer
         with urllib.request.urlopen(answer.url, timeout=WAIT_S) as response:
             packed = response.read()

@@ -2,9 +2,9 @@
 
     python twinkle_flows.py URL KEY MODEL
 
-LoRA training with resume, self-cognition (trained, then sampled from a training checkpoint), sampling, GRPO with unnamed
-sampler saves, DPO with a reference pass of the base model. The calls and their arguments are theirs, the data is small
-and made here. Prints one line of JSON, as flows.py does.
+LoRA training with resume; self-cognition, trained and then sampled from a training checkpoint; sampling; GRPO with
+unnamed sampler saves; DPO with a reference pass of the base model. The calls and their arguments are those of the
+scripts, the data is small and made here. Prints one line of JSON, as flows.py does.
 """
 
 from __future__ import annotations
@@ -56,8 +56,9 @@ def lora(client: Client) -> None:
 def self_cognition(client: Client) -> None:
     """Trained, and then sampled from the checkpoint that save_state wrote."""
     run = client.service.create_lora_training_client(base_model=client.model, rank=16)
-    for _ in range(30):
-        trained(run, examples(1), learning_rate=5e-3)
+    for _ in range(40):
+        loss = trained(run, examples(1), learning_rate=1e-2)
+    assert loss < 0.05, loss
     path = run.save_state("identity").result(timeout=WAIT_S).path
     sampler = client.service.create_sampling_client(model_path=path, base_model=client.model)
     learnt = ids(0, 17)
@@ -102,12 +103,12 @@ def grpo(client: Client) -> None:
             advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-8)
             data += [
                 policy_datum(prompt_ids, list(sequence.tokens), list(sequence.logprobs), float(advantage))
-                for sequence, advantage in zip(sequences, advantages)
+                for sequence, advantage in zip(sequences, advantages, strict=True)
             ]
         passed = run.forward_backward(data, "importance_sampling").result(timeout=WAIT_S)
         assert len(passed.loss_fn_outputs) == 2 * NUM_GENERATIONS
         # The sampler and the trainer have the same weights, so every ratio is 1 but for rounding.
-        for datum, output in zip(data, passed.loss_fn_outputs):
+        for datum, output in zip(data, passed.loss_fn_outputs, strict=True):
             sent = datum.loss_fn_inputs["logprobs"].to_numpy()[5:]
             assert np.abs(output["logprobs"].to_numpy()[5:] - sent).max() < 1e-3
         assert run.optim_step(types.AdamParams(learning_rate=1e-3)).result(timeout=WAIT_S).metrics
@@ -127,9 +128,9 @@ def dpo(client: Client) -> None:
         trained(run, examples(), learning_rate=5e-3)
     reference = logprobs(run.forward(pairs(), "cross_entropy", loss_fn_config={"disable_lora": True}))
     # An untrained adapter changes nothing, so this is the base model as well.
-    assert all((mine == theirs).all() for mine, theirs in zip(untrained, reference))
+    assert all((mine == theirs).all() for mine, theirs in zip(untrained, reference, strict=True))
     left_to_the_server = pairs()
-    for datum, values in zip(left_to_the_server, reference):
+    for datum, values in zip(left_to_the_server, reference, strict=True):
         datum.loss_fn_inputs["ref_logps"] = types.TensorData.from_numpy(values)
     options = {"loss_fn_config": {"dpo_beta": DPO_BETA, "dpo_sft_weight": 1.0}}
     error = failure_of(run.forward_backward(left_to_the_server, "importance_sampling", **options))
@@ -138,8 +139,8 @@ def dpo(client: Client) -> None:
     import torch
 
     def preference(data: Any, values: Any) -> Any:
-        scores = [(mine - torch.tensor(base)).sum() for mine, base in zip(values, reference)]
-        margins = torch.stack([good - bad for good, bad in zip(scores[::2], scores[1::2])])
+        scores = [(mine - torch.tensor(base)).sum() for mine, base in zip(values, reference, strict=True)]
+        margins = torch.stack([good - bad for good, bad in zip(scores[::2], scores[1::2], strict=True)])
         return -torch.nn.functional.logsigmoid(DPO_BETA * margins).sum(), {"margin": float(margins.mean())}
 
     margins = []
