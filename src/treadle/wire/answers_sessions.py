@@ -12,6 +12,8 @@ from treadle.wire.answers import Answer
 
 class CreateSessionAnswer(Answer):
     session_id: str
+    warning_message: str | None = None
+    """For the client's log."""
 
 
 class HeartbeatAnswer(Answer):

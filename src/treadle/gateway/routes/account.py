@@ -5,18 +5,34 @@ Everything here is about the caller's own tenant, whichever of its keys asks. Co
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from datetime import UTC, date, datetime, time
+from typing import assert_never
+
 from starlette.requests import Request
 from starlette.responses import Response
 
+from treadle.domain.ids import DEFAULT_PROJECT, SessionId
+from treadle.domain.limits import MAX_AUDIT_ROWS, MAX_UNPAGED_ROWS, MAX_USAGE_WINDOW_S
+from treadle.domain.records import SessionRecord
+from treadle.domain.usage import HOUR_S, StorageRecord, UsageKind, UsageRecord, hour_of
 from treadle.errors import InvalidRequest
-from treadle.gateway.answers import json_response
+from treadle.gateway.answers import iso_time, json_response
+from treadle.gateway.auth import Principal
 from treadle.gateway.bodies import MAX_JSON_BYTES, read_body
 from treadle.gateway.context import gateway_of
+from treadle.gateway.queries import query_of
 from treadle.gateway.routing import Resource
+from treadle.store.audit import AuditEvent
+from treadle.wire.account_bodies import AuditQuery, StorageQuery, UsageQuery
 from treadle.wire.answers import EmptyAnswer
-from treadle.wire.answers_account import ApiKeyAnswer, AuthTokenAnswer
+from treadle.wire.answers_account import ApiKeyAnswer, AuditAnswer, AuthTokenAnswer, StorageAnswer, UsageAnswer
 
 router = Resource("/api/v1")
+
+# The unit of storage in the API's answers.
+GIGABYTE = 10**9
+DAY_S = 24 * HOUR_S
 
 
 @router.post("/auth/token", answer=AuthTokenAnswer)
@@ -53,3 +69,128 @@ async def revoke_own_key(request: Request) -> Response:
     await gateway.store.keys.revoke(principal.key_id)
     gateway.auth.forget(principal)
     return json_response({})
+
+
+@router.get("/audit", query=AuditQuery, answer=AuditAnswer)
+async def read_audit_log(request: Request) -> Response:
+    """What was done to the caller's checkpoints and projects on one day of UTC, by time. Teams do not exist here."""
+    gateway = gateway_of(request)
+    principal = await gateway.caller(request)
+    query = query_of(request, AuditQuery)
+    since = _midnight(query.day or datetime.fromtimestamp(gateway.deps.clock.now(), tz=UTC).date())
+    events = await gateway.store.audit.read(
+        principal.tenant_id,
+        since=since,
+        before=since + DAY_S,
+        event_type=None if query.event_type == "all" else query.event_type,
+    )
+    if events is None:
+        raise InvalidRequest(f"that day has over {MAX_AUDIT_ROWS} events; ask for one event_type")
+    return json_response({"entries": [_entry(event) for event in events]})
+
+
+@router.get("/billing/usage/events", query=UsageQuery, answer=UsageAnswer)
+async def list_usage(request: Request) -> Response:
+    """What the caller's sessions used in a window of whole hours: tokens, named saves, and storage of hours that are
+    over. A key of any user may ask, about that user."""
+    gateway = gateway_of(request)
+    principal = await gateway.caller(request)
+    query = query_of(request, UsageQuery)
+    since, before = _window(query, gateway.deps.clock.now())
+    records = await gateway.store.usage.events(principal.tenant_id, since=since, before=before)
+    if records is None:
+        raise InvalidRequest(f"that window has over {MAX_UNPAGED_ROWS} rows of usage; ask for a shorter one")
+    sessions = await gateway.store.sessions.of_ids({record.session_id for record in records})
+    return json_response(
+        {
+            "data": [_usage(record, sessions, principal) for record in records],
+            "sessions": {name: {"user_metadata": session.user_metadata} for name, session in sessions.items()},
+            "cost_data_through": None,
+        }
+    )
+
+
+@router.get("/billing/usage/checkpoints/current", query=StorageQuery, answer=StorageAnswer)
+async def show_storage(request: Request) -> Response:
+    """What the caller's checkpoints take now, by project. A copy counts like what it was copied from."""
+    gateway = gateway_of(request)
+    principal = await gateway.caller(request)
+    query = query_of(request, StorageQuery)
+    records = await gateway.store.usage.storage(principal.tenant_id, query.project_id)
+    data = [_storage(record, principal) for record in records]
+    return json_response({"effective_rate_usd_per_gigabyte_month": None, "data": data})
+
+
+def _midnight(day: date) -> float:
+    return datetime.combine(day, time(), tzinfo=UTC).timestamp()
+
+
+def _entry(event: AuditEvent) -> dict[str, object]:
+    return {
+        "timestamp": iso_time(event.created_at),
+        "event": event.event,
+        "event_details": event.details,
+        "model_id": event.model_id,
+        "tinker_path": event.tinker_path,
+        "purpose": event.purpose,
+    }
+
+
+def _window(query: UsageQuery, now: float) -> tuple[int, int]:
+    """Epoch seconds. Raises InvalidRequest."""
+    since, before = query.starting_on.timestamp(), query.ending_before.timestamp()
+    for name, seconds in (("starting_on", since), ("ending_before", before)):
+        if seconds != hour_of(seconds):
+            raise InvalidRequest(f"{name}={iso_time(seconds)} is not at the beginning of an hour of UTC")
+    if since > now:
+        raise InvalidRequest(f"starting_on={iso_time(since)} is in the future")
+    if not since < before <= since + MAX_USAGE_WINDOW_S:
+        days = MAX_USAGE_WINDOW_S // DAY_S
+        raise InvalidRequest(f"ending_before={iso_time(before)} is not within {days} days behind {iso_time(since)}")
+    return int(since), int(before)
+
+
+def _usage(record: UsageRecord, sessions: Mapping[SessionId, SessionRecord], principal: Principal) -> dict[str, object]:
+    session = sessions.get(record.session_id)
+    return {
+        "bucket_start": iso_time(record.bucket_start),
+        "bucket_end": iso_time(record.bucket_start + HOUR_S),
+        "base_model": record.base_model,
+        "user_id": principal.user_urn,
+        "user_name": principal.user,
+        "session_id": record.session_id,
+        "project_id": None if session is None else session.project_id or DEFAULT_PROJECT,
+        "estimated_cost_usd": None,
+        "effective_rate_usd_per_million_tokens": None,
+        "effective_rate_usd_per_gigabyte_month": None,
+        "event_info": _event_info(record),
+    }
+
+
+def _event_info(record: UsageRecord) -> dict[str, object]:
+    amount = round(record.amount)
+    match record.kind:
+        case UsageKind.TRAINING | UsageKind.SAMPLED:
+            return {"type": record.kind.value, "token_count": amount}
+        case UsageKind.PREFILL | UsageKind.PREFILL_CACHED:
+            is_cached = record.kind is UsageKind.PREFILL_CACHED
+            return {"type": "sampling_prefill", "cached": is_cached, "token_count": amount}
+        case UsageKind.CHECKPOINT:
+            return {"type": "checkpoint", "count": amount}
+        case UsageKind.STORAGE:
+            return {"type": "storage", "free": False, "gigabyte_hours": record.amount / GIGABYTE / HOUR_S}
+        case _:
+            assert_never(record.kind)
+
+
+def _storage(record: StorageRecord, principal: Principal) -> dict[str, object]:
+    return {
+        "project_id": record.project_id,
+        "org_user_urn": principal.user_urn,
+        "user_email": None,
+        "user_name": principal.user,
+        "checkpoint_count": record.num_checkpoints,
+        "size_bytes": record.num_bytes,
+        "size_gigabytes": record.num_bytes / GIGABYTE,
+        "estimated_monthly_cost_usd": None,
+    }

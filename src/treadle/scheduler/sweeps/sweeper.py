@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from treadle.blobs import BlobStore
 from treadle.config.tree import RetentionSettings
 from treadle.domain.limits import CHECKPOINT_GRACE_S, MAX_ROWS_PER_SWEEP
+from treadle.domain.usage import HOUR_S
 from treadle.errors import StoreUnavailable
 from treadle.scheduler.sweeps.cold import ColdStorage, put_away
 from treadle.scheduler.sweeps.unnamed import UnnamedBlobs, delete_blobs, wanted_by_loads
@@ -49,6 +50,7 @@ class Sweeper:
         self._unnamed = UnnamedBlobs(store=store, blobs=blobs, kept_s=settings.unnamed_blobs_s)
         self._listed_at = clock()
         self._next_row = 0
+        self._first_hour: int | None = None
 
     async def run(self) -> None:
         """Sweep once per interval until cancelled."""
@@ -71,6 +73,7 @@ class Sweeper:
             ("sampling_sessions", self._sampling_sessions),
             ("stability_records", self._stability_records),
             ("unnamed_blobs", self._unnamed_blobs),
+            ("usage", self._usage),
         )
         counts = {}
         for name, work in sweeps:
@@ -160,6 +163,20 @@ class Sweeper:
             return 0
         self._listed_at = now
         return await self._unnamed.sweep(now)
+
+    async def _usage(self, now: float) -> int:
+        """Write the storage of hours that are over, and forget what is old, once an hour; hours of a pause as well."""
+        if self._first_hour is None:
+            self._first_hour = await self._store.usage.first_hour_to_accrue()
+        if self._first_hour + HOUR_S > now:
+            return 0
+        while self._first_hour + HOUR_S <= now:
+            await self._store.usage.accrue_storage(self._first_hour)
+            self._first_hour += HOUR_S
+        count = 0
+        while forgotten := await self._store.usage.forget():
+            count += forgotten
+        return count
 
 
 async def _until_done(step: Callable[[], Awaitable[int]]) -> int:
