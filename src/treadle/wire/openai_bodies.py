@@ -165,7 +165,7 @@ class TextPart(Body):
     text: str | None = None
 
 
-def _joined(content: object) -> object:
+def joined_text(content: object) -> object:
     """Content as one text. Raises BadParameter for parts that are not text."""
     if not isinstance(content, list):
         return content
@@ -195,7 +195,7 @@ class Message(Body):
     model_config = ConfigDict(extra="forbid")
 
     role: Annotated[str, StringConstraints(min_length=1, max_length=64)]
-    content: Annotated[str | list[TextPart] | None, AfterValidator(_joined)] = None
+    content: Annotated[str | list[TextPart] | None, AfterValidator(joined_text)] = None
     name: str | None = None
     reasoning_content: str | None = None
     tool_calls: list[ToolCall] | None = None
