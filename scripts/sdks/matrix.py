@@ -40,9 +40,9 @@ FLOW_S = 540
 READY_S = 120
 _PAGE = """# Older SDKs
 
-Written by `scripts/sdk_matrix --write`; do not edit. Each column is one version of the `tinker` SDK in an environment of
-its own, running `scripts/sdks/flows.py` against a server with the bundled model. A check passes only when it has read
-back what it did. "-": this version has no such method.
+Written by `scripts/sdk_matrix --write`; do not edit. Each column is one version of the `tinker` SDK, in an environment
+of its own, running `scripts/sdks/flows.py` against a server with the bundled model. A check passes only when it has
+read back what it did. "-": this version has no such method.
 
 {table}
 

@@ -90,11 +90,20 @@ class Checkpoints:
         rows = await self._database.read(lambda conn: conn.execute(_OF_MODEL, values).all())
         return [_record_of(row) for row in rows]
 
-    async def list(self, tenant_id: TenantId | None, limit: int, offset: int = 0) -> tuple[list[CheckpointRecord], int]:
-        """A page of a tenant's checkpoints (of all tenants for None), newest first, and how many there are."""
+    async def list(
+        self,
+        tenant_id: TenantId | None,
+        limit: int,
+        offset: int = 0,
+        *,
+        kinds: Sequence[CheckpointKind] = tuple(CheckpointKind),
+    ) -> tuple[list[CheckpointRecord], int]:
+        """A page of a tenant's checkpoints (of all tenants for None) of some kinds, newest first, and how many."""
         query = _LIVE.order_by(*_NEWEST_FIRST).params(now=self._clock())
         if tenant_id is not None:
             query = query.where(checkpoints.c.tenant_id == tenant_id)
+        if len(kinds) < len(CheckpointKind):
+            query = query.where(checkpoints.c.kind.in_(kinds))
         page = checked_page(query, limit=limit, offset=offset)
         rows, total = await self._database.read(lambda conn: read_page(conn, page))
         return [_record_of(row) for row in rows], total

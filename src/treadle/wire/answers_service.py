@@ -12,6 +12,8 @@ class ClientConfigAnswer(Answer):
     parallel_fwdbwd_chunks: bool
     proto_compress_fwdbwd: bool
     proto_write_fwdbwd: bool
+    fwd_via_fwdbwd: bool
+    create_model_via_load_weights: bool
     fwdbwd_max_chunk_len: int
     sample_use_retrieve_futures: bool
     sample_join_sampling_session: bool

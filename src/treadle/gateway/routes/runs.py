@@ -17,6 +17,7 @@ from treadle.gateway.context import gateway_of
 from treadle.gateway.paging import page_of
 from treadle.gateway.queries import query_of
 from treadle.gateway.routing import Resource
+from treadle.gateway.sdk_versions import EXTERNAL_SINCE, version_of
 from treadle.store import Store
 from treadle.wire.account_bodies import RunsQuery, ScopeQuery
 from treadle.wire.answers_checkpoints import WeightsInfoAnswer
@@ -65,7 +66,8 @@ async def list_run_checkpoints(request: Request, model_id: str) -> Response:
     gateway = gateway_of(request)
     principal = await gateway.caller(request)
     model = await gateway.access.model(principal, ModelId(model_id))
-    records = await gateway.store.checkpoints.of_model(model.model_id)
+    kinds = _listed_kinds(request)
+    records = [record for record in await gateway.store.checkpoints.of_model(model.model_id) if record.kind in kinds]
     return json_response({"checkpoints": [_checkpoint_body(record) for record in records]})
 
 
@@ -75,7 +77,9 @@ async def list_checkpoints(request: Request) -> Response:
     gateway = gateway_of(request)
     principal = await gateway.caller(request)
     page = page_of(request, default_limit=100)
-    records, total = await gateway.store.checkpoints.list(principal.tenant_id, page.limit, page.offset)
+    records, total = await gateway.store.checkpoints.list(
+        principal.tenant_id, page.limit, page.offset, kinds=_listed_kinds(request)
+    )
     checkpoints = [_checkpoint_body(record) for record in records]
     return json_response({"checkpoints": checkpoints, "cursor": page.cursor(total)})
 
@@ -99,6 +103,13 @@ async def weights_info(request: Request) -> Response:
             "optimizer_config": {"type": "adamw"},
         }
     )
+
+
+def _listed_kinds(request: Request) -> tuple[CheckpointKind, ...]:
+    """What the caller's SDK can read in a list."""
+    if version_of(request) >= EXTERNAL_SINCE:
+        return tuple(CheckpointKind)
+    return tuple(kind for kind in CheckpointKind if kind is not CheckpointKind.EXTERNAL)
 
 
 async def _run_bodies(store: Store, models: Sequence[ModelRecord]) -> list[dict[str, object]]:

@@ -12,6 +12,7 @@ from treadle.gateway.bodies import MAX_JSON_BYTES, read_body
 from treadle.gateway.context import gateway_of
 from treadle.gateway.deps import PoolView
 from treadle.gateway.routing import Resource
+from treadle.gateway.sdk_versions import parsed_version
 from treadle.telemetry.metrics import METRICS_CONTENT_TYPE
 from treadle.wire.answers import StatusAnswer
 from treadle.wire.answers_service import CapabilitiesAnswer, ClientConfigAnswer, DynamicConfigAnswer, ReadyAnswer
@@ -38,9 +39,12 @@ async def client_config(request: Request) -> Response:
             # Known since 0.18, which is the first that asks for flags.
             "pjwt_auth_enabled": gateway.settings.has_jwt,
             "parallel_fwdbwd_chunks": True,
-            "proto_compress_fwdbwd": _version(body.sdk_version) >= ZSTD_SINCE,
-            # Only read by 0.19 to 0.24.1, whose bodies are JSON without it.
+            "proto_compress_fwdbwd": parsed_version(body.sdk_version) >= ZSTD_SINCE,
+            # Only read by 0.19 to 0.24.1, whose bodies are JSON without it; and by 0.24, whose forward is one of them.
             "proto_write_fwdbwd": True,
+            "fwd_via_fwdbwd": True,
+            # Only read by 0.24.1 to 0.36: one request instead of three, and the adapter's shape is the checkpoint's.
+            "create_model_via_load_weights": True,
             "fwdbwd_max_chunk_len": max_datums,
             "sample_use_retrieve_futures": True,
             "sample_join_sampling_session": True,
@@ -110,9 +114,3 @@ def _supported(pool: PoolView, name: str) -> dict[str, object]:
     if pool.facts is not None:
         body["max_context_length"] = pool.facts.max_context_length
     return body
-
-
-def _version(text: str) -> tuple[int, ...]:
-    """ "0.38.0" as (0, 38, 0); () for anything else, which is older than every version."""
-    parts = text.split(".")
-    return tuple(int(part) for part in parts) if all(part.isdecimal() and len(part) < 6 for part in parts) else ()
