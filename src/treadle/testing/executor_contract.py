@@ -178,6 +178,17 @@ async def check_forward_leaves_no_trace(driver: Driver) -> None:
     assert_same(await run.logprobs(), before)
 
 
+async def check_a_forward_without_the_adapter_is_that_of_a_fresh_run(driver: Driver) -> None:
+    run = Run(driver)
+    await driver.run(run.create())
+    fresh = await run.logprobs()
+    await driver.run(run.backward(), run.step())
+    bare, adapted = await driver.run(replace(run.forward(), uses_adapter=False), run.forward())
+    assert_same(pass_logprobs(bare)[0], fresh)
+    assert (pass_logprobs(adapted)[0] != fresh).any()
+    assert_same(await run.logprobs(), pass_logprobs(adapted)[0])
+
+
 async def check_a_failed_op_leaves_the_state_as_it_was(driver: Driver) -> None:
     run = await Run(driver).trained()
     before = await run.logprobs()
@@ -324,6 +335,17 @@ async def check_each_sample_ends_in_one_outcome(driver: Driver) -> None:
     assert read_sample(again).sequences[0][0] == read_sample(greedy).sequences[0][0]
 
 
+async def check_what_is_sampled_on_record_is_what_the_client_gets(driver: Driver) -> None:
+    op = sample_op(seed=4, max_tokens=5, num_samples=2)
+    kept, plain = await driver.sample(replace(op, record_stability_info=True), op)
+    assert plain.recorded == ()
+    assert [record.num_prompt_tokens for record in kept.recorded] == [len(op.prompt)] * 2
+    for record, (tokens, logprobs) in zip(kept.recorded, read_sample(kept).sequences, strict=True):
+        assert record.token_ids().tolist() == tokens
+        np.testing.assert_array_equal(record.sampling_logprobs(), logprobs)
+    assert read_sample(plain).sequences[0][0] == read_sample(kept).sequences[0][0]
+
+
 async def check_cancelled_samples_hurt_nobody(driver: Driver) -> None:
     start = len(driver.sample_outcomes)
     cancelled, kept = driver.submit(
@@ -345,6 +367,7 @@ CHECKS: tuple[Check, ...] = (
     check_one_cycle_equals_many,
     check_neighbours_change_nothing,
     check_forward_leaves_no_trace,
+    check_a_forward_without_the_adapter_is_that_of_a_fresh_run,
     check_a_failed_op_leaves_the_state_as_it_was,
     check_an_unreadable_payload_fails_its_own_op_only,
     check_a_step_applies_what_succeeded_and_counts_the_rest,
@@ -354,5 +377,6 @@ CHECKS: tuple[Check, ...] = (
     check_unload_ends_a_run,
     check_published_weights_are_sampled_and_never_change,
     check_each_sample_ends_in_one_outcome,
+    check_what_is_sampled_on_record_is_what_the_client_gets,
     check_cancelled_samples_hurt_nobody,
 )
