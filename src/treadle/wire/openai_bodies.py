@@ -171,7 +171,9 @@ def joined_text(content: object) -> object:
         return content
     for part in content:
         if part.type not in ("text", "output_text", "refusal") or part.text is None:
-            raise BadParameter(f"content of type {part.type[:80]!r} is not supported; only text is", param="messages")
+            raise BadParameter(
+                f"messages: content of type {part.type[:80]!r} is not supported, only text", param="messages"
+            )
     return "".join(part.text for part in content)
 
 
