@@ -27,6 +27,9 @@ LORA_ALPHA = 32.0
 MAX_NUM_SAMPLES = 1_024
 # top-k logprobs per position.
 MAX_TOPK_LOGPROBS = 128
+# Log-probabilities of one sample request beside those of its own tokens: 128 at each of 131,072 positions. 8 bytes each
+# where the token is part of the answer, and held in memory several times on the way.
+MAX_LOGPROB_CELLS = 2**24
 # Stop sequences of one request, and the length of each in characters.
 MAX_STOP_SEQUENCES = 64
 MAX_STOP_CHARS = 1_024

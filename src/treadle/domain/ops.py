@@ -163,12 +163,16 @@ class SaveWeightsOp:
 
 @dataclass(frozen=True, slots=True)
 class SaveForSamplerOp:
-    """Weights for sampling: named (a checkpoint) or ephemeral (`sampling_session_id` is set instead)."""
+    """Weights for sampling: named (a checkpoint) or ephemeral (`sampling_session_id` is set instead).
+
+    is_inflight: the sampling session takes newer weights of the run as they are saved.
+    """
 
     model_id: ModelId
     seq_id: int
     name: str | None = None
     sampling_session_id: SamplingSessionId | None = None
+    is_inflight: bool = False
     ttl_s: int | None = None
     user_metadata: Mapping[str, str] = field(default_factory=dict)
 

@@ -126,6 +126,7 @@ class NewRequest:
     """A request on its way into the store. `payload` is bytes, or a blob key when it was too large for a row.
 
     payload_bytes: the size of that blob; the store counts a payload of its own itself.
+    weights_id: the sampling session whose version a sample takes, when that is not its own.
     failure set: the request was refused at admission and becomes a FAILED row at once.
     """
 
@@ -141,6 +142,7 @@ class NewRequest:
     payload: bytes = b""
     payload_key: BlobKey | None = None
     payload_bytes: int = 0
+    weights_id: SamplingSessionId | None = None
     failure: Failure | None = None
 
 
@@ -183,6 +185,7 @@ class SamplingSessionRecord:
     """Which weights a sampling session samples: base model only, a checkpoint, or an ephemeral version.
 
     seq_id: of the save that made it, when a training run saved a version for it. is_dropped: its weights were swept.
+    is_inflight: it samples the newest version that its run has published so; blob_key is that of its own save.
     """
 
     sampling_session_id: SamplingSessionId
@@ -196,6 +199,7 @@ class SamplingSessionRecord:
     model_id: ModelId | None = None
     seq_id: int | None = None
     is_dropped: bool = False
+    is_inflight: bool = False
 
 
 @dataclass(frozen=True, slots=True)

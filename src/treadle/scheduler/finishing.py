@@ -156,6 +156,7 @@ class CycleLedger:
                     blob_key=blob.blob_key,
                     model_id=record.model_id,
                     seq_id=outcome.seq_id,
+                    is_inflight=op.is_inflight,
                 )
             )
             return results.saved_for_sampler_result(sampling_session_id=op.sampling_session_id)

@@ -68,6 +68,12 @@ _TAKE_NUMBERS = (
     )
     .returning(sampling_sessions.c.finished_counter)
 )
+# A version that another session's samples take is in use, though none of its own may be.
+_USE_WEIGHTS = (
+    sampling_sessions.update()
+    .where(sampling_sessions.c.sampling_session_id == sa.bindparam("of_session"))
+    .values(last_used_at=sa.bindparam("now"))
+)
 _INSERT_PAYLOAD = payloads.insert()
 _INSERT_RESULT = results.insert()
 _DROP_PAYLOAD = payloads.delete().where(payloads.c.row_id == sa.bindparam("of_row_id"))
@@ -147,6 +153,8 @@ class RequestRows:
         bodies = [{"row_id": row_ids[r.request_id], "body": r.payload} for r in added if r.payload and not r.failure]
         if bodies:
             conn.execute(_INSERT_PAYLOAD, bodies)
+        if borrowed := sorted({r.weights_id for r in added if r.weights_id is not None}):
+            conn.execute(_USE_WEIGHTS, [{"of_session": weights_id, "now": now} for weights_id in borrowed])
         refused_samples = [r for r in added if r.failure and r.sampling_session_id is not None]
         if refused_samples:
             numbers = _next_numbers(conn, [_session_of(r) for r in refused_samples], now)
@@ -264,6 +272,7 @@ def _row_of(request: NewRequest, now: float) -> Mapping[str, Any]:
         "sampling_session_id": request.sampling_session_id,
         "payload_key": request.payload_key,
         "payload_bytes": len(request.payload) or request.payload_bytes,
+        "weights_id": request.weights_id,
         "created_at": now,
         # A refused op is stepped over in its turn; a run whose creation (seq_id 0) was refused has no line.
         "in_line": request.kind is not OpKind.SAMPLE and (failure is None or request.seq_id > 0),

@@ -42,12 +42,16 @@ _ids: sa.BindParameter[Any] = sa.bindparam("ids", expanding=True)
 _since = sa.bindparam("since", type_=sa.Double)
 _before = sa.bindparam("before", type_=sa.Double)
 _NO_LINE = ~sa.exists().where(requests.c.pool == models.c.pool, requests.c.model_id == models.c.model_id, IS_IN_LINE)
-_NO_QUEUED_SAMPLE = ~sa.exists().where(
-    requests.c.pool == sampling_sessions.c.pool,
-    requests.c.tenant_id == sampling_sessions.c.tenant_id,
-    requests.c.sampling_session_id == sampling_sessions.c.sampling_session_id,
-    IS_QUEUED,
-    IS_SAMPLE,
+_NO_QUEUED_SAMPLE = sa.and_(
+    ~sa.exists().where(
+        requests.c.pool == sampling_sessions.c.pool,
+        requests.c.tenant_id == sampling_sessions.c.tenant_id,
+        requests.c.sampling_session_id == sampling_sessions.c.sampling_session_id,
+        IS_QUEUED,
+        IS_SAMPLE,
+    ),
+    # Nor one of another session that took this one's weights.
+    ~sa.exists().where(requests.c.weights_id == sampling_sessions.c.sampling_session_id, IS_QUEUED),
 )
 
 # A run's last_request_at also moves when the scheduler commits something of its own, so it only narrows the search.
@@ -108,7 +112,11 @@ def _due_versions() -> sa.Select[Any]:
             s.model_path,
             s.last_used_at,
             sa.func.row_number()
-            .over(partition_by=(s.model_id, s.model_path.is_(None)), order_by=(s.created_at.desc(), s.seq_id.desc()))
+            .over(
+                # Snapshots do not push out what inflight clients sample.
+                partition_by=(s.model_id, s.model_path.is_(None), s.kind),
+                order_by=(s.created_at.desc(), s.seq_id.desc()),
+            )
             .label("place"),
         )
         .where(s.is_dropped.is_(sa.false()))
@@ -308,9 +316,10 @@ class Retention:
     ) -> tuple[int, tuple[BlobKey, ...]]:
         """Drop sampling sessions' weights that are due; how many sessions lost theirs, and blobs without a name now.
 
-        Due are a run's unnamed versions but the newest `keep`, when they were not used since `unused_since` or their
-        session is not active; weights of a checkpoint that is gone, not used since then; everything of sessions that
-        were finished before `finished_before`. One with a queued sample stays. Rows stay, to say what happened.
+        Due are a run's unnamed versions but the newest `keep` of each kind, when they were not used since
+        `unused_since` or their session is not active; weights of a checkpoint that is gone, not used since then;
+        everything of sessions that were finished before `finished_before`. One that a queued sample takes stays. Rows
+        stay, to say what happened.
         """
         values = {"keep": keep, "since": unused_since, "before": finished_before}
         due = await self._database.read(lambda conn: conn.execute(_DUE_VERSIONS, values).all())

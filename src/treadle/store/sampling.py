@@ -20,11 +20,13 @@ from treadle.store.dialect import ConflictInsert, Dialect
 from treadle.store.engine import Database
 from treadle.store.pages import checked_limit
 from treadle.store.request_rows import chunks
-from treadle.store.tables import AnyRow, requests, sampling_sessions
+from treadle.store.tables import IS_KEPT_VERSION, AnyRow, requests, sampling_sessions
 from treadle.store.writer import Writer
 
 # A cloned sampler numbers its requests from clone * this on (tinker SDK 0.38, sampling client).
 _SEQ_IDS_PER_CLONE = 1_000_000_000
+
+_SNAPSHOT, _INFLIGHT = "snapshot", "inflight"
 
 _COLUMNS = (
     sampling_sessions.c.sampling_session_id,
@@ -38,6 +40,7 @@ _COLUMNS = (
     sampling_sessions.c.model_id,
     sampling_sessions.c.seq_id,
     sampling_sessions.c.is_dropped,
+    sampling_sessions.c.kind,
 )
 _GET = sa.select(*_COLUMNS).where(sampling_sessions.c.sampling_session_id == sa.bindparam("id"))
 _OF_SESSION = (
@@ -45,6 +48,17 @@ _OF_SESSION = (
     .where(sampling_sessions.c.session_id == sa.bindparam("of_session"))
     .order_by(sampling_sessions.c.created_at, sampling_sessions.c.sampling_session_id)
     .limit(MAX_UNPAGED_ROWS)
+)
+_NEWEST_VERSION = (
+    sa.select(*_COLUMNS)
+    .where(
+        sampling_sessions.c.model_id == sa.bindparam("of_model"),
+        IS_KEPT_VERSION,
+        sampling_sessions.c.kind == _INFLIGHT,
+        sampling_sessions.c.seq_id >= sa.bindparam("from_seq_id"),
+    )
+    .order_by(sampling_sessions.c.seq_id.desc())
+    .limit(1)
 )
 _COUNT_CLIENT = (
     sampling_sessions.update()
@@ -113,6 +127,12 @@ class Sampling:
         row = await self._database.read(lambda conn: conn.execute(_GET, {"id": sampling_session_id}).one_or_none())
         return None if row is None else _record_of(row)
 
+    async def newest_version(self, model_id: ModelId, *, from_seq_id: int) -> SamplingSessionRecord | None:
+        """The newest version that a run published for its inflight clients by op `from_seq_id` or later, if kept."""
+        values = {"of_model": model_id, "from_seq_id": from_seq_id}
+        row = await self._database.read(lambda conn: conn.execute(_NEWEST_VERSION, values).one_or_none())
+        return None if row is None else _record_of(row)
+
     async def of_session(self, session_id: SessionId) -> list[SamplingSessionRecord]:
         """A session's sampling sessions, oldest first, at most MAX_UNPAGED_ROWS."""
         rows = await self._database.read(lambda conn: conn.execute(_OF_SESSION, {"of_session": session_id}).all())
@@ -168,6 +188,7 @@ def _row_of(record: SamplingSessionRecord) -> dict[str, Any]:
         "model_id": record.model_id,
         "seq_id": record.seq_id,
         "is_dropped": record.is_dropped,
+        "kind": _INFLIGHT if record.is_inflight else _SNAPSHOT,
         "last_used_at": record.created_at,
         "client_counter": 0,
         "finished_counter": 0,
@@ -187,4 +208,5 @@ def _record_of(row: AnyRow) -> SamplingSessionRecord:
         model_id=None if row.model_id is None else ModelId(row.model_id),
         seq_id=row.seq_id,
         is_dropped=row.is_dropped,
+        is_inflight=row.kind == _INFLIGHT,
     )

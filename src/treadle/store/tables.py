@@ -169,6 +169,8 @@ requests = sa.Table(
     sa.Column("is_transient", sa.Boolean, nullable=False),
     # Of the payload as it came in, wherever it is kept.
     sa.Column("payload_bytes", sa.BigInteger, nullable=False, server_default=sa.text("0")),
+    # The sampling session whose version a sample takes, when that is not its own.
+    sa.Column("weights_id", sa.Text),
 )
 
 IS_QUEUED = requests.c.state == sa.literal_column("'queued'")
@@ -190,6 +192,7 @@ _partial_index(
 )
 # Only large payloads have a key, so few rows pay for this.
 _partial_index("ix_requests_payload_key", _r.payload_key, where=_r.payload_key.is_not(None))
+_partial_index("ix_requests_weights_id", _r.weights_id, where=_r.weights_id.is_not(None))
 
 payloads = sa.Table(
     "payloads",

@@ -398,7 +398,10 @@ class SamplingParamsBody(_Section):
 
 
 class SampleBody(Body):
-    """asample. `prompt` stays as parsed: its chunks are told apart by their structure, in ops.py."""
+    """asample. `prompt` and `target_prompt_logprobs` stay as parsed: they are checked where ops are built.
+
+    base_model, model_path: the SDK sends none; whoever does must name what the sampling session samples.
+    """
 
     head_fields = frozenset({"sampling_session_id", "seq_id"})
 
@@ -409,11 +412,13 @@ class SampleBody(Body):
     num_samples: Annotated[int, Field(ge=1, le=MAX_NUM_SAMPLES)] = 1
     prompt_logprobs: bool = False
     topk_prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_TOPK_LOGPROBS)] = 0
-    topk_sample_logprobs: int = 0
+    topk_sample_logprobs: Annotated[int, Field(ge=0, le=MAX_TOPK_LOGPROBS)] = 0
     target_prompt_logprobs: Any = None
-    prompt_alt_tokens_k: int = 0
-    prompt_logprobs_last_n: int | None = None
+    prompt_alt_tokens_k: Annotated[int, Field(ge=0, le=MAX_TOPK_LOGPROBS)] = 0
+    prompt_logprobs_last_n: Annotated[int, Field(ge=1)] | None = None
     record_stability_info: bool = False
+    base_model: Id | None = None
+    model_path: Id | None = None
 
 
 class RetrieveFutureBody(Body):

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treadle.domain.ids import BlobKey, SessionId, checked_name, sampler_id, training_model_id
-from treadle.domain.limits import MAX_STOP_CHARS, MAX_STOP_SEQUENCES
+from treadle.domain.limits import MAX_LOGPROB_CELLS, MAX_STOP_CHARS, MAX_STOP_SEQUENCES
 from treadle.domain.ops import (
     AdamParams,
     CreateModelOp,
@@ -40,6 +40,7 @@ from treadle.wire.bodies import (
     UnloadModelBody,
 )
 from treadle.wire.passes import PassLimits
+from treadle.wire.prompt_targets import prompt_targets
 
 # A fresh seed in [0, 2**63).
 SeedSource = Callable[[], int]
@@ -132,17 +133,24 @@ def save_weights_op(body: SaveWeightsBody) -> SaveWeightsOp:
 def save_for_sampler_op(body: SaveForSamplerBody, *, session_id: SessionId) -> SaveForSamplerOp:
     """Sampler weights: named, or for a new sampling session of the run's own session `session_id`.
 
-    An inflight save is served from the weights of that save: a client never samples older weights than its own.
-    Raises InvalidRequest unless exactly one of `path` and `sampling_session_seq_id` is there.
+    Raises InvalidRequest unless exactly one of `path` and `sampling_session_seq_id` is there, and for a name that is
+    to move on.
     """
     if (body.path is None) == (body.sampling_session_seq_id is None):
         raise InvalidRequest("save_weights_for_sampler needs either path or sampling_session_seq_id")
+    is_inflight = body.kind == "inflight"
+    if is_inflight and body.path is not None:
+        raise InvalidRequest(
+            f"save_weights_for_sampler of kind inflight cannot be named, as {body.path[:80]!r}: what has a name stays "
+            "as it is; leave path out, or send kind snapshot"
+        )
     ephemeral = body.sampling_session_seq_id
     return SaveForSamplerOp(
         model_id=body.model_id,
         seq_id=body.seq_id,
         name=None if body.path is None else checked_name(body.path),
         sampling_session_id=None if ephemeral is None else sampler_id(session_id, ephemeral),
+        is_inflight=is_inflight,
         ttl_s=body.ttl_seconds,
         user_metadata=body.user_metadata,
     )
@@ -159,13 +167,16 @@ def sample_op(body: SampleBody, *, blob_key: BlobKey | None, limits: PassLimits,
     Raises InvalidRequest for a prompt, stop or length that the model cannot take, NotSupported for features that
     treadle lacks.
     """
-    _refuse_missing_features(body)
     prompt = flat_prompt(body.prompt, vocab_size=limits.vocab_size)
     _check_room(len(prompt), body.sampling_params.max_tokens, limits.max_context_length)
-    if body.topk_prompt_logprobs > limits.vocab_size:
-        raise InvalidRequest(
-            f"topk_prompt_logprobs={body.topk_prompt_logprobs} is over the vocabulary of {limits.vocab_size}"
+    _check_last_n(body, len(prompt))
+    targets = None
+    if body.target_prompt_logprobs is not None:
+        targets = prompt_targets(
+            body.target_prompt_logprobs, num_prompt_tokens=len(prompt), vocab_size=limits.vocab_size
         )
+    num_target_cells = 0 if targets is None else len(targets.token_ids)
+    _check_tables(body, num_prompt_tokens=len(prompt), num_target_cells=num_target_cells, limits=limits)
     return SampleOp(
         sampling_session_id=body.sampling_session_id,
         seq_id=body.seq_id,
@@ -175,6 +186,10 @@ def sample_op(body: SampleBody, *, blob_key: BlobKey | None, limits: PassLimits,
         blob_key=blob_key,
         wants_prompt_logprobs=body.prompt_logprobs,
         topk_prompt_logprobs=body.topk_prompt_logprobs,
+        topk_sample_logprobs=body.topk_sample_logprobs,
+        target_prompt_logprobs=targets,
+        prompt_alt_tokens_k=body.prompt_alt_tokens_k,
+        prompt_logprobs_last_n=body.prompt_logprobs_last_n,
         record_stability_info=body.record_stability_info,
     )
 
@@ -209,16 +224,41 @@ def flat_prompt(prompt: Any, *, vocab_size: int) -> NDArray[np.int32]:
     return np.array(tokens, dtype=np.int32)
 
 
-def _refuse_missing_features(body: SampleBody) -> None:
-    asked = {
-        "topk_sample_logprobs": body.topk_sample_logprobs != 0,
-        "target_prompt_logprobs": body.target_prompt_logprobs is not None,
-        "prompt_alt_tokens_k": body.prompt_alt_tokens_k != 0,
-        "prompt_logprobs_last_n": body.prompt_logprobs_last_n is not None,
-    }
-    names = [name for name, is_asked in asked.items() if is_asked]
-    if names:
-        raise NotSupported(f"{', '.join(names)} of asample is not supported by this server; leave it out")
+def _check_last_n(body: SampleBody, num_prompt_tokens: int) -> None:
+    last_n = body.prompt_logprobs_last_n
+    if last_n is None:
+        return
+    if not body.prompt_logprobs:
+        raise InvalidRequest(f"prompt_logprobs_last_n={last_n} is about prompt_logprobs; set prompt_logprobs too")
+    if last_n >= num_prompt_tokens:
+        raise InvalidRequest(
+            f"prompt_logprobs_last_n={last_n} with a prompt of {num_prompt_tokens} tokens; "
+            f"allowed are 1 to {num_prompt_tokens - 1}, since nothing predicts the first token"
+        )
+
+
+def _check_tables(body: SampleBody, *, num_prompt_tokens: int, num_target_cells: int, limits: PassLimits) -> None:
+    """Refuses logprobs in numbers that one answer cannot hold, and more of the most likely tokens than there are."""
+    for name, k in (
+        ("topk_prompt_logprobs", body.topk_prompt_logprobs),
+        ("topk_sample_logprobs", body.topk_sample_logprobs),
+    ):
+        if k > limits.vocab_size:
+            raise InvalidRequest(f"{name}={k} is over the vocabulary of {limits.vocab_size}")
+    num_places = limits.max_context_length - num_prompt_tokens
+    num_sampled = body.num_samples * min(num_places, body.sampling_params.max_tokens or num_places)
+    num_cells = (
+        num_prompt_tokens * (body.topk_prompt_logprobs + body.prompt_alt_tokens_k)
+        + num_sampled * body.topk_sample_logprobs
+        + num_target_cells
+    )
+    if num_cells > MAX_LOGPROB_CELLS:
+        raise InvalidRequest(
+            f"this sample asks for up to {num_cells} logprobs (topk_prompt_logprobs={body.topk_prompt_logprobs}, "
+            f"topk_sample_logprobs={body.topk_sample_logprobs}, prompt_alt_tokens_k={body.prompt_alt_tokens_k}, "
+            f"{num_target_cells} of target_prompt_logprobs, {num_prompt_tokens} prompt tokens, up to {num_sampled} "
+            f"sampled ones); allowed are {MAX_LOGPROB_CELLS}"
+        )
 
 
 def _check_room(num_prompt_tokens: int, max_tokens: int | None, max_context_length: int) -> None:

@@ -26,6 +26,7 @@ from treadle.domain.ops import (
     SaveExternalOp,
     SaveForSamplerOp,
     SaveWeightsOp,
+    TargetTokens,
     UnloadModelOp,
 )
 from treadle.wire.passes import decode_pass_trusted, encode_pass
@@ -78,19 +79,25 @@ def _from_fields(kind: OpKind, fields: dict[str, Any]) -> Op:
 
 
 def _sample_op(fields: dict[str, Any]) -> SampleOp:
-    params = fields["params"]
+    params, targets = fields.pop("params"), fields.pop("target_prompt_logprobs", None)
+    # Fields that a stored sample of an earlier release lacks take their defaults, which are off.
     return SampleOp(
-        sampling_session_id=SamplingSessionId(fields["sampling_session_id"]),
-        seq_id=fields["seq_id"],
-        prompt=np.array(fields["prompt"], dtype=np.int32),
-        num_samples=fields["num_samples"],
+        sampling_session_id=SamplingSessionId(fields.pop("sampling_session_id")),
+        prompt=np.array(fields.pop("prompt"), dtype=np.int32),
         params=SamplingParams(
             **params
             | {"stop_strings": tuple(params["stop_strings"]), "stop_token_ids": tuple(params["stop_token_ids"])}
         ),
-        blob_key=fields["blob_key"],
-        wants_prompt_logprobs=fields["wants_prompt_logprobs"],
-        topk_prompt_logprobs=fields["topk_prompt_logprobs"],
-        record_stability_info=fields.get("record_stability_info", False),
-        streams=fields.get("streams", False),
+        target_prompt_logprobs=None if targets is None else _target_tokens(targets),
+        **fields,
+    )
+
+
+def _target_tokens(fields: dict[str, Any]) -> TargetTokens:
+    row_starts, columns = fields["row_starts"], fields["columns"]
+    return TargetTokens(
+        token_ids=np.array(fields["token_ids"], dtype=np.int32),
+        num_columns=fields["num_columns"],
+        row_starts=None if row_starts is None else np.array(row_starts, dtype=np.int64),
+        columns=None if columns is None else np.array(columns, dtype=np.int64),
     )

@@ -103,24 +103,35 @@ def _densified(sparse: pb.SparseRows, dtype: np.dtype[Any], shape: tuple[int, ..
     values = _whole(sparse.values, dtype, "values")
     row_starts = _whole(sparse.row_starts, INT64, "row starts").astype(np.int64)
     columns = _whole(sparse.columns, INT64, "columns").astype(np.int64)
-    if len(columns) != len(values):
-        raise InvalidRequest(f"is sparse with {len(values)} values for {len(columns)} column indices")
+    cells = check_sparse_cells(row_starts, columns, num_values=len(values), num_rows=num_rows, num_columns=num_columns)
+    dense = np.zeros(num_rows * num_columns, dtype=dtype)
+    dense[cells] = values
+    return dense
+
+
+def check_sparse_cells(
+    row_starts: NDArray[np.int64], columns: NDArray[np.int64], *, num_values: int, num_rows: int, num_columns: int
+) -> NDArray[np.int64]:
+    """Where the listed values of a sparse tensor lie in the dense one, row by row: ascending, int64 [values].
+
+    Raises InvalidRequest, in words that follow the tensor's name, for indexes that do not fit the shape.
+    """
+    if len(columns) != num_values:
+        raise InvalidRequest(f"is sparse with {num_values} values for {len(columns)} column indices")
     if len(row_starts) != num_rows + 1:
         raise InvalidRequest(
             f"is sparse with {len(row_starts)} row starts for {num_rows} rows; one more than rows is due"
         )
     # Compared as they are: differences of hostile values wrap around.
-    if row_starts[0] != 0 or row_starts[-1] != len(values) or (row_starts[1:] < row_starts[:-1]).any():
-        raise InvalidRequest(f"is sparse with row starts that do not rise from 0 to its {len(values)} values")
+    if row_starts[0] != 0 or row_starts[-1] != num_values or (row_starts[1:] < row_starts[:-1]).any():
+        raise InvalidRequest(f"is sparse with row starts that do not rise from 0 to its {num_values} values")
     if len(columns) and (columns.min() < 0 or columns.max() >= num_columns):
         raise InvalidRequest(f"is sparse with a column index outside [0, {num_columns})")
     rows = np.repeat(np.arange(num_rows), np.diff(row_starts))
     cells = rows * num_columns + columns
     if (np.diff(cells) <= 0).any():
         raise InvalidRequest("is sparse with columns that are repeated or out of order within a row")
-    dense = np.zeros(num_rows * num_columns, dtype=dtype)
-    dense[cells] = values
-    return dense
+    return cells
 
 
 def _whole(raw: bytes, dtype: np.dtype[Any], what: str) -> NDArray[Any]:

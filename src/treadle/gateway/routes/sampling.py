@@ -25,6 +25,8 @@ from treadle.gateway.context import Gateway, gateway_of
 from treadle.gateway.deps import PoolView
 from treadle.gateway.intake import future_of, pool_limits, read_plain_body
 from treadle.gateway.routing import Resource
+from treadle.wire.answers import FutureAnswer
+from treadle.wire.answers_sampling import JoinAnswer, SamplerAnswer, SamplingSessionAnswer
 from treadle.wire.bodies import (
     CreateSamplingSessionBody,
     JoinSamplingSessionBody,
@@ -42,7 +44,7 @@ router = Resource("/api/v1")
 SAMPLEABLE = (CheckpointKind.SAMPLER, CheckpointKind.TRAINING)
 
 
-@router.post("/create_sampling_session")
+@router.post("/create_sampling_session", body=CreateSamplingSessionBody, answer=SamplingSessionAnswer)
 async def create_sampling_session(request: Request) -> Response:
     """A sampling session `{session}:sample:{n}` over a base model or a checkpoint; a replay gets the first one."""
     gateway = gateway_of(request)
@@ -65,7 +67,7 @@ async def create_sampling_session(request: Request) -> Response:
     return json_response({"sampling_session_id": first.sampling_session_id})
 
 
-@router.post("/join_sampling_session")
+@router.post("/join_sampling_session", body=JoinSamplingSessionBody, answer=JoinAnswer)
 async def join_sampling_session(request: Request) -> Response:
     """A number that tells this client from the others of the same sampling session; 0 is the one that made it."""
     gateway = gateway_of(request)
@@ -76,7 +78,7 @@ async def join_sampling_session(request: Request) -> Response:
     return json_response({"client_counter": counter})
 
 
-@router.get("/samplers/{sampling_session_id}")
+@router.get("/samplers/{sampling_session_id}", answer=SamplerAnswer)
 async def get_sampler(request: Request, sampling_session_id: str) -> Response:
     """Which weights a sampling session samples."""
     gateway = gateway_of(request)
@@ -88,9 +90,13 @@ async def get_sampler(request: Request, sampling_session_id: str) -> Response:
     return json_response(body)
 
 
-@router.post("/asample")
+@router.post("/asample", body=SampleBody, answer=FutureAnswer)
 async def asample(request: Request) -> Response:
-    """A sample. Its sequence ids are known now, since they follow from the request's id (SDK 0.26 insists on them)."""
+    """A sample. Its sequence ids are known now, since they follow from the request's id (SDK 0.26 insists on them).
+
+    One of an inflight session takes the newest weights that its run has published by now, and keeps them whatever is
+    published later: which ones these are is part of the stored request.
+    """
     gateway = gateway_of(request)
     principal = await gateway.submitter(request)
     if (excess := gateway.backlog.excess(principal.tenant_id, is_sample=True)) is not None:
@@ -99,19 +105,24 @@ async def asample(request: Request) -> Response:
     raw = await read_plain_body(gateway, request)
     head = await gateway.admission.run(lambda: read_op_head(raw), num_bytes=len(raw))
     if head.sampling_session_id is None or head.seq_id is None:
-        missing = "sampling_session_id" if head.sampling_session_id is None else "seq_id"
-        raise UnreadableBody(f"{missing} is missing")
+        if head.sampling_session_id is None:
+            raise UnreadableBody(
+                "sampling_session_id is missing; base_model and model_path alone are not sampled here: name them to "
+                "create_sampling_session and sample the session that it answers with"
+            )
+        raise UnreadableBody("seq_id is missing")
     sampler = await gateway.access.sampling_session(principal, head.sampling_session_id)
     await gateway.access.active_session(principal, sampler.session_id)
     pool = gateway.deps.pools.by_name(sampler.pool)
     limits = pool_limits(pool)
+    weights = await _newest_weights(gateway, sampler)
     # Refused requests have sequences too, as far as their number can be read.
     num_samples = 1
 
     def draft() -> Draft:
         nonlocal num_samples
         num_samples = _num_samples_asked(raw, gateway.settings.max_num_samples)
-        if sampler.is_dropped:
+        if weights is None:
             raise InvalidRequest(
                 f"the weights of sampling session {sampler.sampling_session_id} are no longer kept; sample a newer "
                 "version, or save weights under a name to keep them"
@@ -123,10 +134,11 @@ async def asample(request: Request) -> Response:
             )
         if limits is None:
             raise NotFound(f"base model {sampler.base_model!r} of {sampler.sampling_session_id} is not served now")
-        op = sample_op(body, blob_key=sampler.blob_key, limits=limits, draw_seed=gateway.deps.draw_seed)
+        _check_names(gateway, body, sampler)
+        op = sample_op(body, blob_key=weights.blob_key, limits=limits, draw_seed=gateway.deps.draw_seed)
         return Draft(OpKind.SAMPLE, encode_payload(op), num_tokens=_num_tokens_at_most(op, limits))
 
-    place = _sample_place(sampler, head.seq_id)
+    place = _sample_place(sampler, head.seq_id, weights=weights)
     request_id = await gateway.admission.submit(place, draft, num_bytes=len(raw))
     return future_of(request_id, sample_sequence_ids=sample_sequence_ids(request_id, num_samples))
 
@@ -145,7 +157,31 @@ async def _weights_of(
     return pool, checkpoint
 
 
-def _sample_place(sampler: SamplingSessionRecord, seq_id: int) -> NewRequest:
+async def _newest_weights(gateway: Gateway, sampler: SamplingSessionRecord) -> SamplingSessionRecord | None:
+    """The sampling session whose weights a sample takes that comes now; None when they are no longer kept."""
+    if not sampler.is_inflight:
+        return None if sampler.is_dropped else sampler
+    assert sampler.model_id is not None, "a run's save made it"
+    assert sampler.seq_id is not None, "a run's save made it"
+    return await gateway.store.sampling.newest_version(sampler.model_id, from_seq_id=sampler.seq_id)
+
+
+def _check_names(gateway: Gateway, body: SampleBody, sampler: SamplingSessionRecord) -> None:
+    """Raises a UserError when a sample names other weights than its session has."""
+    if body.model_path is not None and body.model_path != sampler.model_path:
+        raise InvalidRequest(
+            f"model_path {body.model_path[:200]!r} is not what {sampler.sampling_session_id} samples "
+            f"({sampler.model_path or 'weights without a name'}); leave it out, or create a sampling session for it"
+        )
+    if body.base_model is not None and gateway.pool_for(body.base_model).name != sampler.pool:
+        raise InvalidRequest(
+            f"base_model {body.base_model[:200]!r} is not what {sampler.sampling_session_id} samples "
+            f"({sampler.base_model}); leave it out, or create a sampling session for it"
+        )
+
+
+def _sample_place(sampler: SamplingSessionRecord, seq_id: int, *, weights: SamplingSessionRecord | None) -> NewRequest:
+    weights_id = None if weights is None else weights.sampling_session_id
     return NewRequest(
         request_id=sample_request_id(sampler.sampling_session_id, seq_id),
         tenant_id=sampler.tenant_id,
@@ -154,6 +190,7 @@ def _sample_place(sampler: SamplingSessionRecord, seq_id: int) -> NewRequest:
         seq_id=seq_id,
         num_tokens=0,
         sampling_session_id=sampler.sampling_session_id,
+        weights_id=None if weights_id == sampler.sampling_session_id else weights_id,
     )
 
 

@@ -24,6 +24,9 @@ def _add_columns() -> None:
     )
     op.add_column("checkpoints", sa.Column("is_encrypted", sa.Boolean(), nullable=False, server_default=sa.false()))
     op.add_column("checkpoints", sa.Column("copied_from", sa.Text()))
+    op.add_column("requests", sa.Column("weights_id", sa.Text()))
+    is_set = sa.text("weights_id IS NOT NULL")
+    op.create_index("ix_requests_weights_id", "requests", ["weights_id"], sqlite_where=is_set, postgresql_where=is_set)
 
 
 def _create_loss_tables() -> None:
