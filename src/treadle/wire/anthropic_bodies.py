@@ -14,7 +14,7 @@ from pydantic import AfterValidator, ConfigDict, Field, StringConstraints, model
 from treadle.domain.limits import MAX_STOP_CHARS, MAX_STOP_SEQUENCES
 from treadle.errors import BadParameter
 from treadle.wire.bodies import Body
-from treadle.wire.openai_bodies import Name, TextPart, joined_text, without_neutral
+from treadle.wire.openai_bodies import MAX_COUNT, Name, TextPart, joined_text, without_neutral
 
 # They say who asks, and what to keep or to bill, but nothing about the sample.
 _IGNORED = frozenset({"metadata", "service_tier", "cache_control", "inference_geo", "betas"})
@@ -76,12 +76,12 @@ class CountTokensBody(_Conversation):
 class MessagesBody(_Conversation):
     """messages"""
 
-    max_tokens: Annotated[int, Field(ge=1)]
+    max_tokens: Annotated[int, Field(ge=1, le=MAX_COUNT)]
     stop_sequences: Annotated[
         list[Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_CHARS)]],
         Field(max_length=MAX_STOP_SEQUENCES),
     ] = Field(default_factory=list)
     stream: bool = False
     temperature: Annotated[float, Field(ge=0)] = 1.0
-    top_k: Annotated[int, Field(ge=1)] | None = None
+    top_k: Annotated[int, Field(ge=1, le=MAX_COUNT)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0

@@ -21,6 +21,8 @@ from treadle.wire.bodies import Body, Seed, json_object
 
 # OpenAI's own limit on alternatives per position.
 MAX_TOP_LOGPROBS = 20
+# More than any model has tokens, or any answer.
+MAX_COUNT = 2**31 - 1
 # Prompts of one completions request; each is a sample of its own.
 MAX_PROMPTS = 128
 # What OpenAI samples when a completions request does not say.
@@ -94,10 +96,10 @@ class _Sampling(Body):
 
     model: Name
     n: Annotated[int, Field(ge=1, le=MAX_NUM_SAMPLES)] = 1
-    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    max_tokens: Annotated[int, Field(ge=0, le=MAX_COUNT)] | None = None
     temperature: Annotated[float, Field(ge=0)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Field(ge=-1)] = -1
+    top_k: Annotated[int, Field(ge=-1, le=MAX_COUNT)] = -1
     seed: Seed | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOP_SEQUENCES)] | None = None
     stream: bool = False
@@ -230,7 +232,7 @@ class ChatBody(_Sampling):
     }
 
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_COUNT)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     tools: list[dict[str, Any]] | None = None
