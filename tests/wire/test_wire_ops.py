@@ -8,9 +8,11 @@ import json
 import numpy as np
 import orjson
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tinker import types
+from tinker.lib.public_interfaces.sampling_client import _tensor_data_to_model
 
 from treadle.domain.limits import MAX_STOP_CHARS, MAX_STOP_SEQUENCES
 from treadle.domain.ops import AdamParams, LoraSpec, OptimStepOp, SaveForSamplerOp, SaveWeightsOp, UnloadModelOp
@@ -106,7 +108,9 @@ def test_sampler_saves_are_named_or_ephemeral():
     assert ops.save_for_sampler_op(named, session_id="s") == SaveForSamplerOp("s:train:0", 3, name="x")
     ephemeral = body_of(bodies.SaveForSamplerBody, **ids, sampling_session_seq_id=4, kind="inflight")
     op = ops.save_for_sampler_op(ephemeral, session_id="s")
-    assert (op.name, op.sampling_session_id) == (None, "s:sample:4")
+    assert (op.name, op.sampling_session_id, op.is_inflight) == (None, "s:sample:4", True)
+    with pytest.raises(InvalidRequest, match="inflight cannot be named"):
+        ops.save_for_sampler_op(body_of(bodies.SaveForSamplerBody, **ids, path="x", kind="inflight"), session_id="s")
     for fields in ({}, {"path": "x", "sampling_session_seq_id": 4}):
         with pytest.raises(InvalidRequest, match="either"):
             ops.save_for_sampler_op(body_of(bodies.SaveForSamplerBody, **ids, **fields), session_id="s")
@@ -185,18 +189,102 @@ def test_an_overlong_request_is_refused_in_the_words_that_clients_look_for():
         sample([1] * 16, sampling_params={"max_tokens": None})
 
 
+def targets_of(ids, *, sparse=False):
+    tensor = torch.tensor(ids, dtype=torch.int64)
+    data = types.TensorData.from_torch_sparse(tensor, pad_value=-1) if sparse else types.TensorData.from_torch(tensor)
+    return _tensor_data_to_model(data).model_dump(mode="json", exclude_none=True)
+
+
+def test_every_field_of_a_sample_reaches_the_op():
+    op = sample(
+        (1, 2, 3, 4),
+        topk_sample_logprobs=2,
+        prompt_alt_tokens_k=3,
+        prompt_logprobs=True,
+        prompt_logprobs_last_n=3,
+        target_prompt_logprobs=targets_of([[5, -1], [-1, -1], [49, 0]]),
+        record_stability_info=True,
+    )
+    assert (op.topk_sample_logprobs, op.prompt_alt_tokens_k, op.prompt_logprobs_last_n) == (2, 3, 3)
+    assert op.record_stability_info
+    assert op.target_prompt_logprobs.token_ids.tolist() == [5, -1, -1, -1, 49, 0]
+    assert op.target_prompt_logprobs.starts.tolist() == [0, 2, 4, 6]
+    assert op.target_prompt_logprobs.row_starts is None
+
+
+def test_sparse_targets_keep_the_rows_and_columns_that_were_sent():
+    ids = [[-1, -1, -1, -1, -1, 7], [-1] * 6, [-1, 4, -1, -1, -1, -1]]
+    targets = sample((1, 2, 3, 4), target_prompt_logprobs=targets_of(ids, sparse=True)).target_prompt_logprobs
+    assert targets.token_ids.tolist() == [7, 4]
+    assert (targets.row_starts.tolist(), targets.columns.tolist(), targets.num_columns) == ([0, 1, 1, 2], [5, 1], 6)
+    assert targets.starts is targets.row_starts
+
+
+DENSE = {"data": [1, -1], "dtype": "int64", "shape": [2, 1]}
+SPARSE = {**DENSE, "data": [1], "sparse_crow_indices": [0, 1, 1], "sparse_col_indices": [0]}
+
+
 @pytest.mark.parametrize(
-    ("fields", "name"),
+    ("tensor", "words"),
     [
-        ({"topk_sample_logprobs": 1}, "topk_sample_logprobs"),
-        ({"target_prompt_logprobs": {"data": [1], "dtype": "int64"}}, "target_prompt_logprobs"),
-        ({"prompt_alt_tokens_k": 2}, "prompt_alt_tokens_k"),
-        ({"prompt_logprobs_last_n": 1}, "prompt_logprobs_last_n"),
+        ([1], "must be a tensor"),
+        (DENSE | {"layout": "csr"}, "layout"),
+        (DENSE | {"dtype": "float32"}, "'float32'"),
+        (DENSE | {"shape": None}, r"None.*\[2, K\]"),
+        (DENSE | {"shape": [2]}, r"\[2, K\]"),
+        (DENSE | {"shape": [3, 1]}, r"shape \[3, 1\]"),
+        (DENSE | {"shape": [2, 0], "data": []}, "0 columns"),
+        (DENSE | {"shape": [2, 129]}, "129 columns.*1 to 128"),
+        (DENSE | {"shape": [2, 2]}, "2 values; due are 4"),
+        (DENSE | {"data": [1, "a"]}, "data must be a list of integers"),
+        (DENSE | {"data": [1, 1.0]}, "data must be a list of integers"),
+        (DENSE | {"data": [True, 1]}, "data must be a list of integers"),
+        (DENSE | {"data": [1, 50]}, "has 50; allowed are -1 to 49"),
+        (DENSE | {"data": [-2, 1]}, "has -2"),
+        (DENSE | {"data": [-1, -1]}, "names no token"),
+        (DENSE | {"sparse_crow_indices": [0, 1, 2]}, "sparse_col_indices must be a list"),
+        (SPARSE | {"sparse_crow_indices": [0, 1]}, "2 row starts for 2 rows"),
+        (SPARSE | {"sparse_crow_indices": [0, 2, 1]}, "do not rise"),
+        (SPARSE | {"sparse_col_indices": [1]}, "column index"),
+        (SPARSE | {"sparse_col_indices": [0, 0]}, "1 values for 2 column"),
+        (SPARSE | {"sparse_col_indices": [2**63]}, "allowed are 0"),
+        (SPARSE | {"data": [1, 2], "sparse_crow_indices": [0, 2, 2], "sparse_col_indices": [0, 0]}, "repeated"),
     ],
 )
-def test_features_that_are_lacking_are_named(fields, name):
-    with pytest.raises(NotSupported, match=name):
-        sample(**fields)
+def test_targets_that_cannot_be_scored_are_refused(tensor, words):
+    with pytest.raises(InvalidRequest, match=f"target_prompt_logprobs.*{words}"):
+        sample((1, 2, 3), target_prompt_logprobs=tensor)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"prompt_logprobs_last_n": 2}, "set prompt_logprobs"),
+        ({"prompt_logprobs_last_n": 3, "prompt_logprobs": True}, "allowed are 1 to 2"),
+        ({"prompt_logprobs_last_n": 0, "prompt_logprobs": True}, "prompt_logprobs_last_n"),
+        ({"prompt_alt_tokens_k": 129}, "prompt_alt_tokens_k"),
+        ({"prompt_alt_tokens_k": -1}, "prompt_alt_tokens_k"),
+        ({"topk_sample_logprobs": 129}, "topk_sample_logprobs"),
+        ({"topk_sample_logprobs": -1}, "topk_sample_logprobs"),
+        ({"topk_sample_logprobs": 51}, "topk_sample_logprobs=51 is over the vocabulary of 50"),
+    ],
+)
+def test_numbers_of_logprobs_out_of_bounds_are_refused(fields, words):
+    with pytest.raises(InvalidRequest, match=words):
+        sample((1, 2, 3), **fields)
+
+
+def test_an_answer_of_too_many_logprobs_is_refused_before_anything_is_computed():
+    limits = PassLimits(vocab_size=500, max_context_length=40_000)
+    fields = {"limits": limits, "num_samples": 1_024, "sampling_params": {"max_tokens": 1_000}}
+    assert sample(topk_sample_logprobs=16, **fields).topk_sample_logprobs == 16
+    with pytest.raises(
+        InvalidRequest, match=r"up to 17408000 logprobs .*topk_sample_logprobs=17.* allowed are 16777216"
+    ):
+        sample(topk_sample_logprobs=17, **fields)
+    # Without max_tokens a sequence may run to the end of the context.
+    with pytest.raises(InvalidRequest, match="159988 sampled ones"):
+        sample(topk_sample_logprobs=128, num_samples=4, limits=limits, sampling_params={"max_tokens": None})
 
 
 def test_topk_cannot_exceed_the_vocabulary():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,6 +25,7 @@ from treadle.domain.ops import (
     SaveExternalOp,
     SaveForSamplerOp,
     SaveWeightsOp,
+    TargetTokens,
     UnloadModelOp,
     kind_of,
 )
@@ -68,13 +70,25 @@ def passes(draw):
     return PassOp(draw(names), draw(seq_ids), tuple(datums), loss, draw(st.booleans()))
 
 
+@st.composite
+def targets(draw):
+    num_rows, num_columns = draw(st.integers(1, 4)), draw(st.integers(1, 4))
+    is_named = np.array(draw(st.lists(st.booleans(), min_size=num_rows * num_columns, max_size=num_rows * num_columns)))
+    token_ids = np.where(is_named, 7, -1).astype(np.int32)
+    if draw(st.booleans()):
+        return TargetTokens(token_ids, num_columns)
+    rows, columns = np.nonzero(is_named.reshape(num_rows, num_columns))
+    row_starts = np.searchsorted(rows, np.arange(num_rows + 1)).astype(np.int64)
+    return TargetTokens(token_ids[is_named], num_columns, row_starts, columns.astype(np.int64))
+
+
 ops = st.one_of(
     st.builds(CreateModelOp, names, names, loras),
     st.builds(LoadWeightsOp, names, seq_ids, names, names, loras, st.booleans(), st.booleans()),
     passes(),
     st.builds(OptimStepOp, names, seq_ids, st.builds(AdamParams, finite, finite, finite, finite, finite, finite)),
     st.builds(SaveWeightsOp, names, seq_ids, names, st.booleans(), ttls, metadata),
-    st.builds(SaveForSamplerOp, names, seq_ids, st.none() | names, st.none() | names, ttls, metadata),
+    st.builds(SaveForSamplerOp, names, seq_ids, st.none() | names, st.none() | names, ttls, metadata, st.booleans()),
     st.builds(SaveExternalOp, names, seq_ids, names, ttls, st.lists(names, max_size=3).map(tuple)),
     st.builds(UnloadModelOp, names, seq_ids),
     st.builds(
@@ -87,6 +101,11 @@ ops = st.one_of(
         blob_key=st.none() | names,
         wants_prompt_logprobs=st.booleans(),
         topk_prompt_logprobs=st.integers(0, 10),
+        topk_sample_logprobs=st.integers(0, 10),
+        target_prompt_logprobs=st.none() | targets(),
+        prompt_alt_tokens_k=st.integers(0, 10),
+        prompt_logprobs_last_n=st.none() | st.integers(1, 10),
+        record_stability_info=st.booleans(),
     ),
 )
 
@@ -107,6 +126,14 @@ def plain(value):
 @given(ops)
 def test_every_op_survives_its_payload(op):
     assert plain(decode_payload(kind_of(op), encode_payload(op))) == plain(op)
+
+
+def test_a_stored_sample_of_an_earlier_release_asks_for_nothing_new():
+    op = SampleOp("s", 1, np.array([1], np.int32), 1, SamplingParams(seed=1), topk_prompt_logprobs=2)
+    fields = orjson.loads(encode_payload(op))
+    known = ("sampling_session_id", "seq_id", "prompt", "num_samples", "params", "blob_key", "wants_prompt_logprobs")
+    old = {name: fields[name] for name in (*known, "topk_prompt_logprobs")}
+    assert plain(decode_payload(OpKind.SAMPLE, orjson.dumps(old))) == plain(op)
 
 
 def test_soft_targets_survive():

@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
 import orjson
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tinker import types
 from tinker.lib.chunked_fwdbwd_helpers import combine_fwd_bwd_output_results
+from tinker.lib.public_interfaces.sampling_client import _tensor_data_to_model
 from tinker.proto.response_conv import deserialize_proto_response
 from tinker.types.load_weights_response import LoadWeightsResponse
 from tinker.types.save_weights_for_sampler_response import SaveWeightsForSamplerResponseInternal
 
-from treadle.domain.outcome import Failure, PassResult, SampledSequence, SampleResult, StepResult, TopkLogprobs
+from treadle.domain.outcome import (
+    AltTokens,
+    Failure,
+    PassResult,
+    SampledSequence,
+    SampleResult,
+    StepResult,
+    TargetLogprobs,
+    TopkLogprobs,
+)
 from treadle.domain.states import Category, QueueState, StopReason
 from treadle.wire import results
+from treadle.wire.prompt_targets import prompt_targets
 
 
 def decoded_pass(logprobs, metrics=None):
@@ -110,15 +123,62 @@ def test_prompt_logprobs_start_with_none():
     assert response.prompt_logprobs == [None, -1.0, -2.0]
 
 
+def topk_table(rows, k):
+    """A table from rows of (token, logprob) pairs, or None where there is no prediction."""
+    table = TopkLogprobs(np.zeros((len(rows), k), np.int32), np.full((len(rows), k), np.nan, np.float32))
+    for place, row in enumerate(rows):
+        for column, (token, logprob) in enumerate(row or ()):
+            table.token_ids[place, column], table.logprobs[place, column] = token, logprob
+    return table
+
+
 def test_topk_rows_keep_their_order_and_length():
-    rows = (None, ((7, -0.25), (0, -1.5)), ((0, -0.5),))
-    response = decoded_sample(SampleResult((sequence([1]),), topk_prompt_logprobs=TopkLogprobs(rows)))
-    assert response.topk_prompt_logprobs == [None, [(7, -0.25), (0, -1.5)], [(0, -0.5)]]
+    rows = [None, [(7, -0.25), (0, -1.5)], [(0, -0.5)]]
+    response = decoded_sample(SampleResult((sequence([1]),), topk_prompt_logprobs=topk_table(rows, 2)))
+    assert response.topk_prompt_logprobs == rows
 
 
 def test_a_topk_table_of_a_single_token_prompt_is_still_a_table():
-    response = decoded_sample(SampleResult((sequence([1]),), topk_prompt_logprobs=TopkLogprobs((None,))))
+    response = decoded_sample(SampleResult((sequence([1]),), topk_prompt_logprobs=topk_table([None], 3)))
     assert response.topk_prompt_logprobs == [None]
+
+
+def test_each_sequence_has_its_own_table():
+    rows = [[(5, -0.5), (6, -1.0)], [(0, -0.25), (1, -3.0)]]
+    with_table = dataclasses.replace(sequence([5, 1]), topk_logprobs=topk_table(rows, 2))
+    response = decoded_sample(SampleResult((with_table, sequence([1]))))
+    assert [s.topk_logprobs for s in response.sequences] == [rows, None]
+
+
+@given(st.integers(1, 5), st.integers(1, 4), st.booleans(), st.randoms(use_true_random=False))
+def test_target_logprobs_come_back_in_the_layout_of_the_request(num_rows, num_columns, is_sparse, random):
+    """The request's tensor is the SDK's own, read by the server's own code, so that both ends meet."""
+    ids = torch.tensor([[random.choice([-1, 3, 9]) for _ in range(num_columns)] for _ in range(num_rows)])
+    ids[random.randrange(num_rows), random.randrange(num_columns)] = 4
+    tensor = types.TensorData.from_torch_sparse(ids, pad_value=-1) if is_sparse else types.TensorData.from_torch(ids)
+    sent = _tensor_data_to_model(tensor).model_dump(mode="json")
+    targets = prompt_targets(sent, num_prompt_tokens=num_rows + 1, vocab_size=10)
+    logprobs = np.where(targets.token_ids >= 0, -0.125 * targets.token_ids, 0.0).astype(np.float32)
+    result = SampleResult((sequence([1]),), target_prompt_logprobs=TargetLogprobs(targets, logprobs))
+    answer = decoded_sample(result).target_prompt_logprobs
+    assert (answer.dtype, list(answer.shape)) == ("float32", [num_rows, num_columns])
+    assert (answer.sparse_crow_indices is None) == (tensor.sparse_crow_indices is None)
+    if tensor.sparse_crow_indices is not None:
+        assert list(answer.sparse_crow_indices) == list(tensor.sparse_crow_indices)
+        assert list(answer.sparse_col_indices) == list(tensor.sparse_col_indices)
+    expected = torch.where(ids >= 0, -0.125 * ids, 0.0).to(torch.float32)
+    assert torch.equal(answer.to_torch().to_dense(), expected)
+
+
+@pytest.mark.parametrize("num_rows", [0, 3])
+def test_alternatives_come_back_as_two_dense_tensors(num_rows):
+    tokens = np.arange(2 * num_rows, dtype=np.int32).reshape(num_rows, 2)
+    logprobs = -tokens.astype(np.float32)
+    result = SampleResult((sequence([1]),), prompt_alt_tokens=AltTokens(tokens, logprobs))
+    answer = decoded_sample(result).prompt_alt_tokens
+    assert (answer.tokens.dtype, answer.tokens.shape, answer.logprobs.shape) == ("int64", [num_rows, 2], [num_rows, 2])
+    np.testing.assert_array_equal(answer.tokens.to_numpy(), tokens)
+    np.testing.assert_array_equal(answer.logprobs.to_numpy(), logprobs)
 
 
 def test_json_results_pass_the_sdks_strict_models():

@@ -172,9 +172,9 @@ class SaveForSamplerOp:
     seq_id: int
     name: str | None = None
     sampling_session_id: SamplingSessionId | None = None
-    is_inflight: bool = False
     ttl_s: int | None = None
     user_metadata: Mapping[str, str] = field(default_factory=dict)
+    is_inflight: bool = False
 
 
 @dataclass(frozen=True, slots=True)
