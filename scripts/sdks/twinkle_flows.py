@@ -134,7 +134,7 @@ def dpo(client: Client) -> None:
         datum.loss_fn_inputs["ref_logps"] = types.TensorData.from_numpy(values)
     options = {"loss_fn_config": {"dpo_beta": DPO_BETA, "dpo_sft_weight": 1.0}}
     error = failure_of(run.forward_backward(left_to_the_server, "importance_sampling", **options))
-    assert "dpo_beta" in str(error), error
+    assert "dpo_" in str(error), error
 
     import torch
 

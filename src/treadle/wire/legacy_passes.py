@@ -39,7 +39,7 @@ _NUMBERS = frozenset({int, float})
 _JSON_NAMES: Mapping[type, str] = {
     bool: "true or false",
     dict: "an object",
-    float: "a number with a fraction",
+    float: "a number that is no integer of 64 bits",
     list: "a list",
     str: "a text",
     type(None): "null",
