@@ -75,7 +75,8 @@ _ARITHMETIC = {
     "save_every": 20,
 }
 _RL_SMOKE = {"group_size": 4, "groups_per_batch": 4, "max_steps": 2, "save_every": 1}
-_REWARD = Aim("env/all/reward/total", num_first=2, num_last=5, least_rise=0.3)
+# The first point is the untrained policy; the second is behind a step already, which is worth 0.1 and more.
+_REWARD = Aim("env/all/reward/total", num_first=1, num_last=5, least_rise=0.3)
 
 RECIPES = (
     Recipe(
