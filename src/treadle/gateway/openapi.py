@@ -117,11 +117,12 @@ def _query_parameters(endpoint: Endpoint) -> list[dict[str, Any]]:
 
 
 def _body(endpoint: Endpoint, schemas: Schemas) -> dict[str, Any] | None:
+    content: dict[str, Any] = {}
     if endpoint.body is not None:
-        return {"required": True, "content": {JSON: {"schema": dict(schemas[endpoint.body, "validation"])}}}
+        content[JSON] = {"schema": dict(schemas[endpoint.body, "validation"])}
     if endpoint.body_type != JSON:
-        return {"required": True, "content": {endpoint.body_type: {"schema": {"type": "string", "format": "binary"}}}}
-    return None
+        content[endpoint.body_type] = {"schema": {"type": "string", "format": "binary"}}
+    return {"required": True, "content": content} if content else None
 
 
 def _responses(endpoint: Endpoint, schemas: Schemas) -> dict[str, Any]:

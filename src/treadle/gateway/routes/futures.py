@@ -23,6 +23,7 @@ from treadle.gateway.routing import Resource
 from treadle.gateway.waiting import why_queued
 from treadle.store import Completion
 from treadle.wire.answers import EmptyAnswer
+from treadle.wire.answers_results import CompletionsAnswer, ResultAnswer
 from treadle.wire.bodies import CancelFutureBody, RetrieveFutureBody, RetrieveFuturesBody, parse_body
 from treadle.wire.legacy_results import pass_result_json, sample_result_json
 from treadle.wire.results import PROTOBUF, failure_body, queue_state_body
@@ -37,7 +38,7 @@ JSON_ENCODE_COST = 16
 MAX_COMPLETIONS = 512
 
 
-@router.post("/retrieve_future")
+@router.post("/retrieve_future", body=RetrieveFutureBody, answer=ResultAnswer, answer_type=PROTOBUF)
 async def retrieve_future(request: Request) -> Response:
     """The result; held for a while when there is none yet, then 408. May be asked for again and again."""
     gateway = gateway_of(request)
@@ -56,7 +57,7 @@ async def retrieve_future(request: Request) -> Response:
             assert_never(future.state)
 
 
-@router.post("/retrieve_futures")
+@router.post("/retrieve_futures", body=RetrieveFuturesBody, answer=CompletionsAnswer)
 async def retrieve_futures(request: Request) -> Response:
     """Samples of one client that finished behind its cursor; held until there is one. Acknowledged results go."""
     gateway = gateway_of(request)

@@ -29,11 +29,14 @@ from treadle.gateway.intake import (
 )
 from treadle.gateway.routing import Resource
 from treadle.gateway.stability import with_sampling_records
+from treadle.wire.answers import FutureAnswer
 from treadle.wire.bodies import OptimStepBody, SaveForSamplerBody, SaveWeightsBody, parse_body
 from treadle.wire.graphs import read_custom_loss
+from treadle.wire.legacy_bodies import ForwardBackwardBody
 from treadle.wire.legacy_passes import SentPass, read_json_pass
 from treadle.wire.ops import optim_step_op, save_for_sampler_op, save_weights_op
 from treadle.wire.passes import decode_pass, read_pass_head, with_definition
+from treadle.wire.results import PROTOBUF
 
 router = Resource("/api/v1")
 
@@ -42,7 +45,7 @@ JSON_DECODE_COST = 8
 _read_json = partial(read_json_pass, input_field="forward_backward_input", forward_only=False)
 
 
-@router.post("/forward_backward")
+@router.post("/forward_backward", body=ForwardBackwardBody, body_type=PROTOBUF, answer=FutureAnswer)
 async def forward_backward(request: Request) -> Response:
     """One pass: protobuf, perhaps compressed, forward-only when its body says so; or JSON (SDKs before 0.25)."""
     if request.headers.get("content-type", "").startswith(JSON):
@@ -111,19 +114,19 @@ async def _admit_pass(
     return place
 
 
-@router.post("/optim_step")
+@router.post("/optim_step", body=OptimStepBody, answer=FutureAnswer)
 async def optim_step(request: Request) -> Response:
     """One optimiser step over the passes since the last one."""
     return await submit_training_op(request, OpKind.OPTIM_STEP, _optim_step)
 
 
-@router.post("/save_weights")
+@router.post("/save_weights", body=SaveWeightsBody, answer=FutureAnswer)
 async def save_weights(request: Request) -> Response:
     """A training checkpoint. Whether its name is free is decided when it runs, in seq order."""
     return await submit_training_op(request, OpKind.SAVE_WEIGHTS, _save_weights)
 
 
-@router.post("/save_weights_for_sampler")
+@router.post("/save_weights_for_sampler", body=SaveForSamplerBody, answer=FutureAnswer)
 async def save_weights_for_sampler(request: Request) -> Response:
     """Sampler weights, named or for a sampling session of their own.
 
