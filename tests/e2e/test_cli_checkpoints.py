@@ -340,7 +340,7 @@ def test_archives_of_old_sdks_hold_the_same_adapter(
     own = files_at(server.rest_client(key), exported(training, "archived"))
     with server.http(key) as http:
         run_id = path.removeprefix("tinker://").partition("/")[0]
-        url = http.get(f"training_runs/{run_id}/checkpoints/weights/archive/archive").json()["url"]
+        url = http.get(f"training_runs/{run_id}/checkpoints/weights/archive/archive").headers["location"]
     with urllib.request.urlopen(url, timeout=60) as answer:
         (tmp_path / "archive.tar").write_bytes(answer.read())
     with tarfile.open(tmp_path / "archive.tar", "r") as tar:

@@ -48,6 +48,18 @@ async def urls_of(gateway: Harness, record: CheckpointRecord, *, key: str = KEY)
     return urls
 
 
+async def redirect(gateway: Harness, record: CheckpointRecord) -> httpx.Response:
+    path = f"training_runs/{record.model_id}/checkpoints/{record.kind.value}/{record.name}/archive"
+    answer = await gateway.get(path, follow_redirects=False)
+    assert answer.status_code == 302, answer.text
+    assert answer.json()["url"] == answer.headers["location"]
+    return answer
+
+
+async def archive_url(gateway: Harness, record: CheckpointRecord) -> str:
+    return (await redirect(gateway, record)).headers["location"]
+
+
 def forbidden(answer: httpx.Response) -> bytes:
     """The body of an answer that says no, and nothing else."""
     refused(answer, 403)
@@ -84,7 +96,7 @@ async def test_whatever_is_wrong_with_a_url_is_answered_alike(gateway: Harness, 
     record = await exported(gateway, model_id)
     urls = await urls_of(gateway, record)
     config, weights = urls["adapter_config.json"], urls["adapter_model.safetensors"]
-    archive = ok(await gateway.get(f"training_runs/{model_id}/checkpoints/external_weights/e/archive"))["url"]
+    archive = await archive_url(gateway, record)
     token = config.split("/")[-2]
     turned = token[:-3] + ("AAA" if token[-3:] != "AAA" else "BBB")
     wrong = [
@@ -158,8 +170,7 @@ class TestBehindAProxy:
 
 async def test_an_archive_is_a_tar_of_the_peft_directory(gateway: Harness, model_id: str) -> None:
     record = await exported(gateway, model_id)
-    url = ok(await gateway.get(f"training_runs/{model_id}/checkpoints/external_weights/{record.name}/archive"))["url"]
-    answer = await gateway.client.get(url)
+    answer = await gateway.client.get(await archive_url(gateway, record))
     assert answer.headers["content-type"] == "application/gzip"
     with tarfile.open(fileobj=io.BytesIO(answer.content), mode="r:gz") as tar:
         assert tar.getnames() == [*FILES, "checkpoint_complete"]
@@ -178,8 +189,8 @@ async def test_an_archive_of_any_weights_leaves_the_optimizer_behind(
     header = orjson.dumps({"adapter_config": {"r": 8}}).decode()
     tensors = {"base_model.model.q.lora_A.weight": adapter, "treadle.exp_avg": np.ones(12, np.float32)}
     gateway.blobs.write(record.blob_key, safetensors.numpy.save(tensors, {"treadle": header}))
-    body = ok(await gateway.get(f"training_runs/{model_id}/checkpoints/{kind.value}/w/archive"))
-    with tarfile.open(fileobj=io.BytesIO((await gateway.client.get(body["url"])).content)) as tar:
+    answer = await gateway.client.get(await archive_url(gateway, record))
+    with tarfile.open(fileobj=io.BytesIO(answer.content)) as tar:
         weights, config = tar.extractfile("adapter_model.safetensors"), tar.extractfile("adapter_config.json")
         assert weights is not None
         assert config is not None
@@ -190,11 +201,7 @@ async def test_an_archive_of_any_weights_leaves_the_optimizer_behind(
 
 
 async def test_old_sdks_are_redirected_to_the_archive(gateway: Harness, model_id: str) -> None:
-    record = await exported(gateway, model_id)
-    path = f"/api/v1/training_runs/{model_id}/checkpoints/external_weights/{record.name}/archive"
-    headers = {"X-API-Key": KEY, "Accept": "application/gzip"}
-    answer = await gateway.client.get(path, headers=headers, follow_redirects=False)
-    assert answer.status_code == 302
+    answer = await redirect(gateway, await exported(gateway, model_id))
     expires = datetime.strptime(answer.headers["expires"], "%a, %d %b %Y %H:%M:%S GMT").replace(tzinfo=UTC)
     assert expires.timestamp() == int(gateway.clock.now() + SIGNED_URL_LIFE_S)
     assert (await gateway.client.get(answer.headers["location"])).status_code == 200
