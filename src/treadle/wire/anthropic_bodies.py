@@ -17,7 +17,9 @@ from treadle.wire.bodies import Body
 from treadle.wire.openai_bodies import MAX_COUNT, Name, TextPart, joined_text, without_neutral
 
 # They say who asks, and what to keep or to bill, but nothing about the sample.
-_IGNORED = frozenset({"metadata", "service_tier", "cache_control", "inference_geo", "betas"})
+_IGNORED = frozenset(
+    {"metadata", "service_tier", "speed", "cache_control", "inference_geo", "betas", "user_profile_id", "workspace_id"}
+)
 _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "tools": ([],),
     "tool_choice": ({"type": "none"},),
