@@ -1,18 +1,14 @@
 """What one SDK version can do against a server, and the numbers that it gets. Run by that version's own Python.
 
-    python flows.py URL KEY MODEL
-
-Prints one line of JSON: for each check "ok", "absent" (this version has no such method) or "failed" with the error; and
-the numbers of each check, which must not depend on the version: floats as hexadecimal, arrays as digests. Imports the
-SDK and numpy only; every call is one that 0.6.1 has in the same form, or is looked for first.
+For each check "ok", "absent" (this version has no such method) or "failed" with the error; and the numbers of each
+check, which must not depend on the version: floats as hexadecimal, arrays as digests. Every call is one that 0.6.1 has
+in the same form, or is looked for first.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-import json
-import sys
 import tarfile
 import time
 import traceback
@@ -461,8 +457,3 @@ def run_checks(client: Client, checks: dict[str, Callable[[Client], None]]) -> d
             outcome = {"outcome": "failed", "error": f"{type(error).__name__}: {error}"[:2000]}
         outcomes[name] = {**outcome, "seconds": round(time.monotonic() - started, 2)}
     return {"version": tinker.__version__, "checks": outcomes, "numbers": client.numbers}
-
-
-if __name__ == "__main__":
-    result = run_checks(Client(*sys.argv[1:4]), CHECKS)
-    print(json.dumps(result), flush=True)

@@ -60,16 +60,18 @@ class Failed(Exception):
     """A version could not be run at all."""
 
 
-def run_version(version: str, url: str, *, script: str = "flows.py") -> dict[str, Any]:
-    """What one version could do: the object that the script prints. Raises Failed."""
+def run_version(
+    version: str, url: str, *, sets: Sequence[str] = ("flows",), key: str | None = None
+) -> list[dict[str, Any]]:
+    """What one version could do: what run.py prints for each set. Raises Failed."""
     python = Path(sys.executable) if version == CURRENT else python_of(version)
-    key = f"tml-matrix-{uuid.uuid4().hex}"
-    command = [str(python), str(HERE / script), url, key, MODEL]
+    key = key or f"tml-matrix-{uuid.uuid4().hex}"
+    command = [str(python), str(HERE / "run.py"), url, key, MODEL, *sets]
     done = subprocess.run(command, capture_output=True, text=True, timeout=FLOW_S)
-    if done.returncode or not done.stdout:
-        raise Failed(f"{script} under {version} ended with {done.returncode}:\n{done.stderr[-4000:]}")
-    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return {**answer, "stderr": done.stderr}
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode or len(lines) != len(sets):
+        raise Failed(f"{' '.join(sets)} under {version} ended with {done.returncode}:\n{done.stderr[-4000:]}")
+    return [{**json.loads(line), "stderr": done.stderr} for line in lines]
 
 
 def failures(result: Mapping[str, Any]) -> dict[str, str]:
@@ -138,8 +140,8 @@ def _run_all(
     errors = []
     for version in versions:
         try:
-            result = run_version(version, url)
-            twinkle = run_version(version, url, script="twinkle_flows.py") if version == TWINKLE_VERSION else None
+            sets = ("flows", "twinkle") if version == TWINKLE_VERSION else ("flows",)
+            result, twinkle = (*run_version(version, url, sets=sets), None)[:2]
         except (Failed, subprocess.SubprocessError) as error:
             errors.append(f"{version}: {error}")
             continue

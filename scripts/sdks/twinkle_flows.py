@@ -1,21 +1,17 @@
 """The five scripts of Twinkle's cookbook for the Tinker client, in a shortened form, under the SDK that they pin.
 
-    python twinkle_flows.py URL KEY MODEL
-
 LoRA training with resume; self-cognition, trained and then sampled from a training checkpoint; sampling; GRPO with
 unnamed sampler saves; DPO with a reference pass of the base model. The calls and their arguments are those of the
-scripts, the data is small and made here. Prints one line of JSON, as flows.py does.
+scripts, the data is small and made here.
 """
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from flows import RANK, WAIT_S, Client, exact, failure_of, ids, new_run, run_checks
+from flows import RANK, WAIT_S, Client, exact, failure_of, ids, new_run
 from tinker import types
 
 FLOWS: dict[str, Callable[[Client], None]] = {}
@@ -56,9 +52,12 @@ def lora(client: Client) -> None:
 def self_cognition(client: Client) -> None:
     """Trained, and then sampled from the checkpoint that save_state wrote."""
     run = client.service.create_lora_training_client(base_model=client.model, rank=16)
-    for _ in range(60):
+    # How soon it is learnt depends on the seed, which the script leaves to the server.
+    for _ in range(200):
         loss = trained(run, examples(1), learning_rate=5e-3)
-    assert loss < 0.05, loss
+        if loss < 0.02:
+            break
+    assert loss < 0.02, loss
     path = run.save_state("identity").result(timeout=WAIT_S).path
     sampler = client.service.create_sampling_client(model_path=path, base_model=client.model)
     learnt = ids(0, 17)
@@ -207,7 +206,3 @@ def trained(run: Any, data: list[types.Datum], *, learning_rate: float) -> float
 def logprobs(future: Any) -> list[np.ndarray]:
     outputs = future.result(timeout=WAIT_S).loss_fn_outputs
     return [np.array(output["logprobs"].tolist(), dtype=np.float32) for output in outputs]
-
-
-if __name__ == "__main__":
-    print(json.dumps(run_checks(Client(*sys.argv[1:4]), FLOWS)), flush=True)
