@@ -64,7 +64,8 @@ def test_the_gradient_is_bounded_whatever_the_policies(rows: list[tuple[float, f
         sampled + differences, inputs_of(sampled, advantages, column(np.ones(len(rows)))), kl_coeff=kl_coeff
     )
     bound = RATIO_CAP * np.abs(advantages.astype(np.float64)) + kl_coeff
-    assert (np.abs(terms.grad.numpy()) <= bound * (1 + 1e-6)).all()
+    # Rounding to float32, of numbers below its smallest normal one too.
+    assert (np.abs(terms.grad.numpy()) <= bound * (1 + 1e-6) + 1e-38).all()
     assert torch.isfinite(terms.loss).all()
 
 
