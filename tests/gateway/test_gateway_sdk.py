@@ -288,4 +288,4 @@ def test_the_sdk_works_below_a_prefix(tmp_path: Path) -> None:
         assert [run.training_run_id for run in runs] == [training.model_id]
         service.close("success").result()
         with pytest.raises(tinker.NotFoundError):
-            tinker.ServiceClient(base_url=url, api_key="tml-prefixed")
+            tinker.RestClient(base_url=url, api_key="tml-prefixed").list_training_runs().result()
