@@ -395,7 +395,7 @@ def _operator(name: str) -> Operation:
 
 
 FUNCTION_TABLE: Mapping[str, Operation] = {
-    GETATTR: Operation(_attribute, _scalar),
+    GETATTR: Operation(_attribute, _broadcast),
     **{f"torch.{name}": _operation(name, torch) for name in FUNCTIONS_AND_METHODS | TORCH_FUNCTIONS},
     **{f"torch.nn.functional.{name}": _operation(name, F) for name in NN_FUNCTIONS},
     **{f"torch.special.{name}": _operation(name, torch.special) for name in SPECIAL_FUNCTIONS},
