@@ -88,3 +88,18 @@ def test_session_ids_are_unguessable_and_plain() -> None:
     ids = {new_session_id() for _ in range(100)}
     assert len(ids) == 100
     assert all(len(session_id) == 32 and session_id.isalnum() for session_id in ids)
+
+
+def test_paths_of_twinkle_are_ours_under_another_scheme() -> None:
+    parsed = parse_tinker_path("twinkle://s1:train:0/weights/a")
+    assert parsed == parse_tinker_path("tinker://s1:train:0/weights/a")
+    assert str(parsed).startswith("tinker://")
+    for path in (
+        "twinkle:/s1/weights/a",
+        "TINKER://s1/weights/a",
+        "file://s1/weights/a",
+        "://s1/weights/a",
+        "tinker://",
+    ):
+        with pytest.raises(InvalidRequest):
+            parse_tinker_path(path)
