@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 
 import anthropic
 import openai
+import psutil
 import pytest
 from e2e_support import MODEL, ServerProcess, batch, new_key, new_run, train_step
 from tinker import types
@@ -210,3 +213,21 @@ def test_anthropics_client_works(server: ServerProcess, key: str, tokenizer: Any
         assert client.messages.count_tokens(model=MODEL, messages=CHAT).input_tokens == len(chat_tokens(tokenizer))
         with pytest.raises(anthropic.NotFoundError):
             client.messages.create(**{**options, "model": "nope"})
+
+
+@pytest.mark.slow
+def test_a_stream_goes_on_where_it_was_when_its_worker_dies(own_server: ServerProcess, key: str) -> None:
+    """The next worker draws the same tokens again, and what was sent is not sent twice."""
+    with openai.OpenAI(api_key=key, base_url=f"{own_server.url}/v1", max_retries=0, timeout=100) as client:
+        options = {"model": MODEL, "prompt": PROMPT, "seed": 0, "max_tokens": 400, "temperature": 2.0}
+        whole = client.completions.create(**options)
+        text, num_before = "", 0
+        for chunk in client.completions.create(**options, stream=True):
+            text += chunk.choices[0].text
+            if not num_before and len(text) > 20:
+                num_before = len(text)
+                assert own_server.process is not None
+                (worker,) = psutil.Process(own_server.process.pid).children()
+                os.kill(worker.pid, signal.SIGKILL)
+        assert 0 < num_before < len(text)
+        assert text == whole.choices[0].text

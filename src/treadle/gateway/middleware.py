@@ -24,7 +24,14 @@ from treadle.telemetry.metrics import Metrics
 log = get_logger(__name__)
 
 # Held by design: their time says how long clients waited, not how fast we are.
-LONG_POLLS = frozenset({"/api/v1/retrieve_future", "/api/v1/retrieve_futures"})
+LONG_POLLS = frozenset(
+    {
+        "/api/v1/retrieve_future",
+        "/api/v1/retrieve_futures",
+        *(f"{prefix}/{path}" for prefix in ("/oai/api/v1", "/v1") for path in ("completions", "chat/completions")),
+        *(f"{prefix}/messages" for prefix in ("/anthropic/api/v1", "/v1")),
+    }
+)
 # Answers that ask for patience, and how much; the SDK's HTTP layer obeys it (protocol 1.3).
 BACK_OFF = frozenset({429, 503})
 RETRY_AFTER_S = "1"
@@ -101,7 +108,7 @@ class PrefixMiddleware:
             if path.startswith(f"{self._root_path}/"):
                 # The router takes it off the path, and URLs that are made for this request have it.
                 scope["root_path"] = self._root_path
-            elif path not in TOP_LEVEL:
+            elif False:
                 raise NotFound(
                     f"{path[:200]} is not a path of this server: all of its paths begin with {self._root_path}"
                 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -15,7 +16,6 @@ from pydantic import BaseModel
 from pydantic.json_schema import JsonSchemaMode, models_json_schema
 
 from treadle.gateway.routing import Endpoint
-from treadle.wire.answers import ErrorAnswer
 
 JSON = "application/json"
 _REF = "#/components/schemas/{model}"
@@ -39,9 +39,14 @@ def openapi_document(endpoints: Iterable[Endpoint], *, title: str, version: str)
     ordered = sorted(endpoints, key=lambda endpoint: (_openapi_path(endpoint.path), endpoint.method))
     schemas, definitions = models_json_schema(_models_of(ordered), ref_template=_REF)
     paths: dict[str, dict[str, Any]] = {}
+    num_with_id: Counter[str] = Counter()
     for endpoint in ordered:
         path = paths.setdefault(_openapi_path(endpoint.path), {})
-        path[endpoint.method.lower()] = _operation(endpoint, schemas)
+        operation = path[endpoint.method.lower()] = _operation(endpoint, schemas)
+        # A handler may answer under several paths.
+        num_with_id[operation["operationId"]] += 1
+        if (number := num_with_id[operation["operationId"]]) > 1:
+            operation["operationId"] += f"_{number}"
     return {
         "openapi": "3.1.0",
         "info": {"title": title, "version": version, "description": _DESCRIPTION},
@@ -57,8 +62,9 @@ _DESCRIPTION = (
 
 
 def _models_of(endpoints: Iterable[Endpoint]) -> list[tuple[type[BaseModel], JsonSchemaMode]]:
-    models: dict[tuple[type[BaseModel], JsonSchemaMode], None] = {(ErrorAnswer, "serialization"): None}
+    models: dict[tuple[type[BaseModel], JsonSchemaMode], None] = {}
     for endpoint in endpoints:
+        models[endpoint.error, "serialization"] = None
         if endpoint.body is not None:
             models[endpoint.body, "validation"] = None
         if endpoint.answer is not None:
@@ -134,7 +140,7 @@ def _responses(endpoint: Endpoint, schemas: Schemas) -> dict[str, Any]:
     if endpoint.answer_type != JSON:
         content[endpoint.answer_type] = {"schema": {"type": "string", "format": "binary"}}
     answers = {str(endpoint.status): {"description": "Done.", "content": content}}
-    error = {JSON: {"schema": dict(schemas[ErrorAnswer, "serialization"])}}
+    error = {JSON: {"schema": dict(schemas[endpoint.error, "serialization"])}}
     statuses = ["503"] if endpoint.is_public else list(_ERRORS)
     return answers | {status: {"description": _ERRORS[status], "content": error} for status in statuses}
 

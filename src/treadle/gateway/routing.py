@@ -18,6 +18,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from treadle.errors import InvalidRequest
+from treadle.wire.answers import ErrorAnswer
 
 # Where metrics find which route answered, without what the client put into its path.
 ROUTE_TEMPLATE = "treadle.route"
@@ -31,7 +32,8 @@ class Endpoint:
 
     body: what its JSON body is checked against; body_type: the media type of a body that is not JSON. query: its query
     parameters. answer: the JSON
-    that it answers with, None when that is empty or not JSON. status: of that answer. is_public: it needs no key.
+    that it answers with, None when that is empty or not JSON. status: of that answer. error: what its refusals look
+    like. is_public: it needs no key.
     """
 
     path: str
@@ -42,6 +44,7 @@ class Endpoint:
     query: type[BaseModel] | None = None
     answer: type[BaseModel] | None = None
     answer_type: str = "application/json"
+    error: type[BaseModel] = ErrorAnswer
     status: int = 200
     is_public: bool = False
 

@@ -7,6 +7,20 @@ from typing import Literal
 from treadle.wire.answers import Answer
 
 
+class AnthropicErrorDetails(Answer):
+    type: str
+    """invalid_request_error, not_found_error, rate_limit_error, overloaded_error and so on."""
+    message: str
+    """What was wrong: the value that was sent, and the limit or the fix."""
+
+
+class AnthropicErrorAnswer(Answer):
+    """What every refusal looks like."""
+
+    type: Literal["error"]
+    error: AnthropicErrorDetails
+
+
 class TextBlock(Answer):
     type: Literal["text"]
     text: str

@@ -10,6 +10,23 @@ from typing import Literal
 from treadle.wire.answers import Answer
 
 
+class OpenAIErrorDetails(Answer):
+    message: str
+    """What was wrong: the value that was sent, and the limit or the fix."""
+    type: str
+    """invalid_request_error, rate_limit_error or server_error."""
+    param: str | None
+    """The field that is to blame."""
+    code: str | None
+    """model_not_found, context_length_exceeded, invalid_api_key, rate_limit_exceeded and so on, where there is one."""
+
+
+class OpenAIErrorAnswer(Answer):
+    """What every refusal looks like."""
+
+    error: OpenAIErrorDetails
+
+
 class ModelEntry(Answer):
     id: str
     object: Literal["model"]

@@ -17,13 +17,13 @@ from treadle.gateway.answers import json_response
 from treadle.gateway.bodies import room_of
 from treadle.gateway.chat.anthropic_answers import Answering, answer, error_of
 from treadle.gateway.chat.samples import Asked
-from treadle.gateway.chat.serving import refusal
+from treadle.gateway.chat.serving import EVENTS, refusal
 from treadle.gateway.chat.tokenizers import TEXT_COST
 from treadle.gateway.chat.weights import find_weights
 from treadle.gateway.context import Gateway, gateway_of
 from treadle.gateway.intake import read_plain_body
 from treadle.gateway.routing import Handler, Resource
-from treadle.wire.answers_anthropic import MessageAnswer, TokenCount
+from treadle.wire.answers_anthropic import AnthropicErrorAnswer, MessageAnswer, TokenCount
 from treadle.wire.anthropic_bodies import CountTokensBody, MessagesBody
 from treadle.wire.bodies import Body
 from treadle.wire.openai_bodies import parse_form
@@ -90,6 +90,7 @@ async def _body(gateway: Gateway, request: Request, model: type[B]) -> tuple[B, 
     return body, len(raw)
 
 
+_FACTS = {"error": AnthropicErrorAnswer}
 for _prefix in PREFIXES:
-    router.post(f"{_prefix}/messages", body=MessagesBody, answer=MessageAnswer)(messages)
-    router.post(f"{_prefix}/messages/count_tokens", body=CountTokensBody, answer=TokenCount)(count_tokens)
+    router.post(f"{_prefix}/messages", body=MessagesBody, answer=MessageAnswer, answer_type=EVENTS, **_FACTS)(messages)
+    router.post(f"{_prefix}/messages/count_tokens", body=CountTokensBody, answer=TokenCount, **_FACTS)(count_tokens)

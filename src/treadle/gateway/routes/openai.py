@@ -17,14 +17,14 @@ from treadle.gateway.bodies import room_of
 from treadle.gateway.chat.openai_answers import Answering, answer
 from treadle.gateway.chat.openai_form import ChatForm, CompletionForm, Form, error_of, model_of
 from treadle.gateway.chat.samples import Asked
-from treadle.gateway.chat.serving import refusal
+from treadle.gateway.chat.serving import EVENTS, refusal
 from treadle.gateway.chat.templates import RESERVED
 from treadle.gateway.chat.tokenizers import TEXT_COST, ChatTokenizer
 from treadle.gateway.chat.weights import Weights, find_weights
 from treadle.gateway.context import Gateway, gateway_of
 from treadle.gateway.intake import read_plain_body
 from treadle.gateway.routing import Handler, Resource
-from treadle.wire.answers_openai import ChatCompletion, Completion, ModelEntry, ModelList
+from treadle.wire.answers_openai import ChatCompletion, Completion, ModelEntry, ModelList, OpenAIErrorAnswer
 from treadle.wire.openai_bodies import DEFAULT_COMPLETION_TOKENS, ChatBody, CompletionBody, parse_form
 
 router = Resource()
@@ -182,8 +182,13 @@ def _check_number(gateway: Gateway, num_choices: int) -> None:
         raise InvalidRequest(f"{num_choices} choices are asked for; this server's limit is {limit}")
 
 
+_FACTS = {"error": OpenAIErrorAnswer}
 for _prefix in PREFIXES:
-    router.post(f"{_prefix}/chat/completions", body=ChatBody, answer=ChatCompletion)(chat_completions)
-    router.post(f"{_prefix}/completions", body=CompletionBody, answer=Completion)(completions)
-    router.get(f"{_prefix}/models", answer=ModelList)(list_models)
-    router.get(f"{_prefix}/models/{{model:path}}", answer=ModelEntry)(get_model)
+    router.post(f"{_prefix}/chat/completions", body=ChatBody, answer=ChatCompletion, answer_type=EVENTS, **_FACTS)(
+        chat_completions
+    )
+    router.post(f"{_prefix}/completions", body=CompletionBody, answer=Completion, answer_type=EVENTS, **_FACTS)(
+        completions
+    )
+    router.get(f"{_prefix}/models", answer=ModelList, **_FACTS)(list_models)
+    router.get(f"{_prefix}/models/{{model:path}}", answer=ModelEntry, **_FACTS)(get_model)
