@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,10 @@ def ask(
     num_samples: int = 1,
     wants_prompt_logprobs: bool = False,
     topk_prompt_logprobs: int = 0,
+    fields: Mapping[str, Any] | None = None,
     **params: Any,
 ) -> SampleRequest:
+    """A request; `params` are its sampling params, `fields` further fields of its op."""
     params.setdefault("seed", 1)
     return SampleRequest(
         request_id=RequestId(request_id),
@@ -52,6 +54,7 @@ def ask(
             params=SamplingParams(**params),
             wants_prompt_logprobs=wants_prompt_logprobs,
             topk_prompt_logprobs=topk_prompt_logprobs,
+            **(fields or {}),
         ),
         adapter=adapter,
     )
@@ -76,6 +79,20 @@ def run_all(sampler: BuiltinSampler, *, max_steps: int = 5_000) -> dict[str, Sam
             assert outcome.request_id not in outcomes, "a request ended twice"
             outcomes[outcome.request_id] = outcome
     raise AssertionError(f"still busy after {max_steps} steps")
+
+
+def bits(result: SampleResult) -> list[bytes]:
+    """Every number of a result but how many of its prompt's tokens were in the cache."""
+    arrays: list[np.ndarray | None] = [result.prompt_logprobs]
+    for table in (result.topk_prompt_logprobs, *(sequence.topk_logprobs for sequence in result.sequences)):
+        arrays += [] if table is None else [table.token_ids, table.logprobs]
+    for sequence in result.sequences:
+        arrays += [sequence.tokens, sequence.logprobs]
+    if result.target_prompt_logprobs is not None:
+        arrays.append(result.target_prompt_logprobs.logprobs)
+    if result.prompt_alt_tokens is not None:
+        arrays += [result.prompt_alt_tokens.tokens, result.prompt_alt_tokens.logprobs]
+    return [b"" if array is None else array.tobytes() for array in arrays]
 
 
 def sample(
