@@ -11,6 +11,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from types import TracebackType
 
@@ -52,6 +53,8 @@ class OwnServer:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
 
     def complaints(self) -> list[str]:
         """The log's lines of level warning and above, without their times; the one on open mode is no complaint."""
@@ -60,6 +63,6 @@ class OwnServer:
 
     def adapter_seed(self, model_id: str) -> int:
         """The seed of a run's adapter, which the server drew, as the cookbook sends none."""
-        with sqlite3.connect(f"file:{self._data / 'treadle.db'}?mode=ro", uri=True) as database:
+        with closing(sqlite3.connect(f"file:{self._data / 'treadle.db'}?mode=ro", uri=True)) as database:
             (lora,) = database.execute("SELECT lora FROM models WHERE model_id = ?", (model_id,)).fetchone()
         return int(json.loads(lora)["seed"])
