@@ -108,7 +108,7 @@ class PrefixMiddleware:
             if path.startswith(f"{self._root_path}/"):
                 # The router takes it off the path, and URLs that are made for this request have it.
                 scope["root_path"] = self._root_path
-            elif False:
+            elif path not in TOP_LEVEL:
                 raise NotFound(
                     f"{path[:200]} is not a path of this server: all of its paths begin with {self._root_path}"
                 )
