@@ -17,11 +17,12 @@ import numpy as np
 import pytest
 import tinker
 import uvicorn
-from gateway_support import POOL, Harness, facts
+from gateway_support import POOL, Harness, facts, open_tenant
 from tinker import types
 
 from treadle.blobs import LocalBlobs
 from treadle.domain.ids import BlobKey, PoolName
+from treadle.domain.limits import JWT_LIFE_S
 from treadle.domain.ops import (
     CreateModelOp,
     LoadWeightsOp,
@@ -117,10 +118,12 @@ def _result_of(op: Op) -> EncodedResult:
 
 
 async def _serve(
-    directory: Path, started: threading.Event, server_box: list[uvicorn.Server], settings: GatewaySettings
+    directory: Path,
+    started: threading.Event,
+    server_box: list[uvicorn.Server],
+    settings: GatewaySettings,
+    clock: ManualClock,
 ) -> None:
-    # Today's time: the SDK compares the ends of its tokens with its own clock.
-    clock = ManualClock(time.time())
     store = await Store.open(f"sqlite:///{directory}/treadle.db", clock=clock.now)
     harness = Harness(
         store=store,
@@ -144,11 +147,13 @@ async def _serve(
 
 
 @contextmanager
-def _served(directory: Path, settings: GatewaySettings) -> Iterator[str]:
+def _served(directory: Path, settings: GatewaySettings, clock: ManualClock | None = None) -> Iterator[str]:
     """The URL of a gateway on a thread and a loop of its own."""
     started = threading.Event()
     box: list[uvicorn.Server] = []
-    thread = threading.Thread(target=lambda: asyncio.run(_serve(directory, started, box, settings)), daemon=True)
+    # Today's time: the SDK compares the ends of its tokens with its own clock.
+    clock = clock or ManualClock(time.time())
+    thread = threading.Thread(target=lambda: asyncio.run(_serve(directory, started, box, settings, clock)), daemon=True)
     thread.start()
     assert started.wait(30)
     yield f"http://127.0.0.1:{box[0].servers[0].sockets[0].getsockname()[1]}"
@@ -289,3 +294,16 @@ def test_the_sdk_works_below_a_prefix(tmp_path: Path) -> None:
         service.close("success").result()
         with pytest.raises(tinker.NotFoundError):
             tinker.RestClient(base_url=url, api_key="tml-prefixed").list_training_runs().result()
+
+
+def test_the_sdk_gets_a_new_token_when_the_server_takes_the_old_one_no_longer(tmp_path: Path) -> None:
+    """By the server's clock the token is over, by the SDK's it is not: only the answer can tell it."""
+    clock = ManualClock(time.time())
+    with _served(tmp_path, SETTINGS, clock) as url:
+        rest = tinker.RestClient(base_url=url, api_key="tml-patient")
+        assert rest.list_sessions().result().sessions == []
+        first = rest.whoami().result()
+        clock.advance(JWT_LIFE_S + 1)
+        assert rest.list_sessions().result().sessions == []
+        assert rest.whoami().result() == first
+        assert first.user_urn == f"tml:{open_tenant('tml-patient')}"
