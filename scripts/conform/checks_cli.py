@@ -28,7 +28,7 @@ def model_list(world: World) -> str:
 
 @command("tinker run list")
 def run_list(world: World) -> str:
-    assert world.run.model_id in world.cli("run", "list")
+    assert world.run.model_id in world.cli("run", "list", "--limit", "0")
     return "the run's id"
 
 
@@ -136,30 +136,29 @@ def auth_whoami(world: World) -> str:
 
 @command("tinker auth login")
 def auth_login(world: World) -> str:
-    from click.testing import CliRunner
-    from tinker.cli.__main__ import main_cli
-
-    with world.cli_environment():
-        result = CliRunner().invoke(main_cli, ["auth", "login"], input=f"{world.key}\n")
-    assert result.exit_code == 0, result.output
-    assert world.key in (world.folder / ".tinker" / "credentials.json").read_text()
+    if not (stored := _credentials(world)).exists():
+        world.cli("auth", "login", is_json=False, given=f"{world.key}\n")
+    assert world.key in stored.read_text()
     return "the pasted key is checked and kept"
+
+
+def _credentials(world: World) -> Path:
+    return world.folder / ".tinker" / "credentials.json"
 
 
 @command("tinker auth logout")
 def auth_logout(world: World) -> str:
     auth_login(world)
     world.cli("auth", "logout", is_json=False)
-    stored = world.folder / ".tinker" / "credentials.json"
-    assert not stored.exists() or world.key not in stored.read_text()
+    assert world.key not in _credentials(world).read_text()
     return "the kept key is gone"
 
 
 @command("tinker billing usage")
 def billing_usage(world: World) -> str:
     assert world.run is not None
-    today = datetime.now(UTC).date()
-    given = (str(today - timedelta(days=1)), str(today + timedelta(days=1)))
+    hour = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
+    given = [f"{hour + timedelta(hours=hours):%Y-%m-%dT%H:00:00Z}" for hours in (-24, 2)]
     assert "training" in world.cli("billing", "usage", *given).lower()
     return "the tokens that were trained"
 

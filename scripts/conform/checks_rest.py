@@ -226,8 +226,8 @@ def audit_log(world: World, call: Call) -> str:
 @method("RestClient.get_billing_usage", "AdminClient.get_billing_usage")
 def billing_usage(world: World, call: Call) -> str:
     def trained() -> int:
-        now = datetime.now(UTC)
-        given = (now - timedelta(days=1), now + timedelta(days=1))
+        hour = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
+        given = (hour - timedelta(days=1), hour + timedelta(hours=2))
         counts = [
             sum(
                 event.event_info.token_count

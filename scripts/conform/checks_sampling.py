@@ -9,7 +9,7 @@ import torch
 from tinker import types
 
 from conform.registry import Call, method
-from conform.world import MODEL, TOKENS, World, datum, logprobs, params, prompt
+from conform.world import MODEL, TOKENS, World, logprobs, params, prompt
 
 
 @method("SamplingClient.sample")
@@ -108,6 +108,3 @@ def queue_state(world: World, call: Call) -> str:
 def _tokens(sampler: object) -> list[int]:
     answer = sampler.sample(prompt=prompt(), num_samples=1, sampling_params=params()).result()  # type: ignore[attr-defined]
     return list(answer.sequences[0].tokens)
-
-
-assert datum() is not None

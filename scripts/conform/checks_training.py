@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 from urllib.request import urlopen
 
 import numpy as np
@@ -13,7 +12,7 @@ from safetensors.numpy import load as load_safetensors
 from tinker import types
 
 from conform.registry import Call, method
-from conform.world import ADAM, MODEL, TOKENS, World, datum, logprobs, params, prompt, train
+from conform.world import ADAM, MODEL, World, datum, logprobs, prompt, train
 
 
 @method("ServiceClient.create_lora_training_client")
@@ -74,18 +73,26 @@ def capabilities(world: World, call: Call) -> str:
     return f"{MODEL}, trainable and sampleable, context {served.max_context_length}"
 
 
-@method("ServiceClient.copy_weights", "RestClient.copy_weights")
+@method("ServiceClient.copy_weights")
 def copy_weights(world: World, call: Call) -> str:
-    is_async = call.__name__ == "_call_async"
-    copy = call(world.rest if is_async else world.service, "copy_weights", world.saved, **_project(is_async))
+    service = world.new_service(project_id=world.name())
+    return _copied(world, call(service, "copy_weights", world.saved))
+
+
+@method("RestClient.copy_weights")
+def copy_weights_to_project(world: World, call: Call) -> str:
+    project = world.name()
+    copy = call(world.rest, "copy_weights", world.saved, project, ttl_seconds=7200)
+    listed = world.rest.list_training_runs(project_id=project).result().training_runs
+    assert [run.training_run_id in copy for run in listed] == [True]
+    return _copied(world, copy)
+
+
+def _copied(world: World, copy: str) -> str:
     run = world.service.create_training_client_from_state(copy).result()
     assert copy != world.saved
     assert logprobs(run) == logprobs(world.run)
-    return "a run made from the copy has the same logprobs"
-
-
-def _project(is_rest: bool) -> dict[str, Any]:
-    return {"destination_project_id": "conformance"} if is_rest else {}
+    return "a run made from the copy has the same logprobs; the copy is the project's"
 
 
 @method("ServiceClient.close")
@@ -116,8 +123,9 @@ def create_custom_loss(world: World, call: Call) -> str:
     return "a traced cross-entropy trains like the built-in one"
 
 
-def _weighted(logprobs: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    return -(logprobs * weights).sum()
+def _weighted(logprobs: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    loss = -(logprobs * weights).sum()
+    return loss, {"custom/own:sum": loss}
 
 
 @method("ServiceClient.get_telemetry", "TrainingClient.get_telemetry", "SamplingClient.get_telemetry")
@@ -265,11 +273,3 @@ def save_external(world: World, call: Call) -> str:
     assert any(name.endswith("lora_A.weight") for name in tensors)
     assert "adapter_config.json" in urls
     return f"{len(tensors)} tensors of a PEFT adapter, read through the signed URLs"
-
-
-def sampled_tokens(sampler: tinker.SamplingClient, **options: Any) -> list[int]:
-    answer = sampler.sample(prompt(), num_samples=1, sampling_params=params(**options)).result()
-    return list(answer.sequences[0].tokens)
-
-
-assert len(TOKENS) == 8

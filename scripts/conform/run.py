@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,6 +26,9 @@ from conform import registry, surface
 from conform.world import World
 from treadle import __version__
 from treadle.demo.own_server import OwnServer
+
+# Deprecated forms are checked like the others.
+warnings.filterwarnings("ignore", category=FutureWarning)
 
 for _module in ("checks_training", "checks_sampling", "checks_rest", "checks_cli"):
     importlib.import_module(f"conform.{_module}")

@@ -85,11 +85,11 @@ class World:
     def session_of(self, run: tinker.TrainingClient) -> str:
         return str(run.model_id).partition(":")[0]
 
-    def cli(self, *arguments: str, is_json: bool = True) -> str:
-        """What the SDK's command line prints; raises when it ends badly."""
-        given = ["-f", "json", *arguments] if is_json else list(arguments)
+    def cli(self, *arguments: str, is_json: bool = True, given: str | None = None) -> str:
+        """What the SDK's command line prints, after reading `given`; raises when it ends badly."""
+        line = ["-f", "json", *arguments] if is_json else list(arguments)
         with self.cli_environment():
-            result = CliRunner().invoke(main_cli, given, catch_exceptions=True)
+            result = CliRunner().invoke(main_cli, line, input=given, catch_exceptions=True)
         if result.exit_code:
             raise RuntimeError(
                 f"tinker {' '.join(arguments)}: exit {result.exit_code}: {result.exception or result.output}"
