@@ -1,4 +1,4 @@
-"""Write the pages of docs/ that are made from code: docs/configuration.md from the Settings tree.
+"""Write what is made from code in docs/: configuration.md from the Settings tree, the operations in custom-losses.md.
 
     .venv/bin/python scripts/make_docs.py            writes
     .venv/bin/python scripts/make_docs.py --check    changes nothing, exits 1 when a page is not current
@@ -14,6 +14,7 @@ from itertools import groupby
 from pathlib import Path
 
 from treadle.config import FieldDoc, Settings, field_docs
+from treadle.domain import custom_loss_names as names
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -82,7 +83,28 @@ def _row(doc: FieldDoc) -> str:
     return f"| `{doc.key}`<br>`{doc.variable}` | {doc.type_text} | {default} | {text} |"
 
 
-PAGES = {DOCS / "configuration.md": configuration_page}
+def custom_losses_page() -> str:
+    """docs/custom-losses.md with the operations as they should be; the rest of it is written by hand."""
+    head, begin, rest = (DOCS / "custom-losses.md").read_text(encoding="utf-8").partition("<!-- operations: ")
+    comment, _, rest = rest.partition("-->\n")
+    _, end, tail = rest.partition("<!-- end of operations -->")
+    groups = {
+        "`torch.NAME(x, ...)` and `x.NAME(...)`": names.FUNCTIONS_AND_METHODS,
+        "`torch.NAME(...)`": names.TORCH_FUNCTIONS,
+        "`x.NAME(...)`": names.TENSOR_METHODS,
+        "`torch.nn.functional.NAME(...)`": names.NN_FUNCTIONS,
+        "`torch.special.NAME(...)`": names.SPECIAL_FUNCTIONS,
+        "`math.NAME(number)`": names.MATH_FUNCTIONS,
+        "Python's operators, by their names in `operator`": names.OPERATORS,
+        "attributes": names.ATTRIBUTES,
+        "dtypes": names.DTYPES,
+    }
+    table = ["", "| form | names |", "|---|---|"]
+    table += [f"| {form} | {' '.join(f'`{name}`' for name in sorted(group))} |" for form, group in groups.items()]
+    return "\n".join([f"{head}{begin}{comment}-->", *table, "", f"{end}{tail}"])
+
+
+PAGES = {DOCS / "configuration.md": configuration_page, DOCS / "custom-losses.md": custom_losses_page}
 
 
 def main() -> int:
