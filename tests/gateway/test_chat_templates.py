@@ -65,6 +65,9 @@ ELABORATE = """
 {%- endif %}
 {{- eos_token if show_eos is defined }}
 {{- strftime_now('%Y') if show_year is defined }}
+    {% if show_year is defined %}
+  indented
+    {% endif %}
 """
 CHATS: list[list[dict[str, Any]]] = [
     [{"role": "user", "content": "What is 2 + 3?"}],

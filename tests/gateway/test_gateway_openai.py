@@ -478,9 +478,6 @@ async def test_a_quiet_stream_says_that_it_is_alive(gateway: Harness, monkeypatc
     assert KEEP_ALIVE_S < 60
     monkeypatch.setattr("treadle.gateway.chat.samples.KEEP_ALIVE_S", 0.01)
 
-    def late(_: SampleOp) -> bytes:
-        return result_of("Hi")
-
     asking = asyncio.create_task(post(gateway, "/v1/chat/completions", chat(stream=True)))
     (request_id,) = await queued(gateway)
     await asyncio.sleep(0.05)

@@ -1,6 +1,6 @@
 """The bytes behind token ids, for matching stop strings.
 
-The gateway never loads a tokenizer; the sampler needs only this much of one. It encodes nothing and knows no chat
+The sampler needs only this much of a tokenizer; gateway/chat builds on it. It encodes nothing and knows no chat
 template. Invariant: the bytes of a sequence are the concatenated bytes of its tokens, so a text can be watched
 token by token without decoding it again.
 """

@@ -91,8 +91,7 @@ class SequenceText:
             is_end_token = reason is StopReason.STOP and self.stopped_by is None
             if is_end_token:
                 # Whatever the tokenizer thinks of an end-of-sequence token, it ends the text and is not in it.
-                token = self._pending.pop()
-                del self._window[token.start - self._shown :]
+                self._pending.pop()
         piece = self._show(len(self._window))
         rest = self._decoder.decode(b"", final=True)
         self._num_chars += len(rest)

@@ -1,6 +1,6 @@
 """A pool's tokenizer files, for clients that are not on this machine (`treadle tokenizer pull`).
 
-The gateway never loads a tokenizer; it packs files. Invariant: only files with the names of a tokenizer,
+No tokenizer is loaded here; files are packed. Invariant: only files with the names of a tokenizer,
 from the pool's own directory.
 """
 
