@@ -162,7 +162,7 @@ CUSTOM_LOSS_WORK_PER_NODE = 2**12
 CUSTOM_LOSS_WORK_PER_DATUM = 2**22
 CUSTOM_LOSS_WORK_PER_TOKEN = 2**17
 # Seconds of processor time for the custom loss on one quantum. Ordinary losses take tenths of one for 2,048 tokens; this
-# is for the abuse of short datums by long graphs, and keeps a full pack of it below HANG_AFTER_S.
+# is against long graphs on short datums, and keeps a pack full of such quanta below HANG_AFTER_S.
 MAX_CUSTOM_LOSS_S = 5.0
 # What one question about usage may cover: the API's fourteen days.
 MAX_USAGE_WINDOW_S = 14 * 24 * 3_600
