@@ -13,6 +13,18 @@ from treadle.domain.outcome import EncodedResult
 from treadle.domain.records import FinishedRequest
 from treadle.domain.usage import HOUR_S, SampleUsage, hour_of
 from treadle.testing.builders import pass_op
+from treadle.wire.answers_account import ApiKeyAnswer, AuditAnswer, AuthTokenAnswer, StorageAnswer, UsageAnswer
+from treadle.wire.answers_service import CapabilitiesAnswer, ClientConfigAnswer, DynamicConfigAnswer
+from treadle.wire.answers_sessions import (
+    CheckpointsAnswer,
+    CreateSessionAnswer,
+    SearchAnswer,
+    SessionAnswer,
+    SessionsAnswer,
+    TraceExportAnswer,
+    TrainingRunAnswer,
+    TrainingRunsAnswer,
+)
 from treadle.wire.passes import encode_pass
 
 URN = f"tml:{open_tenant()}"
@@ -179,3 +191,34 @@ async def test_what_was_done_to_a_project_is_in_the_audit_log(gateway: Harness) 
 @pytest.mark.parametrize("query", ["event_type=gossip", "day=yesterday", "day=2026-13-01"])
 async def test_a_bad_question_to_the_audit_log_is_refused_by_name(gateway: Harness, query: str) -> None:
     assert query.partition("=")[0] in refused(await gateway.get(f"audit?{query}"), 400)
+
+
+async def test_answers_are_as_the_document_says(gateway: Harness) -> None:
+    """Nothing is validated on the way out, so this is where the two would part."""
+    session_id = await use_something(gateway)
+    await gateway.publish(f"{session_id}:train:0", "a")
+    ok(await gateway.post(f"sessions/{session_id}/finish", {"reason": {"type": "errored"}, "detail": "boom"}))
+    body, headers = {"project_id": "q"}, {"X-API-Key": KEY}
+    ok(await gateway.client.put(f"/api/v1/sessions/{session_id}/project", json=body, headers=headers))
+    for model, answer in [
+        (AuthTokenAnswer, await gateway.post("auth/token")),
+        (ApiKeyAnswer, await gateway.get("auth/apikey/me")),
+        (AuditAnswer, await gateway.get("audit")),
+        (UsageAnswer, await gateway.get("billing/usage/events", params=window(gateway))),
+        (StorageAnswer, await gateway.get("billing/usage/checkpoints/current")),
+        (ClientConfigAnswer, await gateway.post("client/config", {"sdk_version": "0.38.0"})),
+        (DynamicConfigAnswer, await gateway.post("client/dynamic_config")),
+        (CapabilitiesAnswer, await gateway.get("get_server_capabilities")),
+        (CreateSessionAnswer, await gateway.post("create_session", {"sdk_version": "0.38.0"})),
+        (SessionsAnswer, await gateway.get("sessions")),
+        (SessionAnswer, await gateway.get(f"sessions/{session_id}")),
+        (SearchAnswer, await gateway.post("sessions/search", {"limit": 1})),
+        (TraceExportAnswer, await gateway.get(f"sessions/{session_id}/trace_export")),
+        (TrainingRunsAnswer, await gateway.get("training_runs")),
+        (TrainingRunAnswer, await gateway.get(f"training_runs/{session_id}:train:0")),
+        (CheckpointsAnswer, await gateway.get("checkpoints")),
+        (CheckpointsAnswer, await gateway.get(f"training_runs/{session_id}:train:0/checkpoints")),
+    ]:
+        fields = ok(answer)
+        read = model.model_validate(fields)
+        assert set(fields) <= set(type(read).model_fields), model
