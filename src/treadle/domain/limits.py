@@ -161,7 +161,7 @@ MAX_CUSTOM_LOSS_NUMBERS_PER_DATUM = 2**25
 CUSTOM_LOSS_WORK_PER_NODE = 2**12
 CUSTOM_LOSS_WORK_PER_DATUM = 2**22
 CUSTOM_LOSS_WORK_PER_TOKEN = 2**17
-# Seconds of processor time for the custom loss on one quantum. Ordinary losses take tenths of one for 2,048 tokens; this
+# Seconds of processor time for the custom loss on one quantum. Ordinary losses take tenths of one for 2,048 tokens: it
 # is against long graphs on short datums, and keeps a pack full of such quanta below HANG_AFTER_S.
 MAX_CUSTOM_LOSS_S = 5.0
 # What one question about usage may cover: the API's fourteen days.
