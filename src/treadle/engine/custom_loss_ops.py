@@ -328,7 +328,8 @@ def _where(*args: Any, **kwargs: Any) -> Tensor:
     """torch.where(condition, a, b), or a.where(condition, b); with a condition alone it would give indices."""
     if len(args) + len(kwargs) != 3:
         raise TypeError("takes a condition and two values")
-    return torch.where(*args, **kwargs)
+    chosen: Tensor = torch.where(*args, **kwargs)
+    return chosen
 
 
 def _where_method(tensor: Any, *args: Any, **kwargs: Any) -> Tensor:
