@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import pytest
@@ -389,7 +389,9 @@ async def test_no_sweep_changes_what_a_restore_reads(
 # Sampler versions
 
 
-async def with_versions(store: Store, clock: ManualClock, count: int) -> list[SamplingSessionRecord]:
+async def with_versions(
+    store: Store, clock: ManualClock, count: int, *, inflight: Collection[int] = ()
+) -> list[SamplingSessionRecord]:
     """A run with unnamed versions, a second apart, each with a blob."""
     await with_run(store)
     await store.sessions.touch([SESSION])
@@ -402,6 +404,7 @@ async def with_versions(store: Store, clock: ManualClock, count: int) -> list[Sa
             model_id=MODEL,
             seq_id=n,
             created_at=clock.now(),
+            is_inflight=n in inflight,
         )
         versions.append(await store.sampling.create(version))
     return versions
@@ -445,6 +448,26 @@ async def test_version_with_a_queued_sample_stays(store: Store, clock: ManualClo
     assert await drop_versions(store, unused_since=clock.now()) == (0, set())
 
 
+async def test_version_that_a_queued_sample_of_another_session_takes_stays(store: Store, clock: ManualClock) -> None:
+    await with_versions(store, clock, 7, inflight=range(1, 8))
+    clock.advance(HOUR)
+    borrowing = replace(sample(1, sampler="s1:sample:1"), weights_id=SamplingSessionId("s1:sample:2"))
+    await store.requests.enqueue(borrowing)
+    # The session's own weights stay too, and the third ones go.
+    assert await drop_versions(store, unused_since=clock.now() + 1) == (1, {"states/3"})
+    await store.cycles.finish_samples(await lead(store), [done(borrowing)])
+    # It counts as used from the sample's admission on.
+    assert await drop_versions(store, unused_since=clock.now()) == (0, set())
+    clock.advance(1)
+    assert await drop_versions(store, unused_since=clock.now()) == (2, {"states/1", "states/2"})
+
+
+async def test_snapshots_do_not_push_out_what_inflight_clients_sample(store: Store, clock: ManualClock) -> None:
+    await with_versions(store, clock, 7, inflight=[1])
+    clock.advance(HOUR)
+    assert await drop_versions(store, unused_since=clock.now()) == (2, {"states/2", "states/3"})
+
+
 async def test_versions_of_a_silent_client_are_not_kept_for_their_use(store: Store, clock: ManualClock) -> None:
     versions = await with_versions(store, clock, 5)
     await store.retention.expire_sessions(silent_since=clock.now() + 1)
@@ -484,6 +507,21 @@ async def test_weights_of_a_checkpoint_that_is_gone_go_when_unused(store: Store,
     # The sampling session still names the blob.
     assert await store.retention.drop_checkpoints(expired_before=clock.now()) == (1, ())
     assert await drop_versions(store, unused_since=1.0, keep=1) == (0, set())
+    assert await drop_versions(store, unused_since=clock.now(), keep=1) == (1, {"states/a"})
+
+
+async def test_weights_of_a_checkpoint_that_was_overwritten_go_when_unused(store: Store, clock: ManualClock) -> None:
+    await with_run(store)
+    lease = await lead(store)
+    saved = checkpoint("a", blob_key="states/a")
+    await store.cycles.finish(lease, FinishedCycle(checkpoints=(saved,)))
+    await store.sampling.create(
+        replace(sampling_session(), model_path=saved.tinker_path, blob_key=saved.blob_key, model_id=MODEL)
+    )
+    clock.advance(HOUR)
+    assert await drop_versions(store, unused_since=clock.now(), keep=1) == (0, set())
+    again = checkpoint("a", blob_key="states/b")
+    await store.cycles.finish(lease, FinishedCycle(checkpoints=(again,)))
     assert await drop_versions(store, unused_since=clock.now(), keep=1) == (1, {"states/a"})
 
 

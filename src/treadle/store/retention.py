@@ -110,6 +110,7 @@ def _due_versions() -> sa.Select[Any]:
             s.session_id,
             s.model_id,
             s.model_path,
+            s.blob_key,
             s.last_used_at,
             sa.func.row_number()
             .over(
@@ -126,7 +127,9 @@ def _due_versions() -> sa.Select[Any]:
     is_unused = r.last_used_at < _since
     is_old_version = sa.and_(r.model_id.is_not(None), r.model_path.is_(None), r.place > sa.bindparam("keep"))
     has_no_checkpoint = sa.and_(
-        r.model_path.is_not(None), ~sa.exists().where(checkpoints.c.tinker_path == r.model_path)
+        r.model_path.is_not(None),
+        # A checkpoint that was overwritten keeps its path, and has another blob.
+        ~sa.exists().where(checkpoints.c.tinker_path == r.model_path, checkpoints.c.blob_key == r.blob_key),
     )
     return (
         sa.select(r.sampling_session_id, r.last_used_at)
