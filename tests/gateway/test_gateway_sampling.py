@@ -21,8 +21,9 @@ from gateway_support import (
     sample_body,
 )
 
-from treadle.domain.ids import CheckpointKind, SamplingSessionId
+from treadle.domain.ids import BlobKey, CheckpointKind, ModelId, SamplingSessionId
 from treadle.domain.ops import OpKind, SampleOp
+from treadle.domain.records import SamplingSessionRecord
 from treadle.domain.states import RequestState
 from treadle.gateway.admission import INLINE_DECODE_BYTES
 
@@ -166,7 +167,13 @@ async def test_clones_count_from_far_away(gateway: Harness, sampler_id: str) -> 
         ({"sampling_params": {"temperature": -1}}, "temperature"),
         ({"sampling_params": {"presence_penalty": 1}}, "presence_penalty"),
         ({"sampling_params": {"stop": [1, "a"]}}, "stop"),
-        ({"prompt_alt_tokens_k": 3}, "prompt_alt_tokens_k"),
+        ({"prompt_alt_tokens_k": 129}, "prompt_alt_tokens_k"),
+        ({"prompt_logprobs_last_n": 1}, "prompt_logprobs_last_n"),
+        ({"target_prompt_logprobs": {"data": [1], "dtype": "int64", "shape": [1, 1]}}, "target_prompt_logprobs"),
+        ({"topk_sample_logprobs": VOCAB_SIZE + 1}, "topk_sample_logprobs"),
+        ({"base_model": OTHER_POOL}, f"{OTHER_POOL}' is not what"),
+        ({"base_model": "no/such"}, "no/such"),
+        ({"model_path": "tinker://a/weights/b"}, "tinker://a/weights/b' is not what"),
     ],
 )
 async def test_a_sample_that_cannot_be_honoured_has_sequence_ids_all_the_same(
@@ -177,6 +184,96 @@ async def test_a_sample_that_cannot_be_honoured_has_sequence_ids_all_the_same(
     assert len(answer["sample_sequence_ids"]) == 2
     assert words in failed(await gateway.future(answer["request_id"]))
     assert (await gateway.row(answer["request_id"])).state is RequestState.FAILED
+
+
+async def test_every_field_of_a_sample_is_stored_with_it(gateway: Harness, sampler_id: str) -> None:
+    fields = {
+        "prompt_logprobs": True,
+        "prompt_logprobs_last_n": 1,
+        "topk_sample_logprobs": 4,
+        "prompt_alt_tokens_k": 2,
+        "record_stability_info": True,
+        "target_prompt_logprobs": {"data": [5, -1], "dtype": "int64", "shape": [2, 1]},
+        "base_model": POOL,
+    }
+
+    op = await gateway.op(ok(await gateway.post("asample", sample_body(sampler_id, **fields)))["request_id"])
+
+    assert isinstance(op, SampleOp)
+    assert (op.prompt_logprobs_last_n, op.topk_sample_logprobs, op.prompt_alt_tokens_k) == (1, 4, 2)
+    assert op.record_stability_info
+    assert op.target_prompt_logprobs is not None
+    assert op.target_prompt_logprobs.token_ids.tolist() == [5, -1]
+
+
+async def test_a_sample_without_a_sampling_session_is_told_how_to_get_one(gateway: Harness) -> None:
+    body = sample_body("x", base_model=POOL)
+    del body["sampling_session_id"]
+
+    assert "create_sampling_session" in refused(await gateway.post("asample", body), 400)
+
+
+async def inflight_version(gateway: Harness, model_id: str, seq_id: int, *, is_inflight: bool = True) -> str:
+    """A sampling session as a save of the run makes it."""
+    model = await gateway.store.models.get(ModelId(model_id))
+    assert model is not None
+    record = SamplingSessionRecord(
+        sampling_session_id=SamplingSessionId(f"{model.session_id}:sample:{seq_id}"),
+        session_id=model.session_id,
+        tenant_id=model.tenant_id,
+        pool=model.pool,
+        base_model=model.base_model,
+        created_at=gateway.clock.now(),
+        blob_key=BlobKey(f"states/{seq_id}"),
+        model_id=model.model_id,
+        seq_id=seq_id,
+        is_inflight=is_inflight,
+    )
+    return (await gateway.store.sampling.create(record)).sampling_session_id
+
+
+async def test_inflight_clients_take_the_newest_weights_and_a_sample_keeps_its_own(
+    gateway: Harness, session_id: str
+) -> None:
+    model_id = await gateway.new_model(session_id)
+
+    async def weights_of(sampler_id: str, seq_id: int) -> str | None:
+        op = await gateway.op(ok(await gateway.post("asample", sample_body(sampler_id, seq_id)))["request_id"])
+        assert isinstance(op, SampleOp)
+        return op.blob_key
+
+    first = await inflight_version(gateway, model_id, 2)
+    assert await weights_of(first, 1) == "states/2"
+    second = await inflight_version(gateway, model_id, 4)
+    snapshot = await inflight_version(gateway, model_id, 6, is_inflight=False)
+    assert await weights_of(first, 2) == "states/4"
+    assert await weights_of(second, 1) == "states/4"
+    assert await weights_of(snapshot, 1) == "states/6"
+    newest = await inflight_version(gateway, model_id, 8)
+    assert await weights_of(first, 3) == "states/8"
+    assert await weights_of(newest, 1) == "states/8"
+    assert await weights_of(snapshot, 2) == "states/6"
+    # What was admitted before keeps its weights, however often it is sent again.
+    assert await weights_of(first, 1) == "states/2"
+    assert await weights_of(first, 2) == "states/4"
+
+
+async def test_an_inflight_client_outlives_the_weights_of_its_own_save(gateway: Harness, session_id: str) -> None:
+    model_id = await gateway.new_model(session_id)
+    first = await inflight_version(gateway, model_id, 2)
+    for seq_id in (3, 4, 5, 6, 7):
+        await inflight_version(gateway, model_id, seq_id)
+    gateway.clock.advance(10.0)
+
+    count, _ = await gateway.store.retention.drop_versions(
+        keep=4, unused_since=gateway.clock.now(), finished_before=0.0
+    )
+
+    assert count == 2
+    answer = ok(await gateway.post("asample", sample_body(first)))
+    op = await gateway.op(answer["request_id"])
+    assert isinstance(op, SampleOp)
+    assert op.blob_key == "states/7"
 
 
 @pytest.mark.parametrize("num_samples", [0, -1, 10**9, "3", None, True])

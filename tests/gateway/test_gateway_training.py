@@ -319,7 +319,7 @@ async def test_an_ephemeral_save_names_its_sampling_session(gateway: Harness, mo
     assert again == first
     session_id = model_id.partition(":")[0]
     assert await gateway.op(first["request_id"]) == SaveForSamplerOp(
-        model_id, 1, sampling_session_id=SamplingSessionId(f"{session_id}:sample:7")
+        model_id, 1, sampling_session_id=SamplingSessionId(f"{session_id}:sample:7"), is_inflight=True
     )
 
 

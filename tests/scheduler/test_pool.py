@@ -114,15 +114,17 @@ async def test_a_name_is_taken_once_unless_overwritten(cluster: Cluster) -> None
     await cluster.run(SaveForSamplerOp(RUN, 6, name="a"))
 
 
-async def test_an_ephemeral_save_makes_its_sampling_session(cluster: Cluster) -> None:
+@pytest.mark.parametrize("is_inflight", [False, True])
+async def test_an_ephemeral_save_makes_its_sampling_session(cluster: Cluster, is_inflight: bool) -> None:
     await cluster.create(RUN)
     session_id = SamplingSessionId("session:sample:1")
-    (body,) = await cluster.run(SaveForSamplerOp(RUN, 1, sampling_session_id=session_id))
+    (body,) = await cluster.run(SaveForSamplerOp(RUN, 1, sampling_session_id=session_id, is_inflight=is_inflight))
     assert json.loads(body)["sampling_session_id"] == session_id
     session = await cluster.store.sampling.get(session_id)
     assert session is not None
     assert session.blob_key is not None
     assert (session.tenant_id, session.model_id) == (TENANT, RUN)
+    assert (session.seq_id, session.is_inflight) == (1, is_inflight)
 
 
 async def test_create_from_a_checkpoint_and_unload(cluster: Cluster) -> None:

@@ -49,6 +49,29 @@ async def test_version_of_a_run_is_read_back_whole(store: Store) -> None:
     assert await store.sampling.create(dropped) == dropped
 
 
+async def test_the_newest_published_weights_are_those_of_the_newest_inflight_save(store: Store) -> None:
+    await with_run(store)
+    assert await store.sampling.newest_version(MODEL, from_seq_id=0) is None
+    kinds = {3: True, 5: True, 7: False, 9: True}
+    versions = {
+        seq_id: replace(
+            sampling_session(f"s1:sample:{seq_id}"),
+            blob_key=BlobKey(f"states/{seq_id}"),
+            model_id=MODEL,
+            seq_id=seq_id,
+            is_inflight=is_inflight,
+            is_dropped=seq_id == 9,
+        )
+        for seq_id, is_inflight in kinds.items()
+    }
+    # Not in their order: what was saved later may become visible first on another connection.
+    for seq_id in (5, 3, 7, 9):
+        assert await store.sampling.create(versions[seq_id]) == versions[seq_id]
+    assert await store.sampling.newest_version(MODEL, from_seq_id=0) == versions[5]
+    assert await store.sampling.newest_version(MODEL, from_seq_id=5) == versions[5]
+    assert await store.sampling.newest_version(MODEL, from_seq_id=6) is None
+
+
 async def test_use_of_a_version_is_noted_with_its_samples(store: Store, clock: ManualClock) -> None:
     await with_sampler(store)
     await store.requests.enqueue(sample(1))
