@@ -1,20 +1,23 @@
-"""Write what is made from code in docs/: configuration.md from the Settings tree, the operations in custom-losses.md.
+"""Write what is made from code in docs/: configuration.md from the Settings tree, the operations in custom-losses.md,
+openapi.json from the routes.
 
     .venv/bin/python scripts/make_docs.py            writes
     .venv/bin/python scripts/make_docs.py --check    changes nothing, exits 1 when a page is not current
 
-A test runs the check, so that a setting and its documentation cannot part.
+A test runs the check, so that a setting or a route and its documentation cannot part.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from itertools import groupby
 from pathlib import Path
 
 from treadle.config import FieldDoc, Settings, field_docs
 from treadle.domain import custom_loss_names as names
+from treadle.gateway.app import api_document
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -104,7 +107,16 @@ def custom_losses_page() -> str:
     return "\n".join([f"{head}{begin}{comment}-->", *table, "", f"{end}{tail}"])
 
 
-PAGES = {DOCS / "configuration.md": configuration_page, DOCS / "custom-losses.md": custom_losses_page}
+def openapi_page() -> str:
+    """docs/openapi.json as it should be: what the server serves at /openapi.json."""
+    return json.dumps(api_document(), indent=1, ensure_ascii=False) + "\n"
+
+
+PAGES = {
+    DOCS / "configuration.md": configuration_page,
+    DOCS / "custom-losses.md": custom_losses_page,
+    DOCS / "openapi.json": openapi_page,
+}
 
 
 def main() -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
@@ -41,6 +42,27 @@ from treadle.gateway.routes import (
     training,
 )
 
+# Routes are tried in order; the busy ones come first.
+RESOURCES = (
+    training,
+    futures,
+    sessions,
+    sampling,
+    models,
+    service,
+    checkpoints,
+    external,
+    runs,
+    account,
+    custom_losses,
+    openai,
+    anthropic,
+    clock,
+    tokenizers,
+    legacy,
+)
+ENDPOINTS = tuple(endpoint for resource in RESOURCES for endpoint in resource.router.endpoints)
+
 
 def create_app(deps: GatewayDeps) -> FastAPI:
     """The app over `deps`, ready for any ASGI server. Its lifespan must run: it starts and stops the futures hub."""
@@ -54,26 +76,6 @@ def create_app(deps: GatewayDeps) -> FastAPI:
         finally:
             await gateway.stop()
 
-    # Routes are tried in order; the busy ones come first.
-    resources = (
-        training,
-        futures,
-        sessions,
-        sampling,
-        models,
-        service,
-        checkpoints,
-        external,
-        runs,
-        account,
-        custom_losses,
-        openai,
-        anthropic,
-        clock,
-        tokenizers,
-        legacy,
-    )
-    endpoints = [endpoint for resource in resources for endpoint in resource.router.endpoints]
     # No interactive docs: their pages load scripts from elsewhere, and the API's client is the SDK.
     app = FastAPI(
         title="treadle",
@@ -81,16 +83,21 @@ def create_app(deps: GatewayDeps) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
-        routes=[route for resource in resources for route in resource.router.routes],
+        routes=[route for resource in RESOURCES for route in resource.router.routes],
         middleware=_middleware(deps, gateway),
         exception_handlers={HTTPException: _http_error},
         lifespan=lifespan,
     )
     app.state.gateway = gateway
-    document = openapi_document(endpoints, title="treadle", version=__version__)
+    document = api_document()
     # FastAPI serves it at /openapi.json.
     app.openapi = lambda: document  # type: ignore[method-assign]
     return app
+
+
+def api_document() -> dict[str, Any]:
+    """The OpenAPI document, the same for every server of this version."""
+    return openapi_document(ENDPOINTS, title="treadle", version=__version__)
 
 
 def _middleware(deps: GatewayDeps, gateway: Gateway) -> list[Middleware]:

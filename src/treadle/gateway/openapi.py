@@ -24,12 +24,22 @@ _KEY_SCHEMES = {
     "apiKey": {"type": "apiKey", "in": "header", "name": "X-API-Key", "description": "The header that the SDK sends."},
     "bearer": {"type": "http", "scheme": "bearer", "description": "The same key, for plain HTTP clients."},
 }
-_ERRORS = {
-    "400": "A value that cannot be honoured; `detail` names it.",
-    "401": "No key, or one that nobody holds.",
-    "404": "The id names nothing that the caller may see.",
-    "503": "Not now: the server is stopping, a model is loading, or the database is away. Ask again.",
+_STATUSES = {
+    302: "Where it is.",
+    400: "A value that cannot be honoured; the text names it.",
+    401: "No key, or one that nobody holds.",
+    403: "Not with this key, token or URL.",
+    404: "The id names nothing that the caller may see.",
+    408: "Nothing to answer with yet; ask again.",
+    410: "Gone: the session is finished, or the result is no longer kept.",
+    413: "The body is over the server's limit.",
+    429: "Too much of the caller's waits; send it again a little later.",
+    503: "Not now: the server is stopping, a model is loading, or the database is away. Ask again.",
 }
+# What a route answers that asks for a key, that reads a body, and that does neither.
+_OF_KEYED = (400, 401, 404, 503)
+_OF_BODIES = (413,)
+_OF_ALL = (503,)
 
 Schemas = Mapping[Any, Mapping[str, Any]]
 
@@ -64,7 +74,8 @@ _DESCRIPTION = (
 def _models_of(endpoints: Iterable[Endpoint]) -> list[tuple[type[BaseModel], JsonSchemaMode]]:
     models: dict[tuple[type[BaseModel], JsonSchemaMode], None] = {}
     for endpoint in endpoints:
-        models[endpoint.error, "serialization"] = None
+        for model in (endpoint.error, *endpoint.others.values()):
+            models[model, "serialization"] = None
         if endpoint.body is not None:
             models[endpoint.body, "validation"] = None
         if endpoint.answer is not None:
@@ -139,10 +150,17 @@ def _responses(endpoint: Endpoint, schemas: Schemas) -> dict[str, Any]:
         content[JSON] = {"schema": {"type": "object"}}
     if endpoint.answer_type != JSON:
         content[endpoint.answer_type] = {"schema": {"type": "string", "format": "binary"}}
-    answers = {str(endpoint.status): {"description": "Done.", "content": content}}
-    error = {JSON: {"schema": dict(schemas[endpoint.error, "serialization"])}}
-    statuses = ["503"] if endpoint.is_public else list(_ERRORS)
-    return answers | {status: {"description": _ERRORS[status], "content": error} for status in statuses}
+    answers = {str(endpoint.status): {"description": _STATUSES.get(endpoint.status, "Done."), "content": content}}
+    models = {**dict.fromkeys(_refusals(endpoint), endpoint.error), **endpoint.others}
+    for status, model in sorted(models.items()):
+        refusal = {JSON: {"schema": dict(schemas[model, "serialization"])}}
+        answers[str(status)] = {"description": _STATUSES[status], "content": refusal}
+    return answers
+
+
+def _refusals(endpoint: Endpoint) -> list[int]:
+    reads_body = endpoint.body is not None or endpoint.body_type != JSON
+    return [*(_OF_ALL if endpoint.is_public else _OF_KEYED), *(_OF_BODIES if reads_body else ())]
 
 
 def _openapi_path(path: str) -> str:

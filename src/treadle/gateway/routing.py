@@ -8,8 +8,8 @@ route does.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from pydantic import BaseModel
@@ -31,9 +31,9 @@ class Endpoint:
     """What the OpenAPI document says about one route.
 
     body: what its JSON body is checked against; body_type: the media type of a body that is not JSON. query: its query
-    parameters. answer: the JSON
-    that it answers with, None when that is empty or not JSON. status: of that answer. error: what its refusals look
-    like. is_public: it needs no key.
+    parameters. answer: the JSON that it answers with, None when that is empty or not JSON; status: of that answer.
+    error: what its refusals look like. others: statuses that few routes have, and the JSON of each. is_public: it needs
+    no key.
     """
 
     path: str
@@ -46,6 +46,7 @@ class Endpoint:
     answer_type: str = "application/json"
     error: type[BaseModel] = ErrorAnswer
     status: int = 200
+    others: Mapping[int, type[BaseModel]] = field(default_factory=dict)
     is_public: bool = False
 
 

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import ConfigDict
 
+from treadle.domain.states import QueueState
 from treadle.wire.answers import Answer
 
 
@@ -26,6 +27,14 @@ class CompletionsAnswer(Answer):
     """What the next request sends as prev_cursor."""
 
 
+class QueuedAnswer(Answer):
+    """There is no result yet."""
+
+    queue_state: QueueState
+    queue_state_reason: str | None = None
+    """For people."""
+
+
 class ResultAnswer(Answer):
     """A result, whose fields depend on what was asked for; or why there will be none.
 
@@ -38,3 +47,7 @@ class ResultAnswer(Answer):
     """Only of a request that failed, which is final."""
     category: Literal["user", "server", "unknown"] | None = None
     """Only of a request that failed: who has to act."""
+    status: Literal["complete_metadata"] | None = None
+    """Only when the client allowed it: the result is large, and this is its size."""
+    response_payload_size: int | None = None
+    """Bytes of the result."""

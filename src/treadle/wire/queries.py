@@ -13,10 +13,24 @@ class Query(BaseModel):
     model_config = ConfigDict(use_attribute_docstrings=True)
 
 
+class LimitQuery(Query):
+    """The newest entries of a listing."""
+
+    limit: int = Field(default=20, ge=1, le=MAX_PAGE_ROWS)
+    """Most entries of the answer."""
+
+
 class PageQuery(Query):
     """A slice of a listing."""
 
     limit: int = Field(default=20, ge=1, le=MAX_PAGE_ROWS)
     """Most entries of one answer."""
-    offset: int = Field(default=0, ge=0)
+    offset: int = Field(default=0, ge=0, le=2**31 - 1)
     """Entries to leave out."""
+
+
+class CheckpointsQuery(PageQuery):
+    """A slice of the checkpoints."""
+
+    limit: int = Field(default=100, ge=1, le=MAX_PAGE_ROWS)
+    """Most entries of one answer."""

@@ -91,6 +91,7 @@ async def _body(gateway: Gateway, request: Request, model: type[B]) -> tuple[B, 
 
 
 _FACTS = {"error": AnthropicErrorAnswer}
+_SAMPLED = {**_FACTS, "answer_type": EVENTS, "others": {410: AnthropicErrorAnswer, 429: AnthropicErrorAnswer}}
 for _prefix in PREFIXES:
-    router.post(f"{_prefix}/messages", body=MessagesBody, answer=MessageAnswer, answer_type=EVENTS, **_FACTS)(messages)
+    router.post(f"{_prefix}/messages", body=MessagesBody, answer=MessageAnswer, **_SAMPLED)(messages)
     router.post(f"{_prefix}/messages/count_tokens", body=CountTokensBody, answer=TokenCount, **_FACTS)(count_tokens)

@@ -19,7 +19,7 @@ from treadle.gateway.context import gateway_of
 from treadle.gateway.copying import copy_checkpoint
 from treadle.gateway.downloads import ARCHIVE_NAME, archive_url
 from treadle.gateway.routing import Resource
-from treadle.wire.answers import EmptyAnswer
+from treadle.wire.answers import EmptyAnswer, ErrorAnswer
 from treadle.wire.answers_checkpoints import ArchiveAnswer, CopyWeightsAnswer
 from treadle.wire.bodies import parse_body
 from treadle.wire.checkpoints import CopyWeightsBody, TtlBody
@@ -85,7 +85,9 @@ async def delete_checkpoint(request: Request, model_id: str, kind: str, name: st
     return json_response({})
 
 
-@router.post("/copy_weights", body=CopyWeightsBody, answer=CopyWeightsAnswer)
+@router.post(
+    "/copy_weights", body=CopyWeightsBody, answer=CopyWeightsAnswer, others={403: ErrorAnswer, 410: ErrorAnswer}
+)
 async def copy_weights(request: Request) -> Response:
     """A copy of a readable checkpoint under a run of the caller's that cannot be trained; the files are shared.
 

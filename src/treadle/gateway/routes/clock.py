@@ -19,7 +19,7 @@ from treadle.gateway.paging import page_of
 from treadle.gateway.routing import Resource
 from treadle.gateway.waiting import why_queued
 from treadle.wire.answers import RequestAnswer, RunTimingAnswer
-from treadle.wire.queries import PageQuery
+from treadle.wire.queries import LimitQuery
 
 router = Resource("/api/v1/treadle")
 
@@ -47,7 +47,7 @@ async def get_request(request: Request, request_id: str) -> Response:
     return json_response(body)
 
 
-@router.get("/runs/{model_id}/timing", query=PageQuery, answer=RunTimingAnswer)
+@router.get("/runs/{model_id}/timing", query=LimitQuery, answer=RunTimingAnswer)
 async def get_run_timing(request: Request, model_id: str) -> Response:
     """Where the time of a run's recent passes and steps went, newest first, and what of it waits now."""
     gateway = gateway_of(request)

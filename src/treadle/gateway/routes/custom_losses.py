@@ -14,7 +14,7 @@ from treadle.gateway.bodies import MAX_JSON_BYTES, read_body
 from treadle.gateway.context import gateway_of
 from treadle.gateway.intake import future_of
 from treadle.gateway.routing import Resource
-from treadle.wire.answers import FutureAnswer
+from treadle.wire.answers import ErrorAnswer, FutureAnswer
 from treadle.wire.bodies import parse_body
 from treadle.wire.graphs import (
     CreateCustomLossBody,
@@ -30,7 +30,7 @@ router = Resource("/api/v1")
 NO_POOL = PoolName("")
 
 
-@router.post("/create_custom_loss", body=CreateCustomLossBody, answer=FutureAnswer)
+@router.post("/create_custom_loss", body=CreateCustomLossBody, answer=FutureAnswer, others={410: ErrorAnswer})
 async def create_custom_loss(request: Request) -> Response:
     """Register a traced loss; its id comes through the future, and so does what is wrong with it.
 

@@ -13,7 +13,7 @@ from treadle.gateway.context import gateway_of
 from treadle.gateway.downloads import PREFIX, file_urls, served_file
 from treadle.gateway.intake import Submission, submit_training_op
 from treadle.gateway.routing import Resource
-from treadle.wire.answers import FutureAnswer
+from treadle.wire.answers import ErrorAnswer, FutureAnswer
 from treadle.wire.answers_checkpoints import ExternalUrlsAnswer
 from treadle.wire.bodies import parse_body
 from treadle.wire.checkpoints import SaveExternalBody, save_external_op
@@ -42,7 +42,9 @@ async def external_weights_urls(request: Request, model_id: str, kind: str, name
     return json_response({"urls": urls.by_name, "expires": urls.expires})
 
 
-@router.get(f"{PREFIX}/{{token}}/{{name}}", is_public=True, answer_type="application/octet-stream")
+@router.get(
+    f"{PREFIX}/{{token}}/{{name}}", is_public=True, answer_type="application/octet-stream", others={403: ErrorAnswer}
+)
 async def download(request: Request, token: str, name: str) -> Response:
     """The file that a signed URL names. Anything that is wrong with the URL is answered 403 in the same words."""
     return await served_file(gateway_of(request), request, token, name)

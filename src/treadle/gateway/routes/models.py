@@ -30,7 +30,7 @@ from treadle.gateway.intake import (
     op_place,
 )
 from treadle.gateway.routing import Resource
-from treadle.wire.answers import FutureAnswer, GetInfoAnswer
+from treadle.wire.answers import ErrorAnswer, FutureAnswer, GetInfoAnswer
 from treadle.wire.bodies import (
     CreateModelBody,
     GetInfoBody,
@@ -52,7 +52,7 @@ LOADABLE = (CheckpointKind.TRAINING,)
 MAX_UNLOAD_ATTEMPTS = 8
 
 
-@router.post("/create_model", body=CreateModelBody, answer=FutureAnswer)
+@router.post("/create_model", body=CreateModelBody, answer=FutureAnswer, others={410: ErrorAnswer})
 async def create_model(request: Request) -> Response:
     """A fresh run `{session}:train:{n}`; its row and the request that creates it are one transaction."""
     gateway = gateway_of(request)
@@ -76,7 +76,7 @@ async def create_model(request: Request) -> Response:
     return await _answer_run(gateway, record, place, pool, op, body)
 
 
-@router.post("/load_weights", body=LoadWeightsBody, answer=FutureAnswer)
+@router.post("/load_weights", body=LoadWeightsBody, answer=FutureAnswer, others={410: ErrorAnswer})
 async def load_weights(request: Request) -> Response:
     """A checkpoint into a run (model_id, seq_id), or as the start of a new one (session_id, model_seq_id)."""
     gateway = gateway_of(request)
@@ -134,7 +134,7 @@ async def get_info(request: Request) -> Response:
     )
 
 
-@router.post("/unload_model", body=UnloadModelBody, answer=FutureAnswer)
+@router.post("/unload_model", body=UnloadModelBody, answer=FutureAnswer, others={410: ErrorAnswer})
 async def unload_model(request: Request) -> Response:
     """The end of a run. SDKs send no seq_id with it, so without one it goes behind everything queued."""
     gateway = gateway_of(request)

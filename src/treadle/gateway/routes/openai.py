@@ -183,12 +183,9 @@ def _check_number(gateway: Gateway, num_choices: int) -> None:
 
 
 _FACTS = {"error": OpenAIErrorAnswer}
+_SAMPLED = {**_FACTS, "answer_type": EVENTS, "others": {410: OpenAIErrorAnswer, 429: OpenAIErrorAnswer}}
 for _prefix in PREFIXES:
-    router.post(f"{_prefix}/chat/completions", body=ChatBody, answer=ChatCompletion, answer_type=EVENTS, **_FACTS)(
-        chat_completions
-    )
-    router.post(f"{_prefix}/completions", body=CompletionBody, answer=Completion, answer_type=EVENTS, **_FACTS)(
-        completions
-    )
+    router.post(f"{_prefix}/chat/completions", body=ChatBody, answer=ChatCompletion, **_SAMPLED)(chat_completions)
+    router.post(f"{_prefix}/completions", body=CompletionBody, answer=Completion, **_SAMPLED)(completions)
     router.get(f"{_prefix}/models", answer=ModelList, **_FACTS)(list_models)
     router.get(f"{_prefix}/models/{{model:path}}", answer=ModelEntry, **_FACTS)(get_model)

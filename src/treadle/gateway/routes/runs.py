@@ -23,7 +23,7 @@ from treadle.wire.account_bodies import RunsQuery, ScopeQuery
 from treadle.wire.answers_checkpoints import WeightsInfoAnswer
 from treadle.wire.answers_sessions import CheckpointsAnswer, TrainingRunAnswer, TrainingRunsAnswer
 from treadle.wire.bodies import WeightsInfoBody, parse_body
-from treadle.wire.queries import PageQuery
+from treadle.wire.queries import CheckpointsQuery
 
 router = Resource("/api/v1")
 
@@ -71,7 +71,7 @@ async def list_run_checkpoints(request: Request, model_id: str) -> Response:
     return json_response({"checkpoints": [_checkpoint_body(record) for record in records]})
 
 
-@router.get("/checkpoints", query=PageQuery, answer=CheckpointsAnswer)
+@router.get("/checkpoints", query=CheckpointsQuery, answer=CheckpointsAnswer)
 async def list_checkpoints(request: Request) -> Response:
     """The caller's checkpoints of all runs, newest first."""
     gateway = gateway_of(request)

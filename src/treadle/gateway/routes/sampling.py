@@ -25,7 +25,7 @@ from treadle.gateway.context import Gateway, gateway_of
 from treadle.gateway.deps import PoolView
 from treadle.gateway.intake import future_of, pool_limits, read_plain_body
 from treadle.gateway.routing import Resource
-from treadle.wire.answers import FutureAnswer
+from treadle.wire.answers import ErrorAnswer, FutureAnswer
 from treadle.wire.answers_sampling import JoinAnswer, SamplerAnswer, SamplingSessionAnswer
 from treadle.wire.bodies import (
     CreateSamplingSessionBody,
@@ -44,7 +44,9 @@ router = Resource("/api/v1")
 SAMPLEABLE = (CheckpointKind.SAMPLER, CheckpointKind.TRAINING)
 
 
-@router.post("/create_sampling_session", body=CreateSamplingSessionBody, answer=SamplingSessionAnswer)
+@router.post(
+    "/create_sampling_session", body=CreateSamplingSessionBody, answer=SamplingSessionAnswer, others={410: ErrorAnswer}
+)
 async def create_sampling_session(request: Request) -> Response:
     """A sampling session `{session}:sample:{n}` over a base model or a checkpoint; a replay gets the first one."""
     gateway = gateway_of(request)
@@ -90,7 +92,7 @@ async def get_sampler(request: Request, sampling_session_id: str) -> Response:
     return json_response(body)
 
 
-@router.post("/asample", body=SampleBody, answer=FutureAnswer)
+@router.post("/asample", body=SampleBody, answer=FutureAnswer, others={410: ErrorAnswer, 429: ErrorAnswer})
 async def asample(request: Request) -> Response:
     """A sample. Its sequence ids are known now, since they follow from the request's id (SDK 0.26 insists on them).
 

@@ -14,7 +14,7 @@ from treadle.gateway.deps import PoolView
 from treadle.gateway.routing import Resource
 from treadle.gateway.sdk_versions import parsed_version
 from treadle.telemetry.metrics import METRICS_CONTENT_TYPE
-from treadle.wire.answers import StatusAnswer
+from treadle.wire.answers import ErrorAnswer, StatusAnswer
 from treadle.wire.answers_service import CapabilitiesAnswer, ClientConfigAnswer, DynamicConfigAnswer, ReadyAnswer
 from treadle.wire.bodies import ClientConfigBody, parse_body
 
@@ -100,7 +100,7 @@ async def readyz(request: Request) -> Response:
     return json_response({"status": "not ready", "reasons": readiness.reasons}, status=503)
 
 
-@router.get("/metrics", answer_type="text/plain")
+@router.get("/metrics", answer_type="text/plain", others={403: ErrorAnswer})
 async def metrics(request: Request) -> Response:
     """Prometheus text. Open on a loopback server, else for admin keys (send it as a bearer token)."""
     gateway = gateway_of(request)

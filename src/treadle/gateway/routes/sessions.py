@@ -35,7 +35,7 @@ from treadle.wire.account_bodies import (
     SearchedStatus,
     SearchSessionsBody,
 )
-from treadle.wire.answers import EmptyAnswer
+from treadle.wire.answers import EmptyAnswer, ErrorAnswer
 from treadle.wire.answers_sessions import (
     CreateSessionAnswer,
     HeartbeatAnswer,
@@ -81,7 +81,7 @@ async def create_session(request: Request) -> Response:
     return json_response({"session_id": first.session_id, **({} if notice is None else {"warning_message": notice})})
 
 
-@router.post("/session_heartbeat", body=HeartbeatBody, answer=HeartbeatAnswer)
+@router.post("/session_heartbeat", body=HeartbeatBody, answer=HeartbeatAnswer, others={410: ErrorAnswer})
 async def session_heartbeat(request: Request) -> Response:
     """Noted; 410 once the session is finished, which ends the SDK's heartbeat loop. An expired session wakes up."""
     gateway = gateway_of(request)
@@ -185,7 +185,7 @@ async def export_trace(request: Request, session_id: str) -> Response:
     return json_response({"status": "ready", "url": f"{base.rstrip('/')}/api/v1/traces/{token}"})
 
 
-@router.get("/traces/{token}", is_public=True)
+@router.get("/traces/{token}", is_public=True, others={403: ErrorAnswer})
 async def get_trace(request: Request, token: str) -> Response:
     """The trace behind a URL of trace_export: JSON that ui.perfetto.dev and chrome://tracing draw."""
     gateway = gateway_of(request)
