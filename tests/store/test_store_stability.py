@@ -102,3 +102,20 @@ async def test_more_than_a_pass_may_read_is_refused(store: Store, monkeypatch: p
     assert await store.stability.use(SESSION, ids_of(1, 1))
     with pytest.raises(InvalidRequest, match="send fewer datums"):
         await store.stability.use(SESSION, ids_of(1, 2))
+
+
+async def test_a_number_that_is_sampled_again_when_its_row_was_swept_is_recorded_anew(
+    store: Store, clock: ManualClock
+) -> None:
+    """A record that passes use outlives the row of its sample; the commit of the next one must not trip over it."""
+    await with_sampler(store)
+    first, second = records(4, 4), records(5)
+    await store.requests.enqueue(sample(1))
+    await store.cycles.finish_samples(await lead(store), [recording(1, first)])
+    await store.requests.acknowledge([sample(1).request_id])
+    clock.advance(STABILITY_RECORD_KEPT_S + 100)
+    assert await store.stability.use(SESSION, ids_of(1, 1))
+    assert (await store.retention.forget_requests(finished_before=clock.now() - 1)).num_forgotten == 1
+    await store.requests.enqueue(sample(1))
+    await store.cycles.finish_samples(await lead(store), [recording(1, second)])
+    assert (await store.stability.use(SESSION, ids_of(1, 1)))[ids_of(1, 1)[0]] == second[0]

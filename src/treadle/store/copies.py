@@ -21,8 +21,11 @@ from treadle.store.tables import checkpoints, models
 from treadle.store.writer import Writer
 
 _RUN = sa.select(models.c.state, models.c.state_message).where(models.c.model_id == sa.bindparam("id"))
-_SOURCE = sa.select(sa.literal(1)).where(
-    checkpoints.c.tinker_path == sa.bindparam("path"), checkpoints.c.blob_key == sa.bindparam("key")
+_SOURCE = (
+    sa.select(sa.literal(1))
+    .where(checkpoints.c.tinker_path == sa.bindparam("path"), checkpoints.c.blob_key == sa.bindparam("key"))
+    # A sweep that takes the source away at the same time must see this copy, or find nothing: it deletes the blob.
+    .with_for_update()
 )
 _ADD = checkpoints.insert()
 

@@ -34,7 +34,7 @@ from treadle.store.request_rows import FinishedRow, RequestRows, checked_new
 from treadle.store.runlog import RunLogInserts
 from treadle.store.sampling import SamplingInserts
 from treadle.store.snapshots import STATES_OVER, SnapshotRows
-from treadle.store.stability import insert_records
+from treadle.store.stability import RecordUpserts
 from treadle.store.tables import IS_IN_LINE, IS_QUEUED, IS_SAMPLE, models, requests, usage
 from treadle.store.usage import UsageCounter
 from treadle.store.writer import Writer
@@ -112,6 +112,7 @@ class Cycles:
         self._checkpoints = CheckpointUpserts(database.dialect)
         self._run_log = RunLogInserts(database.dialect)
         self._usage = UsageCounter(database.dialect)
+        self._records = RecordUpserts(database.dialect)
         insert_usage = database.dialect.insert(usage)
         self._add_usage = insert_usage.on_conflict_do_update(
             index_elements=[usage.c.tenant_id],
@@ -163,7 +164,7 @@ class Cycles:
             fence(conn, lease, ends_cycle=False)
             now = self._clock()
             rows = self._rows.finish(conn, finished, now)
-            insert_records(conn, rows, now)
+            self._records.upsert(conn, rows, now)
             self._usage.count(conn, rows, now=now)
             return _Committed(tuple(row.request_id for row in rows), _dropped(rows))
 

@@ -15,6 +15,7 @@ from treadle.domain.ids import SessionId, sample_sequence_ids
 from treadle.domain.limits import MAX_ROWS_PER_SWEEP, MAX_STABILITY_BYTES_PER_PASS
 from treadle.domain.stability import RecordedSequence
 from treadle.errors import InvalidRequest
+from treadle.store.dialect import Dialect
 from treadle.store.engine import Database
 from treadle.store.request_rows import FinishedRow, chunks
 from treadle.store.tables import sampling_sessions, stability_records
@@ -25,7 +26,6 @@ _NOTED_EVERY_S = 60.0
 
 _r = stability_records.c
 _ids: sa.BindParameter[Any] = sa.bindparam("ids", expanding=True)
-_INSERT = stability_records.insert()
 _SESSIONS = sa.select(sampling_sessions.c.sampling_session_id, sampling_sessions.c.session_id).where(
     sampling_sessions.c.sampling_session_id.in_(_ids)
 )
@@ -47,33 +47,42 @@ _FORGET = stability_records.delete().where(
 )
 
 
-def insert_records(conn: sa.Connection, rows: Sequence[FinishedRow], now: float) -> None:
-    """Keep the recorded sequences of samples that became final in this transaction."""
-    recording = [row for row in rows if row.outcome.recorded]
-    if not recording:
-        return
-    samplers = sorted({row.sampling_session_id for row in recording if row.sampling_session_id is not None})
-    session_of: dict[str | None, str] = {
-        row.sampling_session_id: row.session_id for row in conn.execute(_SESSIONS, {"ids": samplers})
-    }
-    conn.execute(
-        _INSERT,
-        [
-            {
-                "sequence_id": sequence_id,
-                "session_id": session_of[row.sampling_session_id],
-                "tenant_id": row.tenant_id,
-                "last_used_at": now,
-                "num_prompt_tokens": record.num_prompt_tokens,
-                "tokens": record.tokens,
-                "logprobs": record.logprobs,
-            }
-            for row in recording
-            for sequence_id, record in zip(
-                sample_sequence_ids(row.request_id, len(row.outcome.recorded)), row.outcome.recorded, strict=True
-            )
-        ],
-    )
+class RecordUpserts:
+    """Keep recorded sequences inside a write transaction."""
+
+    def __init__(self, dialect: Dialect) -> None:
+        insert = dialect.insert(stability_records)
+        replaced = {column.name: insert.excluded[column.name] for column in _r if not column.primary_key}
+        # A number may be sampled again when its row was swept, and then its record may still be in use.
+        self._statement = insert.on_conflict_do_update(index_elements=[_r.sequence_id], set_=replaced)
+
+    def upsert(self, conn: sa.Connection, rows: Sequence[FinishedRow], now: float) -> None:
+        """Keep the recorded sequences of samples that became final in this transaction."""
+        recording = [row for row in rows if row.outcome.recorded]
+        if not recording:
+            return
+        samplers = sorted({row.sampling_session_id for row in recording if row.sampling_session_id is not None})
+        session_of: dict[str | None, str] = {
+            row.sampling_session_id: row.session_id for row in conn.execute(_SESSIONS, {"ids": samplers})
+        }
+        conn.execute(
+            self._statement,
+            [
+                {
+                    "sequence_id": sequence_id,
+                    "session_id": session_of[row.sampling_session_id],
+                    "tenant_id": row.tenant_id,
+                    "last_used_at": now,
+                    "num_prompt_tokens": record.num_prompt_tokens,
+                    "tokens": record.tokens,
+                    "logprobs": record.logprobs,
+                }
+                for row in recording
+                for sequence_id, record in zip(
+                    sample_sequence_ids(row.request_id, len(row.outcome.recorded)), row.outcome.recorded, strict=True
+                )
+            ],
+        )
 
 
 class StabilityRecords:
