@@ -31,6 +31,7 @@ def test_little_is_computed_for_nothing(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", ["service-10000", "overload-10000"])
 def test_ten_thousand_tenants_are_simulated(name: str) -> None:
     """All invariants hold at a size that no test machine reaches otherwise."""

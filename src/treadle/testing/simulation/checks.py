@@ -90,6 +90,8 @@ class Checks:
         turns = (self._largest_quantum / self._least_budget + 2) / self._least_weight_share
         most_cycles = turns + 2 * self._most_tenants / MAX_OPS_PER_CYCLE + 4 * self._most_suspects + 4
         most_tokens = 2 * (self._largest_budget + self._largest_quantum) / self._least_weight_share + self._tokens_alone
+        # They come by whole cycles, the last of which may begin just below the bound.
+        most_tokens += max(self._largest_budget, self._largest_quantum)
         for tenant_id in present:
             if tenant_id in fed:
                 self._hungry_since.pop(tenant_id, None)
