@@ -1,15 +1,16 @@
 """Results: one future at a time, or all of a sampling session through its poller.
 
-Bytes go out as they were stored. Only a client that does not ask for protobuf (SDKs up to 0.18.0) gets passes and
-samples translated to JSON.
+Bytes go out as they were stored, large ones piece by piece as fast as the client takes them. Only a client that does
+not ask for protobuf (SDKs up to 0.18.0) gets passes and samples translated to JSON.
 """
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from typing import assert_never
 
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 
 from treadle.domain.ids import RequestId
 from treadle.domain.ops import OpKind
@@ -22,8 +23,8 @@ from treadle.gateway.context import Gateway, gateway_of
 from treadle.gateway.routing import Resource
 from treadle.gateway.waiting import why_queued
 from treadle.store import Completion
-from treadle.wire.answers import EmptyAnswer
-from treadle.wire.answers_results import CompletionsAnswer, ResultAnswer
+from treadle.wire.answers import EmptyAnswer, ErrorAnswer
+from treadle.wire.answers_results import CompletionsAnswer, QueuedAnswer, ResultAnswer
 from treadle.wire.bodies import CancelFutureBody, RetrieveFutureBody, RetrieveFuturesBody, parse_body
 from treadle.wire.legacy_results import pass_result_json, sample_result_json
 from treadle.wire.results import PROTOBUF, failure_body, queue_state_body
@@ -34,13 +35,28 @@ router = Resource("/api/v1")
 MAX_CLONED_SAMPLER_ID = 2**63 // 10**9 - 2
 # Translating a result to JSON takes this many times as long as reading a pass of as many bytes.
 JSON_ENCODE_COST = 16
+# From this size on a client that allows it is told the size first, so that it fetches no more results at once than it
+# has memory for: the SDK keeps those it knows the size of within 50 MiB. To such a size one more round trip is nothing.
+SIZE_FIRST_BYTES = 2**20
+# Larger answers go out in pieces of this size: what is handed over at once is copied on the event loop.
+PIECE_BYTES = 256 * 2**10
 # Completions in one answer; the poller asks for the next ones at once.
 MAX_COMPLETIONS = 512
 
 
-@router.post("/retrieve_future", body=RetrieveFutureBody, answer=ResultAnswer, answer_type=PROTOBUF)
+@router.post(
+    "/retrieve_future",
+    body=RetrieveFutureBody,
+    answer=ResultAnswer,
+    answer_type=PROTOBUF,
+    others={408: QueuedAnswer, 410: ErrorAnswer},
+)
 async def retrieve_future(request: Request) -> Response:
-    """The result; held for a while when there is none yet, then 408. May be asked for again and again."""
+    """The result; held for a while when there is none yet, then 408. May be asked for again and again.
+
+    Of a large one that `allow_metadata_only` permits, the size alone: {"status": "complete_metadata",
+    "response_payload_size": bytes}.
+    """
     gateway = gateway_of(request)
     principal = await gateway.caller(request)
     body = parse_body(RetrieveFutureBody, await read_body(request, limit_bytes=MAX_JSON_BYTES))
@@ -50,7 +66,9 @@ async def retrieve_future(request: Request) -> Response:
         case RequestState.QUEUED:
             return await _still_queued(gateway, request_id)
         case RequestState.DONE:
-            return await _result(gateway, future, wants_protobuf=_wants_protobuf(request))
+            return await _result(
+                gateway, future, wants_protobuf=_wants_protobuf(request), wants_size=body.allow_metadata_only
+            )
         case RequestState.FAILED:
             return _failure(future)
         case _:
@@ -114,10 +132,12 @@ def _wants_protobuf(request: Request) -> bool:
     return any(PROTOBUF in accepted for accepted in request.headers.getlist("accept"))
 
 
-async def _result(gateway: Gateway, future: FutureRecord, *, wants_protobuf: bool) -> Response:
+async def _result(gateway: Gateway, future: FutureRecord, *, wants_protobuf: bool, wants_size: bool) -> Response:
     if future.result is None:
         raise ResultExpired(f"the result of {future.request_id} is no longer kept")
     body, content_type = future.result.body, future.result.content_type
+    if wants_size and len(body) >= SIZE_FIRST_BYTES:
+        return json_response({"status": "complete_metadata", "response_payload_size": len(body)})
     if content_type == PROTOBUF and not wants_protobuf:
         as_json = sample_result_json if future.kind is OpKind.SAMPLE else pass_result_json
         stored = body
@@ -125,7 +145,16 @@ async def _result(gateway: Gateway, future: FutureRecord, *, wants_protobuf: boo
         content_type = JSON
     gateway.hub.delivered(future.request_id)
     # Not media_type: that would add a charset to what was stored.
-    return Response(body, headers={"content-type": content_type})
+    headers = {"content-type": content_type, "content-length": str(len(body))}
+    if len(body) <= PIECE_BYTES:
+        return Response(body, headers=headers)
+    return StreamingResponse(_pieces(body), headers=headers)
+
+
+async def _pieces(body: bytes) -> AsyncIterator[bytes]:
+    """`body`, cut. Between two pieces the server waits until the client has taken most of what it was sent."""
+    for start in range(0, len(body), PIECE_BYTES):
+        yield body[start : start + PIECE_BYTES]
 
 
 def _failure(future: FutureRecord) -> Response:
