@@ -89,9 +89,9 @@ class Checks:
         self._least_weight_share = min(self._least_weight_share, min(weights, default=1.0) / max(sum(weights), 1e-9))
         turns = (self._largest_quantum / self._least_budget + 2) / self._least_weight_share
         most_cycles = turns + 2 * self._most_tenants / MAX_OPS_PER_CYCLE + 4 * self._most_suspects + 4
-        most_tokens = 2 * (self._largest_budget + self._largest_quantum) / self._least_weight_share + self._tokens_alone
-        # They come by whole cycles, the last of which may begin just below the bound.
-        most_tokens += max(self._largest_budget, self._largest_quantum)
+        # What quarantine gave somebody alone was charged, and is made up for at the same pace.
+        owed = 2 * (self._largest_budget + self._largest_quantum) + self._tokens_alone
+        most_tokens = owed / self._least_weight_share
         for tenant_id in present:
             if tenant_id in fed:
                 self._hungry_since.pop(tenant_id, None)
