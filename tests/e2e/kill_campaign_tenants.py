@@ -1,4 +1,4 @@
-"""Eight tenants of the kill campaign, each a plain user's loop around the official SDK, in a process of their own.
+"""The tenants of the kill campaign, each a plain user's loop around the official SDK, in a process of their own.
 
     python tests/e2e/kill_campaign_tenants.py URL SEED NUM_TENANTS
 
@@ -17,6 +17,7 @@ import os
 import random
 import sys
 import threading
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -24,8 +25,10 @@ from typing import Any
 
 os.environ.setdefault("TINKER_TELEMETRY", "0")
 
+import httpx
 import numpy as np
 import tinker
+import torch
 from e2e_support import MODEL, batch, failure_of
 from tinker import types
 
@@ -33,6 +36,12 @@ from tinker import types
 RESULT_S = 150.0
 ADAM = types.AdamParams(learning_rate=1e-3, grad_clip_norm=1.0)
 PROMPT = types.ModelInput.from_ints([11, 12, 13, 14, 15])
+# Two whole blocks of the sampler's cache of prompts, and a piece.
+LONG_PROMPT = types.ModelInput.from_ints([(7 * i) % 900 + 10 for i in range(150)])
+# Long enough that nobody sees the end of it before it is cancelled.
+ENDLESS = 1_800
+# Requests of a sampling session that the SDK does not number: a clone of its own has them.
+OWN_NUMBERS = 7_000_000_000
 # Batches of (datums, tokens of each): small ones live in a row of the queue; large ones are cut over several cycles,
 # and their payload is a blob.
 SMALL = (2, 24)
@@ -46,8 +55,20 @@ Tell = Callable[[str, object, str | None], None]
 class User:
     """One tenant's hands: the SDK's calls, with every answer written down."""
 
-    def __init__(self, service: tinker.ServiceClient, tell: Tell, seed: int) -> None:
+    def __init__(
+        self,
+        service: tinker.ServiceClient,
+        tell: Tell,
+        seed: int,
+        *,
+        url: str,
+        api_key: str,
+        losses: dict[str, tinker.LossHandle],
+    ) -> None:
         self.service = service
+        self.losses = losses
+        self._url = url
+        self._api_key = api_key
         self.random = random.Random(seed)
         self._tell = tell
         self._seed = seed
@@ -99,6 +120,46 @@ class User:
         response: types.SampleResponse = future.result(timeout=RESULT_S)
         self._tell("sampled", [[list(one.tokens), list(one.logprobs or [])] for one in response.sequences], None)
         return response
+
+    def scored_sample(self, future: Any) -> None:
+        """A sample and what is asked about its prompt. How much came from a cache is the worker's own affair."""
+        response = self.sampled(future)
+        self._tell("prompt", [list(response.prompt_logprobs or []), response.topk_prompt_logprobs], None)
+
+    def cancelled(self, sampler: tinker.SamplingClient, number: int) -> None:
+        """A sample that is sent and cancelled, which the SDK has no call for; sent again until there is an answer."""
+        answer = self._post(
+            "asample",
+            {
+                "sampling_session_id": sampler._sampling_session_id,
+                "seq_id": OWN_NUMBERS + number,
+                "prompt": {"chunks": [{"type": "encoded_text", "tokens": PROMPT.to_ints()}]},
+                "sampling_params": {"max_tokens": ENDLESS, "seed": number, "stop": []},
+            },
+        )
+        wanted = {"request_id": answer["request_id"]}
+        self._post("cancel_future", wanted)
+        answer = self._post("retrieve_future", wanted)
+        self._tell("cancelled", [answer.get("category"), answer.get("error")], None)
+
+    def _post(self, name: str, body: dict[str, object]) -> dict[str, Any]:
+        deadline = time.monotonic() + RESULT_S
+        headers = {"X-API-Key": self._api_key}
+        while True:
+            try:
+                answer = httpx.post(f"{self._url}/api/v1/{name}", json=body, headers=headers, timeout=60)
+                if answer.status_code < 400:
+                    return dict(answer.json())
+                assert answer.status_code in (408, 429) or answer.status_code >= 500, answer.text
+            except httpx.TransportError:
+                pass
+            assert time.monotonic() < deadline, f"{name} is not answered"
+            time.sleep(0.2)
+
+    def exported(self, future: Any) -> None:
+        """External weights, whose files are compared with the states at the end."""
+        path: str = future.result(timeout=RESULT_S).path
+        self._tell("exported", path.rpartition("/")[2], path)
 
     def scored(self, future: Any) -> None:
         """Logprobs of a prompt."""
@@ -284,6 +345,87 @@ def large_and_ahead(user: User) -> None:
     user.ends(client)
 
 
+def clipped_ratio(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor) -> Any:
+    """A loss that no table has."""
+    ratio = torch.exp(logprobs - old_logprobs)
+    objective = torch.minimum(ratio * advantages, torch.clamp(ratio, 0.8, 1.2) * advantages)
+    spread = logprobs[:, None] - logprobs[None, :]
+    return -objective.mean() + 0.01 * spread.pow(2).mean(), {"custom/ratio:mean": ratio.mean()}
+
+
+def custom_losses(user: User) -> None:
+    """A loss traced on the client and run on the server, on small and large batches; weights for others to read."""
+    if not user.losses:
+        # Once: a session does not take the same loss twice.
+        ranks: Any = {"logprobs": 1, "old_logprobs": 1, "advantages": 1}
+        user.losses["mine"] = user.service.create_custom_loss(clipped_ratio, ranks).result(timeout=RESULT_S)
+    handle = user.losses["mine"]
+    client = user.new_run(rank=8)
+    for step in range(4):
+        data = user.policy_data(step, (8, 60) if step % 2 else SMALL)
+        for datum in data:
+            datum.loss_fn_inputs["old_logprobs"] = datum.loss_fn_inputs.pop("logprobs")
+        passed = client.forward_backward_custom(data, handle)
+        stepped = client.optim_step(ADAM)
+        user.passed(passed)
+        user.stepped(stepped)
+        if step % 2:
+            user.exported(client.save_weights_external(f"external-{step}"))
+    user.ends(client)
+
+
+def recorded(user: User) -> None:
+    """Samples on record and passes that train on the records; long prompts, scored; inflight clients; cancels."""
+    client = user.new_run(rank=4)
+    for step in range(3):
+        sampler = client.save_weights_and_get_sampling_client(record_stability_info=True).result(timeout=RESULT_S)
+        user.cancelled(sampler, step)
+        response = user.sampled(sampler.sample(LONG_PROMPT, 2, params(step)))
+        user.scored_sample(
+            sampler.sample(
+                LONG_PROMPT,
+                1,
+                params(step + 10),
+                include_prompt_logprobs=True,
+                topk_prompt_logprobs=2,
+                prompt_logprobs_last_n=9,
+            )
+        )
+        data = [recorded_datum(sequence, 1.0 - index) for index, sequence in enumerate(response.sequences)]
+        passed = client.forward_backward(data, "stable_reinforce", {"kl_coeff": 0.1})
+        stepped = client.optim_step(ADAM)
+        user.passed(passed)
+        user.stepped(stepped)
+        inflight = client.save_weights_and_get_sampling_client(kind="inflight").result(timeout=RESULT_S)
+        user.sampled(inflight.sample(PROMPT, 2, params(step)))
+        user.passed(client.forward_backward(data, "stable_reinforce"))
+        user.stepped(client.optim_step(ADAM))
+    user.ends(client)
+
+
+def recorded_datum(sequence: types.SampledSequence, advantage: float) -> types.Datum:
+    """A sequence behind LONG_PROMPT, which names its record for every token."""
+    tokens, id_ = list(sequence.tokens), sequence.sequence_id
+    assert id_ is not None
+    num_before = LONG_PROMPT.length - 1
+    targets = [*([0] * num_before), *tokens]
+    return policy_datum(
+        LONG_PROMPT.append(types.EncodedTextChunk(tokens=tokens[:-1])),
+        targets,
+        logprobs=[*([0.0] * num_before), *(sequence.logprobs or [])],
+        advantages=[*([0.0] * num_before), *([advantage] * len(tokens))],
+    ).with_provenance(
+        model_input=[
+            types.PromptProvenanceSpan(sequence_id=id_, length=LONG_PROMPT.length),
+            types.SampledProvenanceSpan(sequence_id=id_, length=len(tokens) - 1),
+        ],
+        loss_fn_inputs=[
+            types.PromptProvenanceSpan(sequence_id=id_, offset=1, length=num_before),
+            types.SampledProvenanceSpan(sequence_id=id_, length=len(tokens)),
+        ],
+    )
+
+
 ROUNDS: tuple[Callable[[User], None], ...] = (
     supervised,
     large_batches,
@@ -293,6 +435,8 @@ ROUNDS: tuple[Callable[[User], None], ...] = (
     sampling,
     accumulating,
     large_and_ahead,
+    custom_losses,
+    recorded,
 )
 
 
@@ -312,9 +456,12 @@ class Tenant(threading.Thread):
     def run(self) -> None:
         """Round after round. What stops it is written down, and nothing is tried again."""
         try:
-            service = tinker.ServiceClient(base_url=self._url, api_key=f"tml-kill-{self._index}")
+            api_key = f"tml-kill-{self._index}"
+            service = tinker.ServiceClient(base_url=self._url, api_key=api_key)
+            losses: dict[str, tinker.LossHandle] = {}
             while True:
-                ROUNDS[self._index % len(ROUNDS)](User(service, self._tell, self._seed))
+                user = User(service, self._tell, self._seed, url=self._url, api_key=api_key, losses=losses)
+                ROUNDS[self._index % len(ROUNDS)](user)
                 self._tell("round over", None, None)
                 if self._is_over.is_set():
                     return

@@ -6,6 +6,7 @@ import asyncio
 from dataclasses import replace
 from typing import Any
 
+import psycopg
 import pytest
 import sqlalchemy as sa
 from store_builders import MODEL, OTHER_TENANT, TENANT, checkpoint, done, lead, model, op, session, with_run
@@ -137,6 +138,25 @@ async def test_an_expired_source_leaves_the_blob_of_its_copy(store: Store, clock
     clock.advance(CHECKPOINT_GRACE_S + 2.0)
     assert await store.retention.drop_checkpoints(expired_before=clock.now() - CHECKPOINT_GRACE_S) == (1, ())
     assert await store.retention.unnamed([source.blob_key]) == ()
+
+
+@pytest.mark.postgres
+async def test_a_copy_waits_for_whoever_takes_its_source_away(postgres_url: str) -> None:
+    """Whoever takes the last name away deletes the blob, and would not see a copy that is made at the same time."""
+    store = await Store.open(postgres_url)
+    try:
+        source = await with_checkpoint(store)
+        await store.sessions.create(session("s2", tenant=OTHER_TENANT))
+        async with await psycopg.AsyncConnection.connect(postgres_url.replace("+psycopg", "")) as sweep:
+            await sweep.execute("DELETE FROM checkpoints")
+            copying = asyncio.create_task(store.copies.add(*copy_of(source)))
+            ended, _ = await asyncio.wait([copying], timeout=0.5)
+            assert not ended, "it did not wait"
+            await sweep.commit()
+        with pytest.raises(NotFound):
+            await copying
+    finally:
+        await store.close()
 
 
 async def test_the_same_copy_again_changes_nothing_even_when_it_was_deleted(store: Store) -> None:

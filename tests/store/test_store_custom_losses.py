@@ -117,3 +117,19 @@ async def test_a_swept_request_leaves_the_loss(store: Store, clock: ManualClock)
     assert (await store.retention.forget_requests(finished_before=later)).num_forgotten == 1
     assert await store.requests.get(place().request_id) is None
     assert await store.custom_losses.get(loss().loss_id) is not None
+
+
+@pytest.mark.usefixtures("sessions")
+async def test_losses_go_with_the_finished_session_and_no_other(store: Store, clock: ManualClock) -> None:
+    other = SessionId("s2")
+    for number in range(3):
+        await store.custom_losses.register(place(number), loss(number), RESULT)
+    kept = replace(loss(session_id=other), tenant_id=OTHER_TENANT)
+    await store.custom_losses.register(replace(place(session_id=other), tenant_id=OTHER_TENANT), kept, RESULT)
+    assert await store.custom_losses.forget(finished_before=clock.now() + 1) == 0
+    await store.sessions.finish(SESSION, reason="completed")
+    assert await store.custom_losses.forget(finished_before=clock.now()) == 0
+    clock.advance(1)
+    assert await store.custom_losses.forget(finished_before=clock.now()) == 3
+    assert await store.custom_losses.get(loss().loss_id) is None
+    assert await store.custom_losses.get(kept.loss_id) is not None

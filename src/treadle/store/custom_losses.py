@@ -1,7 +1,7 @@
 """Custom losses: what sessions registered, and the requests that registered them.
 
-It refuses to know what a definition says. Invariants: a loss never changes and is there when its request is done; the
-first registration under a number stays, whatever a retry brings.
+It refuses to know what a definition says. Invariants: a loss never changes, and is there from its request's end to its
+session's; the first registration under a number stays, whatever a retry brings.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from treadle.domain.ids import LossId, RequestId, SessionId, TenantId
-from treadle.domain.limits import MAX_CUSTOM_LOSSES_PER_SESSION
+from treadle.domain.limits import MAX_CUSTOM_LOSSES_PER_SESSION, MAX_ROWS_PER_SWEEP
 from treadle.domain.outcome import EncodedResult, Failure
 from treadle.domain.records import CustomLossRecord, FinishedRequest, NewRequest
 from treadle.domain.states import Category
@@ -20,7 +20,7 @@ from treadle.store.dialect import ConflictInsert
 from treadle.store.engine import Database
 from treadle.store.events import Events
 from treadle.store.request_rows import RequestRows
-from treadle.store.tables import custom_losses
+from treadle.store.tables import custom_losses, sessions
 from treadle.store.writer import Writer
 
 _GET = sa.select(
@@ -32,6 +32,14 @@ _GET = sa.select(
     custom_losses.c.definition,
     custom_losses.c.created_at,
 ).where(custom_losses.c.loss_id == sa.bindparam("id"))
+_FORGET = custom_losses.delete().where(
+    custom_losses.c.loss_id.in_(
+        sa.select(custom_losses.c.loss_id)
+        .join_from(custom_losses, sessions)
+        .where(sessions.c.finished_at < sa.bindparam("before", type_=sa.Double))
+        .limit(MAX_ROWS_PER_SWEEP)
+    )
+)
 _COUNT = sa.select(sa.func.count()).where(custom_losses.c.session_id == sa.bindparam("of_session"))
 
 
@@ -76,6 +84,13 @@ class CustomLosses:
             definition=bytes(definition),
             created_at=created_at,
         )
+
+    async def forget(self, *, finished_before: float) -> int:
+        """Remove losses of sessions that were finished before then; how many. At most MAX_ROWS_PER_SWEEP.
+
+        Passes carry their loss, so those that wait or are replayed do without.
+        """
+        return await self._writer.run(lambda conn: conn.execute(_FORGET, {"before": finished_before}).rowcount)
 
     async def _end(self, request: NewRequest, record: CustomLossRecord | None, outcome: FinishedRequest) -> None:
         def write(conn: sa.Connection) -> bool:

@@ -72,6 +72,7 @@ class Sweeper:
             ("requests", self._requests),
             ("sampling_sessions", self._sampling_sessions),
             ("stability_records", self._stability_records),
+            ("custom_losses", self._custom_losses),
             ("unnamed_blobs", self._unnamed_blobs),
             ("usage", self._usage),
         )
@@ -157,6 +158,10 @@ class Sweeper:
     async def _stability_records(self, now: float) -> int:
         since = now - self._settings.stability_record_s
         return await _until_done(lambda: self._store.stability.forget(unused_since=since))
+
+    async def _custom_losses(self, now: float) -> int:
+        before = now - self._settings.finished_session_s
+        return await _until_done(lambda: self._store.custom_losses.forget(finished_before=before))
 
     async def _unnamed_blobs(self, now: float) -> int:
         if now - self._listed_at < self._settings.unnamed_blobs_s / _LISTINGS_PER_KEPT_TIME:
