@@ -172,14 +172,13 @@ _FORGET_SAMPLING_SESSIONS = sampling_sessions.delete().where(
     )
 )
 
+_is_over = sa.and_(checkpoints.c.expires_at.is_not(None), checkpoints.c.expires_at < _before)
 _DROP_CHECKPOINTS = (
     checkpoints.delete()
     .where(
-        checkpoints.c.tinker_path.in_(
-            sa.select(checkpoints.c.tinker_path)
-            .where(checkpoints.c.expires_at.is_not(None), checkpoints.c.expires_at < _before)
-            .limit(MAX_ROWS_PER_SWEEP)
-        )
+        # Twice: a save that takes the name again at this moment is looked at once more, but by the outer one alone.
+        _is_over,
+        checkpoints.c.tinker_path.in_(sa.select(checkpoints.c.tinker_path).where(_is_over).limit(MAX_ROWS_PER_SWEEP)),
     )
     .returning(checkpoints.c.blob_key)
 )

@@ -38,12 +38,11 @@ _NOTE_USE = (
     .where(_IS_OWN, _r.last_used_at < sa.bindparam("noted_before", type_=sa.Double))
     .values(last_used_at=sa.bindparam("now", type_=sa.Double))
 )
+_is_unused = _r.last_used_at < sa.bindparam("before", type_=sa.Double)
 _FORGET = stability_records.delete().where(
-    _r.sequence_id.in_(
-        sa.select(_r.sequence_id)
-        .where(_r.last_used_at < sa.bindparam("before", type_=sa.Double))
-        .limit(MAX_ROWS_PER_SWEEP)
-    )
+    # Twice: one that a pass uses at this moment is looked at once more, but by the outer one alone.
+    _is_unused,
+    _r.sequence_id.in_(sa.select(_r.sequence_id).where(_is_unused).limit(MAX_ROWS_PER_SWEEP)),
 )
 
 
