@@ -8,7 +8,7 @@ from __future__ import annotations
 from datetime import date
 from typing import Annotated, Literal, Self
 
-from pydantic import AwareDatetime, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import AfterValidator, AwareDatetime, ConfigDict, Field, StringConstraints, model_validator
 
 from treadle.domain.limits import MAX_PAGE_ROWS, MAX_TEXT_CHARS
 from treadle.wire.bodies import Body, Id, Metadata, SessionIdField, Text
@@ -16,8 +16,18 @@ from treadle.wire.bodies import Body, Id, Metadata, SessionIdField, Text
 _MAX_OWNERS = 10
 _MAX_SEARCHED_PROJECTS = 100
 _MAX_FOUND_SESSIONS = 200
+# Of a status: each of them once.
+_MAX_REASONS = 3
+# Each filter is a condition of one statement, and databases limit how many those may be (SQLite: 1,000 deep).
+_MAX_FILTERS = 32
 # Also from text, which is how JSON and query strings have times.
 _Time = Annotated[AwareDatetime, Field(strict=False)]
+
+
+def _few_words(text: str) -> str:
+    if len(text.split()) > _MAX_FILTERS:
+        raise ValueError(f"has over {_MAX_FILTERS} words")
+    return text
 
 
 class AssignProjectBody(Body):
@@ -43,7 +53,9 @@ class SearchedStatus(Body):
     """Sessions of this server are never cancelled nor failed by the server; to look for those finds none."""
 
     type: Literal["active", "cancelled", "failed", "client_finished"]
-    reasons: list[Literal["success", "errored", "interrupted"]] | None = Field(default=None, min_length=1)
+    reasons: list[Literal["success", "errored", "interrupted"]] | None = Field(
+        default=None, min_length=1, max_length=_MAX_REASONS
+    )
 
 
 class SearchCursor(Body):
@@ -58,10 +70,12 @@ class SearchSessionsBody(Body):
 
     session_id: SessionIdField | None = None
     project_ids: list[Id] | None = Field(default=None, max_length=_MAX_SEARCHED_PROJECTS)
-    user_metadata: Metadata = Field(default_factory=dict)
-    display_name: Annotated[Text, StringConstraints(min_length=1, max_length=MAX_TEXT_CHARS)] | None = None
+    user_metadata: Annotated[Metadata, Field(max_length=_MAX_FILTERS)] = Field(default_factory=dict)
+    display_name: (
+        Annotated[Text, StringConstraints(min_length=1, max_length=MAX_TEXT_CHARS), AfterValidator(_few_words)] | None
+    ) = None
     owner: SearchOwner = SearchOwner()
-    statuses: list[SearchedStatus] | None = Field(default=None, min_length=1)
+    statuses: list[SearchedStatus] | None = Field(default=None, min_length=1, max_length=_MAX_FILTERS)
     limit: Annotated[int, Field(ge=1, le=_MAX_FOUND_SESSIONS)] = 50
     cursor: SearchCursor | None = None
 
