@@ -16,7 +16,7 @@ from treadle.gateway.sdk_versions import parsed_version
 from treadle.telemetry.metrics import METRICS_CONTENT_TYPE
 from treadle.wire.answers import ErrorAnswer, StatusAnswer
 from treadle.wire.answers_service import CapabilitiesAnswer, ClientConfigAnswer, DynamicConfigAnswer, ReadyAnswer
-from treadle.wire.bodies import ClientConfigBody, parse_body
+from treadle.wire.bodies import ClientConfigBody, TelemetryBody, parse_body
 
 router = Resource()
 
@@ -75,7 +75,7 @@ async def get_server_capabilities(request: Request) -> Response:
     return json_response({"supported_models": models})
 
 
-@router.post("/api/v1/telemetry", answer=StatusAnswer)
+@router.post("/api/v1/telemetry", body=TelemetryBody, answer=StatusAnswer)
 async def telemetry(request: Request) -> Response:
     """Accepted at once and dropped: a client whose telemetry is refused waits 30 s before it raises its own errors."""
     gateway = gateway_of(request)

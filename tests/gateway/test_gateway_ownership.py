@@ -1,0 +1,156 @@
+"""Whose is it: every endpoint, asked about what another tenant has, answers as if there were nothing."""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+import uuid
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import httpx
+from gateway_support import KEY, OTHER_KEY, Harness, ok, open_tenant
+from gateway_surface import CALLS, Call, Estate, new_estate, serve_text
+
+from treadle.domain.ids import SessionId
+from treadle.gateway.app import ENDPOINTS
+
+# Routes that answer 200 with nothing in it: listings and filters, and what a client says about its own results.
+EMPTY_ANSWERS = {
+    "POST /api/v1/retrieve_futures",
+    "POST /api/v1/sessions/search",
+    "GET /api/v1/training_runs",
+    "GET /api/v1/billing/usage/checkpoints/current",
+}
+# What everybody may do with a published checkpoint.
+OPEN_TO_ALL = {
+    "POST /api/v1/weights_info",
+    "POST /api/v1/load_weights",
+    "POST /api/v1/create_sampling_session",
+    "POST /api/v1/copy_weights",
+    "GET /api/v1/training_runs/{model_id}/checkpoints/{kind}/{name}/archive",
+    "GET /api/v1/training_runs/{model_id}/checkpoints/{kind}/{name}/external_weights_urls",
+    *(f"POST {prefix}/{path}" for prefix in ("/oai/api/v1", "/v1") for path in ("chat/completions", "completions")),
+    *(f"POST {prefix}/messages{path}" for prefix in ("/anthropic/api/v1", "/v1") for path in ("", "/count_tokens")),
+    *(f"GET {prefix}/models/{{model:path}}" for prefix in ("/oai/api/v1", "/v1")),
+}
+
+
+def test_every_endpoint_is_called() -> None:
+    assert {f"{endpoint.method} {endpoint.path}" for endpoint in ENDPOINTS} == CALLS.keys()
+
+
+async def send(gateway: Harness, call: Call, *, key: str = OTHER_KEY) -> httpx.Response:
+    content = {"content": call.content} if call.content is not None else {"json": call.body}
+    headers = {"X-API-Key": key, **call.headers}
+    if call.body is None and call.content is None:
+        content = {}
+    return await gateway.client.request(call.method, call.path, headers=headers, **content)
+
+
+def everything_of_others(tmp_path: Path, tenant: str) -> list[tuple[object, ...]]:
+    """Every row of the database but a tenant's own."""
+    rows: list[tuple[object, ...]] = []
+    with sqlite3.connect(tmp_path / "treadle.db") as database:
+        for (table,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall():
+            found = database.execute(f"SELECT * FROM {table}").fetchall()
+            rows += [(table, *row) for row in found if tenant not in row]
+    database.close()
+    return sorted(rows, key=repr)
+
+
+async def answer_of(gateway: Harness, call: Call, mine: Estate, theirs: Estate) -> tuple[int, str]:
+    """Status and text, with the text that a future brings; without the ids."""
+    answer = await send(gateway, call)
+    status, text = answer.status_code, answer.text
+    if status == 200 and "request_id" in answer.json():
+        future = await gateway.future(answer.json()["request_id"], key=OTHER_KEY)
+        assert future.json().get("category") == "user", (call, future.text)
+        status, text = 404, future.text
+    text = text.replace(mine.session_id, "MINE").replace(theirs.session_id, "THEIRS")
+    return status, re.sub(r"(THEIRS|MINE)(:\w+:|-)\d+(:\d+)*|seq_id=\d+", r"\1\2", text)
+
+
+def unknown(estate: Estate) -> tuple[Estate, ...]:
+    """What is not there: of a session that is not there either, and of one that is."""
+    return replace(estate, session_id=SessionId(uuid.uuid4().hex)), replace(estate, number=77)
+
+
+async def probe(gateway: Harness, mine: Estate, theirs: Estate, routes: Iterable[str]) -> list[object]:
+    """Calls whose answer depends on whether what they are about is there; `theirs` is."""
+    breaches: list[object] = []
+    for route in routes:
+        for index, call in enumerate(CALLS[route](mine, theirs)):
+            answers = []
+            for number, estate in enumerate((theirs, *unknown(theirs))):
+                # A place of its own for each, so that none is answered as the replay of another.
+                mine = replace(mine, seq_id=mine.seq_id + 2)
+                asked = CALLS[route](mine, estate)[index]
+                # A session that is there, named without anything that it made, is no unknown id.
+                if asked.names(theirs if number == 0 else estate) and (number == 0 or asked != call):
+                    answers.append(await answer_of(gateway, asked, mine, estate))
+            if answers and not is_refused(route, answers):
+                breaches.append((call, answers))
+    return breaches
+
+
+def is_refused(route: str, answers: list[tuple[int, str]]) -> bool:
+    """Whether all answers are one, and it is a refusal or an answer with nothing in it."""
+    status, text = answers[0]
+    is_empty = route in EMPTY_ANSWERS and status == 200 and "THEIRS" not in text
+    return len(answers) > 1 and len(set(answers)) == 1 and (status in (400, 404) or is_empty)
+
+
+async def test_foreign_ids_look_unknown_and_nothing_changes(gateway: Harness, tmp_path: Path) -> None:
+    serve_text(gateway)
+    theirs, mine = await new_estate(gateway), await new_estate(gateway, key=OTHER_KEY)
+    before = everything_of_others(tmp_path, open_tenant(OTHER_KEY))
+    assert await probe(gateway, mine, theirs, CALLS) == []
+    assert everything_of_others(tmp_path, open_tenant(OTHER_KEY)) == before
+
+
+async def test_what_is_published_is_read_and_no_more(gateway: Harness, tmp_path: Path) -> None:
+    serve_text(gateway)
+    theirs, mine = await new_estate(gateway, public=True), await new_estate(gateway, key=OTHER_KEY)
+    before = everything_of_others(tmp_path, open_tenant(OTHER_KEY))
+    assert await probe(gateway, mine, theirs, sorted(CALLS.keys() - OPEN_TO_ALL)) == []
+    assert everything_of_others(tmp_path, open_tenant(OTHER_KEY)) == before
+
+
+def test_every_path_with_an_id_is_asked_for_somebody_elses() -> None:
+    theirs = Estate(SessionId(uuid.uuid4().hex))
+    for route, calls in CALLS.items():
+        if "_id}" in route:
+            asked = calls(Estate(SessionId("mine")), theirs)
+            assert asked, route
+            assert all(theirs.session_id in call.path for call in asked), route
+
+
+async def test_an_owner_is_answered_where_others_are_not(gateway: Harness) -> None:
+    """So that the tests above do not pass because a call is wrong."""
+    serve_text(gateway)
+    refused = []
+    mine = await new_estate(gateway)
+    for route in CALLS:
+        for index in range(len(CALLS[route](mine, mine))):
+            mine = replace(mine, seq_id=mine.seq_id + 2)
+            call = CALLS[route](mine, mine)[index]
+            if call.is_sampled or not call.names(mine):
+                continue
+            answer = await send(gateway, call, key=KEY)
+            # It was found, and read.
+            has_no_adapter = "holds no adapter" in answer.text
+            if answer.status_code not in (200, 302) and not has_no_adapter:
+                refused.append((route, call, answer.status_code, answer.text))
+        if route.startswith("DELETE") or route.endswith(("finish", "unload_model")):
+            mine = await new_estate(gateway)
+    assert refused == []
+
+
+async def test_the_error_of_a_refused_op_is_its_callers(gateway: Harness) -> None:
+    theirs, mine = await new_estate(gateway), await new_estate(gateway, key=OTHER_KEY)
+    load = {"model_id": mine.model_id, "seq_id": 5, "path": theirs.path(), "optimizer": True}
+    request_id = ok(await gateway.post("load_weights", load, key=OTHER_KEY))["request_id"]
+    assert "does not exist" in (await gateway.future(request_id, key=OTHER_KEY)).json()["error"]
+    assert (await gateway.future(request_id, key=KEY)).status_code == 404
