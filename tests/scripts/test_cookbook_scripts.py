@@ -1,4 +1,4 @@
-"""The local data of scripts/cookbook: the same for the same seed, splits apart, and in the columns that recipes read."""
+"""scripts/cookbook: the same data for the same seed, in the columns that recipes read; and when an aim is met."""
 
 from __future__ import annotations
 
@@ -54,6 +54,16 @@ def test_the_word_game_follows_its_rule(material: ModuleType) -> None:
         words = question.removeprefix("Say in Pig Latin: ").split()
         for word, said in zip(words, answer.split(), strict=True):
             assert said == (f"{word}-way" if word[0] in "aeiou" else f"{word[1:]}-{word[0]}ay")
+
+
+def test_an_aim_compares_the_means_of_both_ends(material: ModuleType) -> None:
+    recipes = importlib.import_module("recipes")
+    rises = recipes.Aim("reward", num_first=1, num_last=2, least_rise=0.3)
+    assert rises.judge([0.1, 0.9, 0.3, 0.5])["is_met"]
+    assert not rises.judge([0.1, 0.9, 0.2, 0.5])["is_met"]
+    halves = recipes.Aim("kl", num_first=2, num_last=1, most_left=0.5)
+    assert halves.judge([3.0, 5.0, 2.0])["is_met"]
+    assert not halves.judge([3.0, 4.8, 2.0])["is_met"]
 
 
 def _rows(path: Path) -> list[dict[str, str]]:
