@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import httpx
@@ -126,3 +128,61 @@ def test_a_database_that_restarts_under_load_costs_time_only(pair: Pair, postgre
         first += [future.result(timeout=TAKEOVER_S).metrics["loss:sum"] for future in futures]
         first += losses_of(client, range(3, NUM_STEPS))
         assert first == expected
+
+
+def used(server: ServerProcess, key: str) -> dict[str, float]:
+    """What the tenant used in these hours, by kind: tokens, or how many."""
+    hour = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
+    # The hour before as well: it may have turned since the work was done.
+    since, before = ((hour + timedelta(hours=hours)).strftime("%Y-%m-%dT%H:%M:%SZ") for hours in (-1, 1))
+    with server.http(key) as http:
+        answer = http.get("billing/usage/events", params={"starting_on": since, "ending_before": before})
+    totals: Counter[str] = Counter()
+    for event in answer.raise_for_status().json()["data"]:
+        info = event["event_info"]
+        totals[info["type"]] += info.get("token_count", info.get("count", 0))
+    return dict(totals)
+
+
+def test_what_one_gateway_began_the_other_goes_on_with(pair: Pair) -> None:
+    """Tokens, signed URLs, cancels and usage do not depend on which gateway is asked."""
+    key = new_key()
+    service = pair.standby.service(key)
+    client = new_run(service)
+    for server, other in ((pair.leader, pair.standby), (pair.standby, pair.leader)):
+        with server.http(key) as http:
+            token = http.post("auth/token", json={}).raise_for_status().json()["jwt"]
+        with other.http(token) as http:
+            assert http.get("auth/apikey/me").raise_for_status().json()["details"]["org_details"]["name"]
+            assert http.get("sessions").raise_for_status().json()["sessions"]
+
+    train_step(client, batch())
+    exported = client.save_weights_external("shared").result(timeout=60).path
+    urls = pair.leader.rest_client(key).get_external_weights_urls(exported).result(timeout=60).urls
+    for url in urls.values():
+        here, there = (httpx.get(url.replace(pair.leader.url, server.url)) for server in (pair.leader, pair.standby))
+        assert here.status_code == there.status_code == 200
+        assert here.content == there.content
+
+    sampler = client.save_weights_and_get_sampling_client().result(timeout=60)
+    prompt, params = {"chunks": [{"type": "encoded_text", "tokens": [10, 11]}]}, {"max_tokens": 1_500, "stop": []}
+    with pair.standby.http(key) as asks, pair.leader.http(key) as cancels:
+        body = {"sampling_session_id": sampler._sampling_session_id, "sampling_params": params, "prompt": prompt}
+        endless = asks.post("asample", json={**body, "seq_id": 7_000_000_000}).raise_for_status().json()["request_id"]
+        # Long enough for the leader's worker to be at it.
+        time.sleep(0.3)
+        for http in (cancels, asks):
+            assert http.post("cancel_future", json={"request_id": endless}).status_code == 200
+        for http in (asks, cancels):
+            answer = http.post("retrieve_future", json={"request_id": endless}).json()
+            assert answer["category"] == "user"
+            assert "cancelled" in answer["error"]
+
+    last = sampler.sample(types.ModelInput.from_ints([10, 11, 12]), 2, types.SamplingParams(max_tokens=5, stop=[]))
+    assert [len(sequence.tokens) for sequence in last.result(timeout=60).sequences] == [5, 5]
+    expected = {"training": 32, "checkpoint": 1, "sampling_prefill": 3, "sampling_sample": 10}
+    assert used(pair.leader, key) == used(pair.standby, key) == expected
+    # Nothing is counted again by whoever takes over.
+    pair.leader.kill()
+    train_step(client, batch())
+    assert used(pair.standby, key) == {**expected, "training": 64}

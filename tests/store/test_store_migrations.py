@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import sqlalchemy as sa
 from alembic import command
-from store_builders import MODEL, POOL, SAMPLER, SESSION, TENANT, done, lead, op, snapshot
+from store_builders import MODEL, POOL, SAMPLER, SESSION, TENANT, checkpoint, done, lead, op, sample, snapshot
 
 from treadle.domain.ids import ModelId
 from treadle.domain.ops import LoraSpec, OpKind
 from treadle.domain.records import FinishedCycle, ModelAdvance, RunLogEntry
+from treadle.domain.stability import recorded
 from treadle.domain.states import ModelState, RequestState
+from treadle.domain.usage import SampleUsage
 from treadle.store import Store, migrate
+from treadle.store.checkpoints import row_of
 from treadle.store.dialect import Dialect
 from treadle.store.engine import Database
 from treadle.store.lora_json import lora_to_json
@@ -95,6 +100,46 @@ async def test_what_else_the_old_schema_holds_is_read(old_url: str) -> None:
     found = await store._database.read(lambda conn: conn.exec_driver_sql(used_at).scalars().all())
     # The time of its newest sample, or of its creation.
     assert found == [9.0, 2.0]
+    await store.close()
+
+
+async def test_what_version_0002_holds_is_read_and_goes_on(old_url: str) -> None:
+    database = Database.of(old_url)
+
+    def fill(conn: sa.Connection) -> None:
+        config = migrate._config()
+        config.attributes["connection"] = conn
+        command.upgrade(config, "0002")
+        old = sa.MetaData()
+        old.reflect(conn)
+        columns = set(old.tables["checkpoints"].c.keys())
+        row = {name: value for name, value in row_of(checkpoint()).items() if name in columns}
+        conn.execute(old.tables["checkpoints"].insert(), row | {"model_id": EXACT})
+        if conn.dialect.name == "postgresql":
+            # The rows of this test have numbers of their own.
+            conn.exec_driver_sql("SELECT setval(pg_get_serial_sequence('requests', 'row_id'), 100)")
+
+    await database.write(fill)
+    await database.close()
+    store = await Store.open(old_url)
+    assert await store.schema_is_current()
+    record = await store.checkpoints.find(checkpoint().tinker_path)
+    assert record is not None
+    assert (record.is_encrypted, record.copied_from) == (False, None)
+    sampler = await store.sampling.get(SAMPLER)
+    assert sampler is not None
+    assert not sampler.is_inflight
+    old_session = await store.sessions.get(SESSION)
+    assert old_session is not None
+    assert tuple(old_session.tags) == ()
+    # Old sessions use the new tables: a sample on record, and what it used.
+    lease = await lead(store)
+    kept = recorded([(np.array([1, 2], np.int32), np.array([-1.0, -2.0], np.float32))], 3)
+    await store.requests.enqueue(sample(2))
+    await store.cycles.finish_samples(lease, [replace(done(sample(2)), recorded=kept, usage=SampleUsage(3, 2, 0))])
+    assert await store.stability.use(SESSION, [f"{SAMPLER}:2:0"]) == {f"{SAMPLER}:2:0": kept[0]}
+    events = await store.usage.events(TENANT, since=0, before=2**40)
+    assert {event.kind.value: event.amount for event in events} == {"sampling_prefill": 3.0, "sampling_sample": 2.0}
     await store.close()
 
 
