@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
+import httpx
 from gateway_support import KEY, POOL, Harness, facts, ok, sample_body
 from test_gateway_custom_losses import body_of as loss_body
 from test_gateway_legacy import json_pass
@@ -114,6 +116,17 @@ async def new_estate(gateway: Harness, *, key: str = KEY, public: bool = False) 
         record = await gateway.publish(estate.model_id, estate.name(kind), kind=kind, key=key, public=public)
         gateway.blobs.write(record.blob_key, pack_files({"adapter_config.json": b"{}"}))
     return estate
+
+
+async def send(gateway: Harness, call: Call, *, key: str) -> httpx.Response:
+    """The answer to a call with this key."""
+    options: dict[str, Any] = {}
+    if call.content is not None:
+        options["content"] = call.content
+    elif call.body is not None:
+        options["json"] = call.body
+    headers = {"X-API-Key": key, **call.headers}
+    return await gateway.client.request(call.method, call.path, headers=headers, **options)
 
 
 def _post(path: str, make: Callable[[Estate], object]) -> tuple[str, Calls]:

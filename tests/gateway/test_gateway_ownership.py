@@ -9,9 +9,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-import httpx
 from gateway_support import KEY, OTHER_KEY, Harness, ok, open_tenant
-from gateway_surface import CALLS, Call, Estate, new_estate, serve_text
+from gateway_surface import CALLS, Call, Estate, new_estate, send, serve_text
 
 from treadle.domain.ids import SessionId
 from treadle.gateway.app import ENDPOINTS
@@ -41,14 +40,6 @@ def test_every_endpoint_is_called() -> None:
     assert {f"{endpoint.method} {endpoint.path}" for endpoint in ENDPOINTS} == CALLS.keys()
 
 
-async def send(gateway: Harness, call: Call, *, key: str = OTHER_KEY) -> httpx.Response:
-    content = {"content": call.content} if call.content is not None else {"json": call.body}
-    headers = {"X-API-Key": key, **call.headers}
-    if call.body is None and call.content is None:
-        content = {}
-    return await gateway.client.request(call.method, call.path, headers=headers, **content)
-
-
 def everything_of_others(tmp_path: Path, tenant: str) -> list[tuple[object, ...]]:
     """Every row of the database but a tenant's own."""
     rows: list[tuple[object, ...]] = []
@@ -62,7 +53,7 @@ def everything_of_others(tmp_path: Path, tenant: str) -> list[tuple[object, ...]
 
 async def answer_of(gateway: Harness, call: Call, mine: Estate, theirs: Estate) -> tuple[int, str]:
     """Status and text, with the text that a future brings; without the ids."""
-    answer = await send(gateway, call)
+    answer = await send(gateway, call, key=OTHER_KEY)
     status, text = answer.status_code, answer.text
     if status == 200 and "request_id" in answer.json():
         future = await gateway.future(answer.json()["request_id"], key=OTHER_KEY)
@@ -136,7 +127,8 @@ async def test_an_owner_is_answered_where_others_are_not(gateway: Harness) -> No
         for index in range(len(CALLS[route](mine, mine))):
             mine = replace(mine, seq_id=mine.seq_id + 2)
             call = CALLS[route](mine, mine)[index]
-            if call.is_sampled or not call.names(mine):
+            # No tokenizer is anybody's.
+            if call.is_sampled or not call.names(mine) or "/tokenizers/" in route:
                 continue
             answer = await send(gateway, call, key=KEY)
             # It was found, and read.
