@@ -60,7 +60,8 @@ async def test_a_full_body_leaves_the_event_loop_to_others(gateway: Harness) -> 
         on_loop.append(time.thread_time() - loop_before)
         in_all.append(time.process_time() - before)
         assert (await gateway.row(answer["request_id"])).num_tokens == FULL_TOKENS * FULL_DATUMS
-    assert min(on_loop) < 0.020
+    print(f"on the event loop {min(on_loop) * 1e3:.1f} ms, in all {min(in_all) * 1e3:.1f} ms")
+    assert min(on_loop) < min(0.020, min(in_all) / 2)
     assert min(in_all) < 0.060
 
 
