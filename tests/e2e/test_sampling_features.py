@@ -35,7 +35,11 @@ def reference() -> Any:
 @pytest.fixture(scope="module")
 def base(server: ServerProcess) -> tinker.SamplingClient:
     """A sampling client of the base model."""
-    return server.service().create_sampling_client(base_model=MODEL)
+    return sampler_of(server.service(), base_model=MODEL)
+
+
+def sampler_of(service: tinker.ServiceClient, **weights: str) -> tinker.SamplingClient:
+    return service.create_sampling_client(**weights).result(timeout=60)
 
 
 def logprobs_of(reference: Any, tokens: list[int]) -> torch.Tensor:
@@ -126,7 +130,7 @@ def test_what_is_out_of_bounds_is_a_user_error(base: tinker.SamplingClient) -> N
 
 
 def test_a_prompt_that_comes_again_is_served_and_the_same(server: ServerProcess) -> None:
-    client = server.service().create_sampling_client(base_model=MODEL)
+    client = sampler_of(server.service(), base_model=MODEL)
     params = types.SamplingParams(max_tokens=20, seed=5, stop=[])
     first, again = (sample(client, params=params, num_samples=2, topk_sample_logprobs=2) for _ in range(2))
     assert (first.prompt_cache_hit_tokens, again.prompt_cache_hit_tokens) == (0, 128)
@@ -139,7 +143,7 @@ def test_a_prompt_that_comes_again_is_served_and_the_same(server: ServerProcess)
     assert scored.prompt_cache_hit_tokens == 192
     assert sample(client, turn, include_prompt_logprobs=True).prompt_cache_hit_tokens == 0
     # Another tenant learns nothing of it.
-    assert sample(server.service().create_sampling_client(base_model=MODEL)).prompt_cache_hit_tokens == 0
+    assert sample(sampler_of(server.service(), base_model=MODEL)).prompt_cache_hit_tokens == 0
 
 
 def test_training_and_sampler_checkpoints_are_sampled_alike(server: ServerProcess) -> None:
@@ -148,16 +152,16 @@ def test_training_and_sampler_checkpoints_are_sampled_alike(server: ServerProces
     train_step(training, batch(), lr=2e-2)
     trained = training.save_state("a").result(timeout=60).path
     for_sampling = training.save_weights_for_sampler("b").result(timeout=60).path
-    fresh = training.save_weights_and_get_sampling_client()
+    fresh = training.save_weights_and_get_sampling_client().result(timeout=60)
     clients = [
-        service.create_sampling_client(model_path=trained),
-        service.create_sampling_client(model_path=for_sampling),
-        service.create_sampling_client(model_path=trained, base_model=MODEL),
+        sampler_of(service, model_path=trained),
+        sampler_of(service, model_path=for_sampling),
+        sampler_of(service, model_path=trained, base_model=MODEL),
         fresh,
     ]
     answers = [sample(client, PROMPT[:30], GREEDY).sequences[0] for client in clients]
     assert all((a.tokens, a.logprobs) == (answers[0].tokens, answers[0].logprobs) for a in answers)
-    base = sample(service.create_sampling_client(base_model=MODEL), PROMPT[:30], GREEDY).sequences[0]
+    base = sample(sampler_of(service, base_model=MODEL), PROMPT[:30], GREEDY).sequences[0]
     assert base.logprobs != answers[0].logprobs, "the training is in the weights"
 
 
@@ -170,7 +174,7 @@ def test_inflight_clients_follow_the_training(server: ServerProcess) -> None:
 
     def publish(kind: Any) -> tinker.SamplingClient:
         train_step(training, batch(), lr=2e-2)
-        return training.save_weights_and_get_sampling_client(kind=kind)
+        return training.save_weights_and_get_sampling_client(kind=kind).result(timeout=60)
 
     first, frozen = publish("inflight"), publish("snapshot")
     at_first, at_frozen = logprobs(first), logprobs(frozen)
