@@ -63,11 +63,18 @@ def _tensors(values: Iterator[Any] | Sequence[Any]) -> Iterator[Tensor]:
 
 
 def _given(args: Args, kwargs: Kwargs) -> list[Tensor]:
-    return list(_tensors([*args, *kwargs.values()]))
+    """All tensors, `input` first however it was written."""
+    named = [kwargs["input"]] if "input" in kwargs else []
+    return list(_tensors([*named, *args, *(value for key, value in kwargs.items() if key != "input")]))
+
+
+def _room(tensor: Tensor) -> int:
+    """Its numbers; of an empty one what is left when the dimensions without length are gone, as in a sum over one."""
+    return math.prod(max(size, 1) for size in tensor.shape)
 
 
 def _cost(numbers: int, given: Sequence[Tensor], factor: int = 1) -> Cost:
-    read = max((tensor.numel() for tensor in given), default=1)
+    read = max((_room(tensor) for tensor in given), default=1)
     return Cost(numbers, factor * max(numbers, read))
 
 
@@ -77,14 +84,14 @@ def _broadcast(args: Args, kwargs: Kwargs) -> Cost:
     shapes = [tensor.shape for tensor in given]
     numbers = 1
     for place in range(1, max((len(shape) for shape in shapes), default=0) + 1):
-        numbers *= max(shape[-place] for shape in shapes if len(shape) >= place)
+        numbers *= max(1, *(shape[-place] for shape in shapes if len(shape) >= place))
     return _cost(max(numbers, 1), given, _PLAIN_WORK)
 
 
 def _total(args: Args, kwargs: Kwargs) -> Cost:
     """Of what puts its arguments together, or takes numbers out of one where another says."""
     given = _given(args, kwargs)
-    return _cost(sum(tensor.numel() for tensor in given), given)
+    return _cost(sum(map(_room, given)), given)
 
 
 def _pairs(args: Args, kwargs: Kwargs) -> Cost:
@@ -96,31 +103,43 @@ def _pairs(args: Args, kwargs: Kwargs) -> Cost:
 def _parts(args: Args, kwargs: Kwargs) -> Cost:
     """Of what cuts a tensor into many: each of them is an object."""
     (tensor, *_) = _given(args, kwargs)
-    return Cost(tensor.numel(), tensor.numel() + 4_096 * max(tensor.shape, default=1))
+    most = max(tensor.shape, default=1)
+    if not tensor.numel():
+        # chunk cuts nothing into as many parts as it is asked for.
+        most = max(1, most, *_integers([*args, *kwargs.values()]))
+    return Cost(_room(tensor), _room(tensor) + 4_096 * most)
 
 
 def _by_size(args: Args, kwargs: Kwargs) -> Cost:
     """Of what is made from sizes: the product of all the numbers given, as sizes or in sizes."""
-    return _sized(_integers([*args, *kwargs.values()]), None)
+    return _sized(_sizes([*args, *kwargs.values()]), None)
+
+
+def _new_by_size(args: Args, kwargs: Kwargs) -> Cost:
+    """The same of methods, whose tensor only says of what kind."""
+    return _by_size(args[1:], kwargs)
+
+
+def _expanded_as(args: Args, kwargs: Kwargs) -> Cost:
+    return _cost(_room(_given(args, kwargs)[-1]), ())
 
 
 def _expanded(args: Args, kwargs: Kwargs) -> Cost:
-    """expand, expand_as, broadcast_to: the sizes asked for, of which -1 keeps one of the tensor's."""
-    (tensor, *others) = _given(args, kwargs)
-    sizes = _integers(args[1:]) + _integers(list(kwargs.values()))
-    sizes += [size for other in others for size in other.shape]
+    """expand, broadcast_to: the sizes asked for, of which -1 keeps one of the tensor's."""
+    tensor, rest = _first(args, kwargs)
+    sizes = _sizes(rest)
     kept = [1] * len(sizes) + list(tensor.shape)
     places = zip(sizes, kept[len(kept) - len(sizes) :], strict=True)
     return _sized([here if size == -1 else size for size, here in places], None)
 
 
 def _repeated(args: Args, kwargs: Kwargs) -> Cost:
-    (tensor, *_) = _given(args, kwargs)
-    return _sized(_integers(args[1:]) + _integers(list(kwargs.values())), tensor, keeps=True)
+    tensor, rest = _first(args, kwargs)
+    return _sized(_sizes(rest), tensor, keeps=True)
 
 
 def _sized(sizes: Sequence[int], tensor: Tensor | None, *, keeps: bool = False) -> Cost:
-    numbers = tensor.numel() if tensor is not None and keeps else 1
+    numbers = _room(tensor) if tensor is not None and keeps else 1
     for size in sizes:
         numbers *= max(size, 1)
         if numbers.bit_length() > MAX_INT_BITS:
@@ -138,15 +157,31 @@ def _integers(values: Sequence[Any]) -> list[int]:
     return found
 
 
+def _sizes(values: Sequence[Any]) -> list[int]:
+    """The numbers that are sizes. torch would take tensors for them as well, whose numbers are not counted here."""
+    if next(_tensors(values), None) is not None:
+        raise TypeError("sizes are numbers here, not tensors; take them from a tensor's shape")
+    return _integers(values)
+
+
+def _first(args: Args, kwargs: Kwargs) -> tuple[Tensor, list[Any]]:
+    """The tensor that an operation is called on, and the other arguments."""
+    values = [*args, *(value for key, value in kwargs.items() if key != "input")]
+    tensor = kwargs["input"] if "input" in kwargs else values.pop(0)
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"a tensor is due, not a {type(tensor).__name__}")
+    return tensor, values
+
+
 def _full(args: Args, kwargs: Kwargs) -> Cost:
     """torch.full(size, value): the value is no size."""
     size = kwargs["size"] if "size" in kwargs else args[0]
-    return _sized(_integers([size]), None)
+    return _sized(_sizes([size]), None)
 
 
 def _new_full(args: Args, kwargs: Kwargs) -> Cost:
     size = kwargs["size"] if "size" in kwargs else args[1]
-    return _sized(_integers([size]), None)
+    return _sized(_sizes([size]), None)
 
 
 def _arange(args: Args, kwargs: Kwargs) -> Cost:
@@ -164,7 +199,7 @@ def _arange(args: Args, kwargs: Kwargs) -> Cost:
 
 def _linspace(args: Args, kwargs: Kwargs) -> Cost:
     steps = kwargs["steps"] if "steps" in kwargs else args[2]
-    return _sized(_integers([steps]), None)
+    return _sized(_sizes([steps]), None)
 
 
 def _one_hot(args: Args, kwargs: Kwargs) -> Cost:
@@ -177,7 +212,7 @@ def _one_hot(args: Args, kwargs: Kwargs) -> Cost:
 
 def _padded(args: Args, kwargs: Kwargs) -> Cost:
     (tensor, *_) = given = _given(args, kwargs)
-    pads = _integers([kwargs["pad"] if "pad" in kwargs else args[1]])
+    pads = _sizes([kwargs["pad"] if "pad" in kwargs else args[1]])
     numbers = 1
     for place, size in enumerate(reversed(tensor.shape)):
         numbers *= max(size + sum(max(pad, 0) for pad in pads[2 * place : 2 * place + 2]), 1)
@@ -198,7 +233,7 @@ def _windows(args: Args, kwargs: Kwargs) -> Cost:
     """Tensor.unfold: windows may overlap, so each number is there up to `size` times."""
     (tensor, *_) = _given(args, kwargs)
     size = kwargs["size"] if "size" in kwargs else args[2]
-    return _sized(_integers([size]), tensor, keeps=True)
+    return _sized(_sizes([size]), tensor, keeps=True)
 
 
 def _product(args: Args, kwargs: Kwargs) -> Cost:
@@ -213,7 +248,7 @@ def _product(args: Args, kwargs: Kwargs) -> Cost:
 
 def _outer(args: Args, kwargs: Kwargs) -> Cost:
     """Of what has every pair of numbers: outer, inner of matrices, several quantiles."""
-    numbers = math.prod(tensor.numel() for tensor in _given(args, kwargs))
+    numbers = math.prod(map(_room, _given(args, kwargs)))
     return Cost(numbers, _SORT_WORK * numbers)
 
 
@@ -222,7 +257,7 @@ def _selected(args: Args, kwargs: Kwargs) -> Cost:
     tensor, index = _given(args, kwargs)
     dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
     size = max(tensor.shape[dim] if tensor.ndim else 1, 1)
-    numbers = tensor.numel() // size * index.numel()
+    numbers = _room(tensor) // size * _room(index)
     return _cost(numbers, (tensor, index))
 
 
@@ -240,10 +275,10 @@ def _item(args: Args, kwargs: Kwargs) -> Cost:
         return Cost(1, 1)
     indices = index if isinstance(index, tuple) else (index,)
     given = [part for part in indices if isinstance(part, Tensor)]
-    if any(isinstance(part, list) for part in indices):
-        raise TypeError("a list is no index here; use slices, numbers, None, ... or tensors")
+    if any(isinstance(part, list | tuple) for part in indices):
+        raise TypeError("a list or a tuple in an index is none here; use slices, numbers, None, ... or tensors")
     if not given:
-        return Cost(value.numel(), value.numel())
+        return Cost(_room(value), _room(value))
     replaced, place = 1, 0
     for number, part in enumerate(indices):
         if part is Ellipsis:
@@ -254,7 +289,7 @@ def _item(args: Args, kwargs: Kwargs) -> Cost:
             replaced *= max(math.prod(value.shape[place : place + width]), 1)
         place += width
     chosen = _broadcast([part if part.dtype != torch.bool else part.reshape(-1) for part in given], {}).numbers
-    return _cost(max(value.numel() // replaced, 1) * chosen, [value, *given])
+    return _cost(max(_room(value) // replaced, 1) * chosen, [value, *given])
 
 
 def _consumes(part: object) -> int:
@@ -332,6 +367,14 @@ def _where(*args: Any, **kwargs: Any) -> Tensor:
     return chosen
 
 
+def _viewed(tensor: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """x.view(sizes). By a dtype it would show the bytes of numbers as others, and as truths that are neither."""
+    if any(isinstance(value, torch.dtype) for value in (*args, *kwargs.values())):
+        raise TypeError("takes sizes; convert to another dtype with .to(dtype)")
+    shown: Tensor = Tensor.view(tensor, *args, **kwargs)
+    return shown
+
+
 def _where_method(tensor: Any, *args: Any, **kwargs: Any) -> Tensor:
     if len(args) + len(kwargs) != 2 or not isinstance(tensor, Tensor):
         raise TypeError("takes a condition and the other value")
@@ -365,8 +408,10 @@ _SPECIAL_COSTS: Mapping[str, Callable[[Args, Kwargs], Cost]] = {
     **dict.fromkeys(("sort", "topk", "kthvalue", "median", "max", "min", "cummax", "cummin"), _pairs),
     **dict.fromkeys(("argsort", "norm"), _pairs),
     **dict.fromkeys(("split", "chunk", "unbind"), _parts),
-    **dict.fromkeys(("zeros", "ones", "new_zeros", "new_ones"), _by_size),
-    **dict.fromkeys(("expand", "expand_as", "broadcast_to"), _expanded),
+    **dict.fromkeys(("zeros", "ones"), _by_size),
+    **dict.fromkeys(("new_zeros", "new_ones"), _new_by_size),
+    **dict.fromkeys(("expand", "broadcast_to"), _expanded),
+    "expand_as": _expanded_as,
     **dict.fromkeys(("repeat", "tile"), _repeated),
     **dict.fromkeys(("matmul", "mm", "mv", "dot"), _product),
     **dict.fromkeys(("outer", "inner", "quantile"), _outer),
@@ -406,6 +451,7 @@ FUNCTION_TABLE: Mapping[str, Operation] = {
 METHOD_TABLE: Mapping[str, Operation] = {
     **{name: _operation(name, Tensor) for name in FUNCTIONS_AND_METHODS | TENSOR_METHODS},
     "where": Operation(_where_method, _broadcast),
+    "view": Operation(_viewed, _broadcast),
 }
 assert FUNCTION_TABLE.keys() == FUNCTIONS, "admission and engine know different functions"
 assert METHOD_TABLE.keys() == METHODS, "admission and engine know different methods"
