@@ -2,11 +2,12 @@
 
     python scripts/bench/soak.py [--seconds 600] [--clients 4] [--json FILE]
 
-Starts `treadle serve` on the bundled model with short retention times, and clients of the official SDK that train,
-publish and sample unnamed versions, and finish their session every few steps; one client keeps its session to the end,
-and saves under one name over and over. Two halves of the time behind the warm-up are compared: what is larger in the
+Starts `treadle serve` on the bundled model with short retention times, and clients of the official SDK that train with
+built-in and custom losses, publish and sample unnamed versions, on record and inflight, ask for text in OpenAI's form,
+and finish their session every few steps; one client keeps its session to the end, and saves under one name over and
+over. Two halves of the time behind the warm-up are compared: what is larger in the
 second one by more than the margin has not stopped growing, and the run fails. Rows that are history and stay by design
-(sessions, runs, the run log: one row per session, run, op) are counted apart; what they cost is the one figure that
+(sessions, runs, the run log, the audit log, usage per hour) are counted apart; what they cost is the one figure that
 grows.
 """
 
@@ -27,11 +28,14 @@ from typing import Any
 
 os.environ.setdefault("TINKER_TELEMETRY", "0")
 
+import httpx
 import report
 import tinker
+import torch
 from tinker import types
 
 MODEL = "treadle/tiny"
+TEXT = "/v1/completions"
 RESULT_S = 120
 CLOSE_S = 10
 # Everything that is kept for a time is kept for seconds.
@@ -45,8 +49,9 @@ RETENTION = {
     "SAMPLER_VERSIONS": 2,
     "SAMPLER_VERSION_S": 1,
     "UNNAMED_BLOBS_S": 3,
+    "STABILITY_RECORD_S": 2,
 }
-HISTORY = ("sessions", "models", "run_log")
+HISTORY = ("sessions", "models", "run_log", "audit_log", "usage_events")
 STEPS_PER_SESSION = 8
 # The second half may be this much larger, and never fails below these: sizes swing with the sweeps.
 MARGIN = 0.35
@@ -97,36 +102,58 @@ class Client(threading.Thread):
     def _one_session(self) -> None:
         service = tinker.ServiceClient(base_url=self._server.url, api_key="tml-soak")
         trainer = service.create_lora_training_client(base_model=MODEL, rank=8).result(timeout=RESULT_S)
+        loss = service.create_custom_loss(_spread, {"logprobs": 1}).result(timeout=RESULT_S)
         for step in range(10**9 if self._keeps_session else STEPS_PER_SESSION):
             if time.monotonic() >= self._until:
                 break
-            self._one_step(trainer, step)
+            self._one_step(trainer, step, loss)
         # The session is finished before the SDK (0.38) ends its own pollers, and there it may hang.
         with contextlib.suppress(TimeoutError):
             service.close("success").result(timeout=CLOSE_S)
 
-    def _one_step(self, trainer: tinker.TrainingClient, step: int) -> None:
+    def _one_step(self, trainer: tinker.TrainingClient, step: int, loss: tinker.LossHandle) -> None:
         # Every fourth batch is too large for a row.
-        data = [_datum(100, seed) for seed in range(44)] if step % 4 == 3 else [_datum(16, seed) for seed in range(2)]
-        passed = trainer.forward_backward(data, "cross_entropy")
+        data = [_datum(100, seed) for seed in range(44)] if step % 4 == 2 else [_datum(16, seed) for seed in range(2)]
+        if step % 2:
+            plain = [_datum(16, seed, weighted=False) for seed in range(2)]
+            passed = trainer.forward_backward_custom(plain, loss)
+        else:
+            passed = trainer.forward_backward(data, "cross_entropy")
         stepped = trainer.optim_step(types.AdamParams(learning_rate=1e-4))
         passed.result(timeout=RESULT_S)
         stepped.result(timeout=RESULT_S)
-        sampler = trainer.save_weights_and_get_sampling_client().result(timeout=RESULT_S)
+        publishing = (
+            trainer.save_weights_and_get_sampling_client(kind="inflight")
+            if step % 3 == 1
+            else trainer.save_weights_and_get_sampling_client(record_stability_info=True)
+        )
+        sampler = publishing.result(timeout=RESULT_S)
         prompt = types.ModelInput.from_ints([1, 2, 3])
         sampler.sample(prompt, num_samples=1, sampling_params=types.SamplingParams(max_tokens=4)).result(
             timeout=RESULT_S
         )
+        self._complete_text()
         if self._keeps_session and step % 3 == 0:
             trainer.save_state("newest", overwrite=True).result(timeout=RESULT_S)
         self.num_steps += 1
 
+    def _complete_text(self) -> None:
+        """One request in OpenAI's form."""
+        body = {"model": MODEL, "prompt": "once", "max_tokens": 4}
+        headers = {"Authorization": "Bearer tml-soak"}
+        httpx.post(f"{self._server.url}{TEXT}", json=body, headers=headers, timeout=RESULT_S).raise_for_status()
 
-def _datum(num_tokens: int, seed: int) -> types.Datum:
+
+def _spread(logprobs: torch.Tensor) -> Any:
+    """A loss that no table has."""
+    return -logprobs.mean() + 0.01 * (logprobs[:, None] - logprobs[None, :]).square().mean(), {}
+
+
+def _datum(num_tokens: int, seed: int, *, weighted: bool = True) -> types.Datum:
     tokens = [(seed * 31 + index * 7) % 900 + 10 for index in range(num_tokens + 1)]
     return types.Datum(
         model_input=types.ModelInput.from_ints(tokens[:-1]),
-        loss_fn_inputs={"target_tokens": tokens[1:], "weights": [1.0] * num_tokens},
+        loss_fn_inputs={"target_tokens": tokens[1:], **({"weights": [1.0] * num_tokens} if weighted else {})},
     )
 
 
