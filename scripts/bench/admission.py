@@ -42,7 +42,7 @@ FULL_BYTES = 5_000_000
 BYTES_PER_TOKEN = 16
 NUM_FULL = 40
 HEARTBEATS_PER_S = 100.0
-# The goals of the protocol's decoder: CPU seconds and seconds.
+# What each figure may be at most.
 GOALS = {
     "cpu_ms_per_full_body": 60.0,
     "heartbeat_delay_ms": 20.0,
