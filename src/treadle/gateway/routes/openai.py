@@ -11,6 +11,7 @@ import functools
 from starlette.requests import Request
 from starlette.responses import Response
 
+from treadle.domain.outcome import PoolFacts
 from treadle.errors import InvalidRequest, TreadleError
 from treadle.gateway.answers import json_response
 from treadle.gateway.bodies import room_of
@@ -123,9 +124,16 @@ async def completions(request: Request) -> Response:
     room_of(request.scope).give_back()
     weights = await find_weights(gateway, principal, body.model)
     tokenizer = await gateway.tokenizers.of(weights.facts)
-    prompts = await gateway.admission.run(
-        lambda: tuple(_tokens(tokenizer, prompt) for prompt in body.prompts), num_bytes=len(raw) * TEXT_COST
-    )
+
+    def read() -> tuple[tuple[list[int], ...], tuple[str, ...]]:
+        tokens = tuple(_tokens(tokenizer, prompt) for prompt in body.prompts)
+        if not body.echo:
+            return tokens, ()
+        for ids in tokens:
+            _check_known(ids, weights.facts)
+        return tokens, tuple(_text(tokenizer, prompt) for prompt in body.prompts)
+
+    prompts, echoed = await gateway.admission.run(read, num_bytes=len(raw) * TEXT_COST)
     _check_number(gateway, len(prompts) * body.n)
     max_tokens = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
     asked = Asked(
@@ -151,7 +159,7 @@ async def completions(request: Request) -> Response:
         with_logprobs=body.logprobs is not None,
         streams=body.stream,
         includes_usage=body.includes_usage,
-        echoed=tuple(_text(tokenizer, prompt) for prompt in body.prompts) if body.echo else (),
+        echoed=echoed,
         only_echo=max_tokens == 0,
     )
     return await answer(request, answering)
@@ -168,6 +176,13 @@ def _form(kind: type[Form], gateway: Gateway, weights: Weights, tokenizer: ChatT
 
 def _tokens(tokenizer: ChatTokenizer, prompt: str | list[int]) -> list[int]:
     return tokenizer.encode(prompt, add_special_tokens=True) if isinstance(prompt, str) else prompt
+
+
+def _check_known(tokens: list[int], facts: PoolFacts) -> None:
+    """Raises InvalidRequest for what has no text. Whether it fits is said where samples are admitted, of any prompt."""
+    strange = next((token_id for token_id in tokens if not 0 <= token_id < facts.vocab_size), None)
+    if strange is not None:
+        raise InvalidRequest(f"prompt has the token {strange}, which is not in the vocabulary of {facts.vocab_size}")
 
 
 def _text(tokenizer: ChatTokenizer, prompt: str | list[int]) -> str:
