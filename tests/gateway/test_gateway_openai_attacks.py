@@ -11,6 +11,8 @@ from gateway_support import KEY, POOL, Harness, facts
 
 import treadle
 from treadle.domain.outcome import PoolFacts
+from treadle.errors import InvalidRequest
+from treadle.gateway.chat.templates import ChatTemplate
 from treadle.gateway.deps import GatewaySettings, PoolView
 
 BUNDLED = Path(treadle.__file__).parent / "bundled" / "tiny"
@@ -86,3 +88,11 @@ async def refused(gateway: Harness, path: str, body: object) -> None:
     answer = await gateway.client.post(path, json=body, headers={"Authorization": f"Bearer {KEY}"})
     assert 400 <= answer.status_code < 500, (answer.status_code, answer.text[:300])
     assert answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("filter_", ["dictsort", "xmlattr", "items", "batch(0)|list", "indent(x)"])
+@pytest.mark.parametrize("value", ["abc", [1], 5, "%q"])
+def test_variables_that_a_template_cannot_use(filter_: str, value: object) -> None:
+    template = ChatTemplate({"default": "{{ x|" + filter_ + " }}{{ x|dictsort }}"}, {})
+    with pytest.raises(InvalidRequest, match="chat template"):
+        template.render([{"role": "user", "content": "x"}], variables={"x": value})

@@ -65,7 +65,15 @@ class ChatTemplate:
                 documents=None,
                 add_generation_prompt=True,
             )
-        except (TemplateError, TypeError, ValueError, KeyError, ArithmeticError, RecursionError) as error:
+        except (
+            TemplateError,
+            AttributeError,
+            TypeError,
+            ValueError,
+            LookupError,
+            ArithmeticError,
+            RecursionError,
+        ) as error:
             shown = str(error)[:_MAX_SHOWN_CHARS]
             raise InvalidRequest(f"the chat template of this base model refuses the messages: {shown}") from error
 
