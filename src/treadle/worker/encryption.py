@@ -5,7 +5,8 @@ It refuses to know what is in a file, and any other cipher. Invariant: with reci
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -24,15 +25,31 @@ def encrypted(files: Mapping[str, bytes], recipients: Sequence[str]) -> dict[str
         return dict(files)
     age = _age()
     keys = [_recipient(age, text) for text in recipients]
-    return {f"{name}{SUFFIX}": age.encrypt(data, keys) for name, data in files.items()}
+    return {f"{name}{SUFFIX}": _encrypted(age, data, keys) for name, data in files.items()}
 
 
 def check_recipients(recipients: Sequence[str]) -> None:
     """Raises as `encrypted` would."""
     if recipients:
         age = _age()
-        for text in recipients:
-            _recipient(age, text)
+        _encrypted(age, b"", [_recipient(age, text) for text in recipients])
+
+
+def _encrypted(age: Any, data: bytes, keys: Sequence[Any]) -> bytes:
+    with _refusing("a recipient to whom nothing can be encrypted"):
+        sealed: bytes = age.encrypt(data, keys)
+    return sealed
+
+
+@contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    """The library's errors as the client's; among them panics of its Rust code, which are no Exception."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise InvalidRequest(f"age_encryption_recipients has {what}") from None
+        raise
 
 
 def _age() -> Any:
@@ -48,9 +65,5 @@ def _age() -> Any:
 def _recipient(age: Any, text: str) -> Any:
     """An age1... or an SSH public key."""
     kind = age.x25519.Recipient if text.startswith("age1") else age.ssh.Recipient
-    try:
+    with _refusing(f"{text[:80]!r}, which is neither an age1... nor an SSH public key"):
         return kind.from_str(text)
-    except (age.RecipientError, ValueError) as error:
-        raise InvalidRequest(
-            f"age_encryption_recipients has {text[:80]!r}, which is neither an age1... nor an SSH public key"
-        ) from error
