@@ -137,7 +137,7 @@ def _gaps_s(load: RealLoad) -> list[float]:
 
 
 def _fit_outside(loads: Sequence[RealLoad]) -> tuple[float, float]:
-    """Seconds between cycles per cycle, and per token of one: a line through each load's median, never a falling one."""
+    """Seconds between cycles per cycle, and per token of one: a line through the loads' medians, never falling."""
     tokens = [statistics.median(cycle.num_tokens for cycle in load.cycles) for load in loads]
     gaps_s = [statistics.median(_gaps_s(load)) * _quiet_share(load) for load in loads]
     slope, intercept = statistics.linear_regression(tokens, gaps_s)
