@@ -159,9 +159,16 @@ def test_a_gradient_that_no_step_can_take_is_refused_with_its_request(
     assert math.isfinite(train_step(client, batch()))
 
 
-@pytest.mark.parametrize("loss_fn", ["stable_reinforce", "custom"])
-def test_losses_that_are_not_enabled_are_refused_by_name(server: ServerProcess, loss_fn: str) -> None:
+@pytest.mark.parametrize(
+    ("loss_fn", "message"),
+    [
+        ("stable_reinforce", "stable_reinforce needs its provenance"),
+        ("custom", "custom loss '' does not exist"),
+        ("dpo", "'dpo' is not known.*gspo"),
+    ],
+)
+def test_losses_that_lack_what_they_need_are_refused(server: ServerProcess, loss_fn: str, message: str) -> None:
     client = server.training_client()
-    with pytest.raises(tinker.RequestFailedError, match=f"'{loss_fn}' is not enabled.*gspo") as caught:
+    with pytest.raises(tinker.RequestFailedError, match=message) as caught:
         client.forward_backward([policy()], loss_fn).result(timeout=QUICK_S)  # type: ignore[arg-type]
     assert caught.value.category.value == "user"

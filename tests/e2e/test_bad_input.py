@@ -304,6 +304,6 @@ def test_foreign_ids_look_unknown(server: ServerProcess) -> None:
 
 def test_endpoints_that_are_not_there_say_so(server: ServerProcess) -> None:
     with server.http() as http:
-        answer = http.post("create_custom_loss", json={})
+        answer = http.post("create_full_model", json={})
         assert answer.status_code == 404
-        assert "create_custom_loss" in answer.json()["detail"]
+        assert "create_full_model" in answer.json()["detail"]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tarfile
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -70,10 +71,14 @@ class Cli:
         }
 
     def run(self, *args: str, **env: str) -> subprocess.CompletedProcess[str]:
-        """`tinker ARGS`, however it ends."""
+        """`tinker ARGS`, however it ends but for the abort that its transport may make while Python leaves."""
+        done = self._run_once(args, env)
+        return self._run_once(args, env) if done.returncode == -signal.SIGABRT else done
+
+    def _run_once(self, args: Sequence[str], env: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "tinker.cli", *args],
-            env=self._env | env,
+            env={**self._env, **env},
             cwd=self._folder,
             capture_output=True,
             text=True,
