@@ -7,6 +7,7 @@ begun for it goes on.
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
@@ -17,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 from treadle.errors import TreadleError
 from treadle.gateway.answers import json_response
 from treadle.gateway.middleware import BACK_OFF, RETRY_AFTER_S
-from treadle.gateway.routing import ROUTE_TEMPLATE
+from treadle.gateway.routing import ROUTE_TEMPLATE, Handler
 from treadle.telemetry.logs import get_logger
 
 log = get_logger(__name__)
@@ -44,7 +45,23 @@ async def attended(request: Request, work: Coroutine[Any, Any, T]) -> T:
         await _end(working, gone)
 
 
-def refusal(request: Request, error: TreadleError, body: object) -> Response:
+def in_form(error_of: Callable[[TreadleError], object]) -> Callable[[Handler], Handler]:
+    """A decorator: the handler with its errors in the shape that `error_of` gives them."""
+
+    def wrap(handler: Handler) -> Handler:
+        @functools.wraps(handler)
+        async def endpoint(request: Request, **params: str) -> Response:
+            try:
+                return await handler(request, **params)
+            except TreadleError as error:
+                return _refusal(request, error, error_of(error))
+
+        return endpoint
+
+    return wrap
+
+
+def _refusal(request: Request, error: TreadleError, body: object) -> Response:
     """The answer to a request that is refused with `error`, in the words of its form."""
     if error.status >= 500:
         log.warning(

@@ -6,23 +6,21 @@ this server.
 
 from __future__ import annotations
 
-import functools
 from typing import TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from treadle.errors import TreadleError
 from treadle.gateway.answers import json_response
 from treadle.gateway.bodies import room_of
 from treadle.gateway.chat.anthropic_answers import Answering, answer, error_of
 from treadle.gateway.chat.samples import Asked
-from treadle.gateway.chat.serving import EVENTS, refusal
+from treadle.gateway.chat.serving import EVENTS, in_form
 from treadle.gateway.chat.tokenizers import TEXT_COST
 from treadle.gateway.chat.weights import find_weights
 from treadle.gateway.context import Gateway, gateway_of
 from treadle.gateway.intake import read_plain_body
-from treadle.gateway.routing import Handler, Resource
+from treadle.gateway.routing import Resource
 from treadle.wire.answers_anthropic import AnthropicErrorAnswer, MessageAnswer, TokenCount
 from treadle.wire.anthropic_bodies import CountTokensBody, MessagesBody
 from treadle.wire.bodies import Body
@@ -35,20 +33,7 @@ PREFIXES = ("/anthropic/api/v1", "/v1")
 B = TypeVar("B", bound=Body)
 
 
-def _in_form(handler: Handler) -> Handler:
-    """The handler with its errors in Anthropic's shape."""
-
-    @functools.wraps(handler)
-    async def endpoint(request: Request, **params: str) -> Response:
-        try:
-            return await handler(request, **params)
-        except TreadleError as error:
-            return refusal(request, error, error_of(error))
-
-    return endpoint
-
-
-@_in_form
+@in_form(error_of)
 async def messages(request: Request) -> Response:
     """The assistant's next message, through the model's own chat template; with `stream`, as server-sent events."""
     gateway = gateway_of(request)
@@ -69,7 +54,7 @@ async def messages(request: Request) -> Response:
     return await answer(request, Answering(gateway, principal, weights, tokenizer, asked, streams=body.stream))
 
 
-@_in_form
+@in_form(error_of)
 async def count_tokens(request: Request) -> Response:
     """How many tokens the prompt of these messages has."""
     gateway = gateway_of(request)

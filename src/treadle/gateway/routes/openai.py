@@ -6,25 +6,23 @@ OpenAI's shape. Here text becomes tokens, and the rest is gateway/chat.
 
 from __future__ import annotations
 
-import functools
-
 from starlette.requests import Request
 from starlette.responses import Response
 
 from treadle.domain.outcome import PoolFacts
-from treadle.errors import InvalidRequest, TreadleError
+from treadle.errors import InvalidRequest
 from treadle.gateway.answers import json_response
 from treadle.gateway.bodies import room_of
 from treadle.gateway.chat.openai_answers import Answering, answer
 from treadle.gateway.chat.openai_form import ChatForm, CompletionForm, Form, error_of, model_of
 from treadle.gateway.chat.samples import Asked
-from treadle.gateway.chat.serving import EVENTS, refusal
+from treadle.gateway.chat.serving import EVENTS, in_form
 from treadle.gateway.chat.templates import RESERVED
 from treadle.gateway.chat.tokenizers import TEXT_COST, ChatTokenizer
 from treadle.gateway.chat.weights import Weights, find_weights
 from treadle.gateway.context import Gateway, gateway_of
 from treadle.gateway.intake import read_plain_body
-from treadle.gateway.routing import Handler, Resource
+from treadle.gateway.routing import Resource
 from treadle.wire.answers_openai import ChatCompletion, Completion, ModelEntry, ModelList, OpenAIErrorAnswer
 from treadle.wire.openai_bodies import DEFAULT_COMPLETION_TOKENS, ChatBody, CompletionBody, parse_form
 
@@ -33,20 +31,7 @@ router = Resource()
 PREFIXES = ("/oai/api/v1", "/v1")
 
 
-def _in_form(handler: Handler) -> Handler:
-    """The handler with its errors in OpenAI's shape."""
-
-    @functools.wraps(handler)
-    async def endpoint(request: Request, **params: str) -> Response:
-        try:
-            return await handler(request, **params)
-        except TreadleError as error:
-            return refusal(request, error, error_of(error))
-
-    return endpoint
-
-
-@_in_form
+@in_form(error_of)
 async def list_models(request: Request) -> Response:
     """The base models. Checkpoints of the caller are models too, under their paths; they are not listed."""
     gateway = gateway_of(request)
@@ -62,7 +47,7 @@ async def list_models(request: Request) -> Response:
     return json_response({"object": "list", "data": models})
 
 
-@_in_form
+@in_form(error_of)
 async def get_model(request: Request, model: str) -> Response:
     """A base model, or a checkpoint that the caller may sample."""
     gateway = gateway_of(request)
@@ -72,7 +57,7 @@ async def get_model(request: Request, model: str) -> Response:
     return json_response(model_of(model, owner=owner, max_context_length=weights.facts.max_context_length))
 
 
-@_in_form
+@in_form(error_of)
 async def chat_completions(request: Request) -> Response:
     """The next message of a chat, through the model's own chat template; with `stream`, as server-sent events."""
     gateway = gateway_of(request)
@@ -114,7 +99,7 @@ async def chat_completions(request: Request) -> Response:
     return await answer(request, answering)
 
 
-@_in_form
+@in_form(error_of)
 async def completions(request: Request) -> Response:
     """What follows a prompt, or several; with `stream`, as server-sent events."""
     gateway = gateway_of(request)
