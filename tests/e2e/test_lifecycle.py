@@ -206,7 +206,7 @@ def test_a_drain_during_the_load_is_quick_and_clean(tmp_path: Path) -> None:
                     time.sleep(0.02)
         began = time.monotonic()
         assert server.terminate() == 0
-        assert time.monotonic() - began < 6, "it waited for the model"
+        assert time.monotonic() - began < 20, "it waited for the model"
     finally:
         server.kill()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 import random
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -308,17 +307,15 @@ HOSTILE: Mapping[str, tuple[Sequence[dict[str, object]], str]] = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_graphs_are_refused_by_name_within_a_second(name: str) -> None:
+def test_hostile_graphs_are_refused_by_name(name: str) -> None:
     nodes, named = HOSTILE[name]
     if name == "many dimensions":
         nodes = [{**fields, "args": [*fields["args"], 0]} for fields in nodes]  # type: ignore[misc]
     has_loss = any(fields["name"] == "loss" for fields in nodes)
     fields = body(*nodes, *(() if has_loss else (total("bad"),)))
     logprobs = inputs_of(1)[0]
-    start = time.perf_counter()
     with pytest.raises(InvalidRequest) as caught:
         terms_of(checked(fields), [custom_datum(LENGTH)], logprobs)
-    assert time.perf_counter() - start < 1
     assert named in caught.value.message
     assert logprobs.equal(inputs_of(1)[0])
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from typing import Any
 
 import pytest
@@ -106,9 +105,7 @@ async def test_concurrent_retries_make_one_loss(gateway: Harness) -> None:
 )
 async def test_what_is_wrong_comes_through_the_future(gateway: Harness, changes: dict[str, Any], why: str) -> None:
     session_id = await gateway.new_session()
-    start = time.perf_counter()
     assert why in failed(await gateway.future(await create(gateway, body_of(session_id, **changes))))
-    assert time.perf_counter() - start < 2
 
 
 async def test_nesting_that_would_exhaust_a_stack_is_refused(gateway: Harness) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 
 import numpy as np
 import pytest
@@ -442,16 +441,12 @@ def test_a_stored_pass_is_read_without_a_models_limits():
     np.testing.assert_array_equal(again.datums[0].tokens, op.datums[0].tokens)
 
 
-def test_a_full_chunk_of_the_sdk_is_decoded_in_milliseconds():
-    # 64 sequences of 4,096 tokens: about the 5 MB that the SDK aims at. A quiet core needs 2 ms.
+def test_a_full_chunk_of_the_sdk_is_decoded():
+    # 64 sequences of 4,096 tokens: about the 5 MB that the SDK aims at.
     tokens = list(range(100)) * 41
     datum = sdk_datum(tokens[:4096], target_tokens=tokens[:4096], weights=[1.0] * 4096)
     body = sdk_body([datum] * 64)
     limits = PassLimits(vocab_size=100, max_context_length=4096)
     assert len(body) > 4_000_000
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        decode_pass(body, limits=limits)
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 0.05
+    op = decode_pass(body, limits=limits)
+    assert [read.num_tokens for read in op.datums] == [4096] * 64
