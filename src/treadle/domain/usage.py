@@ -35,7 +35,10 @@ class SampleUsage:
 
 @dataclass(frozen=True, slots=True)
 class UsageRecord:
-    """What one session used of one kind in the hour that begins at `bucket_start`, in epoch seconds."""
+    """What one session used of one kind in the hour that begins at `bucket_start`, in epoch seconds.
+
+    model_id: the run, "" for samples of weights that are none of its tenant's runs.
+    """
 
     tenant_id: TenantId
     bucket_start: int
@@ -43,6 +46,7 @@ class UsageRecord:
     base_model: str
     kind: UsageKind
     amount: float
+    model_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,6 +42,25 @@ keys = sa.Table(
     sa.Column("is_admin", sa.Boolean, nullable=False),
     sa.Column("created_at", sa.Double, nullable=False),
     sa.Column("revoked_at", sa.Double),
+    # What its holder calls it.
+    sa.Column("name", sa.Text),
+    sa.Column("expires_at", sa.Double),
+    # Who created it, as the audit log names people; NULL for the command line.
+    sa.Column("created_by", sa.Text),
+)
+sa.Index("ix_keys_tenant", keys.c.tenant_id)
+
+# What an outside service said about tokens, by their SHA-256.
+token_verdicts = sa.Table(
+    "token_verdicts",
+    metadata,
+    sa.Column("digest", sa.Text, primary_key=True),
+    # The authenticator that asked.
+    sa.Column("method", sa.Text, nullable=False),
+    sa.Column("tenant_id", sa.Text, nullable=False),
+    sa.Column("user", sa.Text, nullable=False),
+    sa.Column("is_member", sa.Boolean, nullable=False),
+    sa.Column("checked_at", sa.Double, nullable=False, index=True),
 )
 
 sessions = sa.Table(
@@ -270,13 +289,165 @@ usage = sa.Table(
     sa.Column("trained_tokens", sa.BigInteger, nullable=False),
 )
 
-# What an operator set for a tenant; one without a row has the defaults.
+# Tenants that have a key, came through an outside service, or that an operator set something for. One without a row
+# has the defaults.
 tenants = sa.Table(
     "tenants",
     metadata,
     sa.Column("tenant_id", sa.Text, primary_key=True),
     sa.Column("weight_class", sa.Text, nullable=False),
     sa.Column("updated_at", sa.Double, nullable=False),
+    sa.Column("organization", sa.Text),
+    # How it came here: keys, modelscope, open or admin.
+    sa.Column("source", sa.Text),
+    sa.Column("is_suspended", sa.Boolean, nullable=False, server_default=sa.false()),
+    sa.Column("suspended_reason", sa.Text),
+    sa.Column("created_at", sa.Double),
+)
+sa.Index("ix_tenants_organization", tenants.c.organization)
+
+organizations = sa.Table(
+    "organizations",
+    metadata,
+    sa.Column("name", sa.Text, primary_key=True),
+    sa.Column("description", sa.Text, nullable=False),
+    sa.Column("created_at", sa.Double, nullable=False),
+)
+
+# Shared projects. A project_id that is in no row is a name of one tenant's own, and shared with nobody.
+projects = sa.Table(
+    "projects",
+    metadata,
+    sa.Column("project_id", sa.Text, primary_key=True),
+    sa.Column("tenant_id", sa.Text, nullable=False, index=True),
+    sa.Column("name", sa.Text, nullable=False),
+    sa.Column("created_at", sa.Double, nullable=False),
+)
+
+project_members = sa.Table(
+    "project_members",
+    metadata,
+    sa.Column("project_id", sa.Text, sa.ForeignKey(projects.c.project_id), primary_key=True),
+    sa.Column("tenant_id", sa.Text, primary_key=True, index=True),
+    sa.Column("added_at", sa.Double, nullable=False),
+)
+
+# Limits that operators set. scope: "default", "organization:NAME" or "tenant:ID".
+quotas = sa.Table(
+    "quotas",
+    metadata,
+    sa.Column("scope", sa.Text, primary_key=True),
+    sa.Column("quota", sa.Text, primary_key=True),
+    sa.Column("value", sa.BigInteger, nullable=False),
+    sa.Column("updated_at", sa.Double, nullable=False),
+)
+
+# What operators decided about losses; "custom" stands for all traced ones. scope: as in quotas.
+loss_rules = sa.Table(
+    "loss_rules",
+    metadata,
+    sa.Column("scope", sa.Text, primary_key=True),
+    sa.Column("loss", sa.Text, primary_key=True),
+    # NULL: as the next wider scope says.
+    sa.Column("is_enabled", sa.Boolean),
+    # {key: [lowest, highest]} of its settings.
+    sa.Column("bounds", sa.JSON, nullable=False),
+    sa.Column("updated_at", sa.Double, nullable=False),
+)
+
+# Small things that all servers of a database follow. The row "policies" has the version of everything that
+# PolicyWatch reads.
+control = sa.Table(
+    "control",
+    metadata,
+    sa.Column("name", sa.Text, primary_key=True),
+    sa.Column("version", sa.BigInteger, nullable=False),
+    sa.Column("value", sa.JSON),
+    sa.Column("updated_at", sa.Double, nullable=False),
+)
+
+# Graphs of approved losses, by the SHA-256 of their canonical JSON.
+loss_definitions = sa.Table(
+    "loss_definitions",
+    metadata,
+    sa.Column("sha256", sa.Text, primary_key=True),
+    sa.Column("definition", sa.LargeBinary, nullable=False),
+    sa.Column("created_at", sa.Double, nullable=False),
+)
+
+# Losses that users submitted under a name.
+named_losses = sa.Table(
+    "named_losses",
+    metadata,
+    sa.Column("named_loss_id", _RowId, primary_key=True, autoincrement=True),
+    sa.Column("name", sa.Text, nullable=False),
+    # Who submitted it.
+    sa.Column("tenant_id", sa.Text, nullable=False, index=True),
+    # "upload", "ms://org/repo/FILE" or "hf://org/repo/FILE".
+    sa.Column("source", sa.Text, nullable=False),
+    sa.Column("revision", sa.Text),
+    # Of `content`.
+    sa.Column("sha256", sa.Text, nullable=False),
+    # graph or python.
+    sa.Column("form", sa.Text, nullable=False),
+    # NULL until the file of a hub was fetched.
+    sa.Column("content", sa.LargeBinary),
+    sa.Column("definition_sha256", sa.Text, sa.ForeignKey(loss_definitions.c.sha256)),
+    # pending, approved, rejected or revoked.
+    sa.Column("status", sa.Text, nullable=False),
+    # Tenants that may use it; NULL: all.
+    sa.Column("tenants", sa.JSON),
+    # What its review found.
+    sa.Column("review", sa.JSON),
+    sa.Column("reason", sa.Text),
+    sa.Column("submitted_at", sa.Double, nullable=False),
+    sa.Column("decided_at", sa.Double),
+    sa.Column("decided_by", sa.Text),
+)
+IS_APPROVED = named_losses.c.status == sa.literal_column("'approved'")
+_partial_index("uq_named_losses_approved", named_losses.c.name, where=IS_APPROVED, unique=True)
+
+# What operators decided about pools, over what servers were started with.
+pool_settings = sa.Table(
+    "pool_settings",
+    metadata,
+    sa.Column("pool", sa.Text, primary_key=True),
+    # Of a pool that was added at run time; NULL: from the servers' settings.
+    sa.Column("source", sa.Text),
+    sa.Column("revision", sa.Text),
+    # serving, paused, draining or removed.
+    sa.Column("state", sa.Text, nullable=False),
+    sa.Column("reason", sa.Text),
+    sa.Column("updated_at", sa.Double, nullable=False),
+)
+
+# What operators asked the leader of a pool to do with a run.
+operator_commands = sa.Table(
+    "operator_commands",
+    metadata,
+    sa.Column("command_id", _RowId, primary_key=True, autoincrement=True),
+    sa.Column("pool", sa.Text, nullable=False),
+    # snapshot or evict.
+    sa.Column("kind", sa.Text, nullable=False),
+    sa.Column("model_id", sa.Text, sa.ForeignKey(models.c.model_id), nullable=False),
+    sa.Column("created_by", sa.Text, nullable=False),
+    sa.Column("created_at", sa.Double, nullable=False),
+    sa.Column("done_at", sa.Double),
+    sa.Column("outcome", sa.Text),
+)
+IS_OPEN_COMMAND = operator_commands.c.done_at.is_(None)
+_partial_index("ix_operator_commands_open", operator_commands.c.pool, where=IS_OPEN_COMMAND)
+
+# Tokens of finished work, summed over slots of a few seconds; only as long as rates look back.
+rate_windows = sa.Table(
+    "rate_windows",
+    metadata,
+    sa.Column("tenant_id", sa.Text, primary_key=True),
+    # training or sampling.
+    sa.Column("kind", sa.Text, primary_key=True),
+    # The slot's first second.
+    sa.Column("slot_start", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("amount", sa.Double, nullable=False),
 )
 
 # What the leader's worker reported of its base model, for servers that have no worker of that pool.
@@ -332,7 +503,11 @@ audit_log = sa.Table(
     sa.Column("model_id", sa.Text),
     sa.Column("tinker_path", sa.Text),
     sa.Column("purpose", sa.Text),
+    # Of an operator's doing: who, and what it was done to ("tenant:user:alice", "key:3").
+    sa.Column("actor", sa.Text),
+    sa.Column("subject", sa.Text),
 )
+sa.Index("ix_audit_log_created_at", audit_log.c.created_at)
 sa.Index("ix_audit_log_tenant", audit_log.c.tenant_id, audit_log.c.created_at)
 
 # What was used, summed per hour.
@@ -343,6 +518,8 @@ usage_events = sa.Table(
     # The hour's first second.
     sa.Column("bucket_start", sa.BigInteger, primary_key=True, autoincrement=False),
     sa.Column("session_id", sa.Text, primary_key=True),
+    # The run; "" for what samples weights of none of its tenant's runs.
+    sa.Column("model_id", sa.Text, primary_key=True, server_default=sa.text("''")),
     sa.Column("base_model", sa.Text, primary_key=True),
     # training, sampling_prefill, sampling_prefill_cached, sampling_sample (tokens), checkpoint (number), storage
     # (byte-seconds).

@@ -32,12 +32,15 @@ _MAX_OWNERS = 8_192
 _FORGET_STEP_S = 24 * HOUR_S
 
 _u = usage_events.c
-_KEY = (_u.tenant_id, _u.bucket_start, _u.session_id, _u.base_model, _u.kind)
-_OF_MODELS = sa.select(models.c.model_id, models.c.session_id, models.c.base_model).where(
+_KEY = (_u.tenant_id, _u.bucket_start, _u.session_id, _u.model_id, _u.base_model, _u.kind)
+_OF_MODELS = sa.select(models.c.model_id, models.c.session_id, models.c.model_id, models.c.base_model).where(
     models.c.model_id.in_(sa.bindparam("ids", expanding=True))
 )
 _OF_SAMPLERS = sa.select(
-    sampling_sessions.c.sampling_session_id, sampling_sessions.c.session_id, sampling_sessions.c.base_model
+    sampling_sessions.c.sampling_session_id,
+    sampling_sessions.c.session_id,
+    sa.func.coalesce(sampling_sessions.c.model_id, ""),
+    sampling_sessions.c.base_model,
 ).where(sampling_sessions.c.sampling_session_id.in_(sa.bindparam("ids", expanding=True)))
 _EVENTS = (
     sa.select(*_KEY, _u.amount)
@@ -46,7 +49,7 @@ _EVENTS = (
         _u.bucket_start >= sa.bindparam("since"),
         _u.bucket_start < sa.bindparam("before"),
     )
-    .order_by(_u.bucket_start, _u.amount.desc(), _u.session_id, _u.base_model, _u.kind)
+    .order_by(_u.bucket_start, _u.amount.desc(), _u.session_id, _u.model_id, _u.base_model, _u.kind)
     .limit(sa.bindparam("max_rows"))
 )
 _NEWEST_STORAGE = sa.select(sa.func.max(_u.bucket_start)).where(_u.kind == UsageKind.STORAGE.value)
@@ -56,9 +59,10 @@ _FORGET = usage_events.delete().where(_u.bucket_start < sa.bindparam("before"))
 
 
 class _Owner(NamedTuple):
-    """What a run or a sampling session belongs to."""
+    """What a run or a sampling session belongs to. model_id: the run whose weights are meant, "" for none."""
 
     session_id: SessionId
+    model_id: str
     base_model: str
 
 
@@ -101,7 +105,7 @@ class UsageCounter:
         if not totals:
             return
         self._learn_owners(conn, {owner for _, owner, _ in totals})
-        amounts: Counter[tuple[TenantId, SessionId, str, UsageKind]] = Counter()
+        amounts: Counter[tuple[TenantId, SessionId, str, str, UsageKind]] = Counter()
         for (tenant_id, owner, kind), amount in totals.items():
             amounts[tenant_id, *self._owners[owner], kind] += amount
         # Sorted, so that two pools that count the same tenants cannot deadlock.
@@ -110,11 +114,12 @@ class UsageCounter:
                 "tenant_id": tenant_id,
                 "bucket_start": hour,
                 "session_id": session_id,
+                "model_id": model_id,
                 "base_model": base_model,
                 "kind": kind.value,
                 "amount": float(amount),
             }
-            for (tenant_id, session_id, base_model, kind), amount in sorted(amounts.items())
+            for (tenant_id, session_id, model_id, base_model, kind), amount in sorted(amounts.items())
         ]
         conn.execute(self._add, rows)
 
@@ -125,8 +130,8 @@ class UsageCounter:
             unknown = sorted(wanted)
         for chunk in chunks(unknown):
             for statement in (_OF_MODELS, _OF_SAMPLERS):
-                for owner, session_id, base_model in conn.execute(statement, {"ids": chunk}):
-                    self._owners[owner] = _Owner(session_id, base_model)
+                for owner, session_id, model_id, base_model in conn.execute(statement, {"ids": chunk}):
+                    self._owners[owner] = _Owner(session_id, model_id, base_model)
 
 
 class Usage:
@@ -156,6 +161,7 @@ class Usage:
                 tenant_id=TenantId(row.tenant_id),
                 bucket_start=row.bucket_start,
                 session_id=SessionId(row.session_id),
+                model_id=row.model_id,
                 base_model=row.base_model,
                 kind=UsageKind(row.kind),
                 amount=row.amount,
@@ -225,11 +231,12 @@ def _stored_in_an_hour() -> sa.Select[tuple[object, ...]]:
             c.tenant_id,
             sa.bindparam("hour", type_=sa.BigInteger),
             models.c.session_id,
+            c.model_id,
             c.base_model,
             sa.literal_column(f"'{UsageKind.STORAGE.value}'"),
             sa.func.sum(c.size_bytes * (went - came)),
         )
         .join_from(checkpoints, models)
         .where(c.created_at < end, c.size_bytes > 0, sa.or_(c.expires_at.is_(None), c.expires_at > begin))
-        .group_by(c.tenant_id, models.c.session_id, c.base_model)
+        .group_by(c.tenant_id, models.c.session_id, c.model_id, c.base_model)
     )
