@@ -42,6 +42,7 @@ from treadle.scheduler.pool import PoolRunner
 from treadle.scheduler.sweeps import Sweeper
 from treadle.scheduler.weights import TenantWeights
 from treadle.store import Store
+from treadle.store.policy_watch import PolicyWatch
 from treadle.telemetry.logs import configure_logging, get_logger
 from treadle.telemetry.metrics import Metrics
 
@@ -115,6 +116,7 @@ class Server:
         self._live = LiveSamples()
         self._spare = Spare() if settings.worker.spare else None
         self._pools: list[PoolRunner] = []
+        self._policies: PolicyWatch | None = None
         # Looked up once: views of the pools are asked for with every request, and these are questions to a disk.
         self._model_dirs = [model.local_dir() for model in settings.models]
         self._is_draining = False
@@ -144,6 +146,15 @@ class Server:
             log.warning("open mode: every tml- key is accepted as a tenant of its own; treadle keys create ends it")
         blobs = open_blobs(settings.blobs_url)
         await check_blobs(store, blobs, place=settings.blobs_url)
+        self._policies = PolicyWatch(store)
+        await self._policies.start()
+        try:
+            return await self._serve_pools(store, blobs, launched)
+        finally:
+            await self._policies.stop()
+
+    async def _serve_pools(self, store: Store, blobs: BlobStore, launched: Mapping[str, LocalExecutor]) -> int:
+        settings = self._settings
         self._pools = [self._pool(model, store, blobs, launched.get(model.name)) for model in settings.models]
         for directory, runner in zip(self._model_dirs, self._pools, strict=True):
             await runner.recall(None if directory is None else str(directory))
@@ -195,6 +206,8 @@ class Server:
     def _pool(self, model: ModelSettings, store: Store, blobs: BlobStore, first: LocalExecutor | None) -> PoolRunner:
         scheduler = self._settings.scheduler
         launched = [] if first is None else [first]
+        policies = self._policies
+        assert policies is not None, "it is read before there are pools"
 
         def make_executor() -> LocalExecutor:
             return launched.pop() if launched else self._executor(model)
@@ -214,6 +227,7 @@ class Server:
             ),
             holder=this_process(),
             lease_ttl_s=scheduler.lease_ttl_s,
+            policies=lambda: policies.now,
             weights=TenantWeights(store, scheduler.weight_of, monotonic=time.monotonic),
             metrics=self._metrics,
             clock=time.time,
@@ -339,6 +353,7 @@ class Server:
             draw_seed=lambda: secrets.randbits(63),
             live=self._live,
             metrics=self._metrics,
+            policies=self._policies,
         )
 
     def _pool_views(self) -> list[PoolView]:

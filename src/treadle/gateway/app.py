@@ -32,8 +32,10 @@ from treadle.gateway.routes import (
     external,
     futures,
     legacy,
+    losses,
     models,
     openai,
+    projects,
     runs,
     sampling,
     service,
@@ -41,6 +43,16 @@ from treadle.gateway.routes import (
     tokenizers,
     training,
 )
+from treadle.gateway.routes.admin import checkpoints as admin_checkpoints
+from treadle.gateway.routes.admin import keys as admin_keys
+from treadle.gateway.routes.admin import losses as admin_losses
+from treadle.gateway.routes.admin import pools as admin_pools
+from treadle.gateway.routes.admin import projects as admin_projects
+from treadle.gateway.routes.admin import queue as admin_queue
+from treadle.gateway.routes.admin import quotas as admin_quotas
+from treadle.gateway.routes.admin import records as admin_records
+from treadle.gateway.routes.admin import runs as admin_runs
+from treadle.gateway.routes.admin import tenants as admin_tenants
 
 # Routes are tried in order; the busy ones come first.
 RESOURCES = (
@@ -55,11 +67,23 @@ RESOURCES = (
     runs,
     account,
     custom_losses,
+    losses,
+    projects,
     openai,
     anthropic,
     clock,
     tokenizers,
     legacy,
+    admin_tenants,
+    admin_keys,
+    admin_quotas,
+    admin_losses,
+    admin_pools,
+    admin_runs,
+    admin_checkpoints,
+    admin_projects,
+    admin_records,
+    admin_queue,
 )
 ENDPOINTS = tuple(endpoint for resource in RESOURCES for endpoint in resource.router.endpoints)
 

@@ -44,7 +44,8 @@ _BAD_TOKEN = "this token has expired, or its key was revoked: get a new one for 
 class Principal:
     """An authenticated caller. Everything it creates belongs to `tenant_id`.
 
-    key_digest: of the key behind it. key_id: of a created key; None in open mode. user: as people call it.
+    key_digest: of the key behind it. key_id: of a created key; None for any other. user: as people call it.
+    organization: whose member it is; None for nobody's. method: the authenticator that knows it.
     """
 
     tenant_id: TenantId
@@ -52,6 +53,13 @@ class Principal:
     key_id: int | None = None
     user: str = ""
     is_admin: bool = False
+    organization: str | None = None
+    method: str = "open"
+
+    @property
+    def actor(self) -> str:
+        """Who did it, for the audit log."""
+        return self.tenant_id if self.key_id is None else f"{self.tenant_id} (key {self.key_id})"
 
     @property
     def user_urn(self) -> str:

@@ -13,7 +13,7 @@ from starlette.requests import Request
 
 from treadle.domain.ids import RequestId
 from treadle.domain.outcome import PoolFacts
-from treadle.errors import Draining, NotFound, PoolLoading
+from treadle.errors import Draining, Forbidden, NotFound, PoolLoading
 from treadle.gateway.access import Access
 from treadle.gateway.admission import Admission
 from treadle.gateway.auth import Authenticator, Principal
@@ -24,6 +24,7 @@ from treadle.gateway.chat.tokenizers import Tokenizers
 from treadle.gateway.deps import GatewayDeps, GatewaySettings, PoolView
 from treadle.gateway.futures import FuturesHub
 from treadle.gateway.signing import Signer
+from treadle.store.policy_watch import PolicyWatch
 
 
 class Gateway:
@@ -33,6 +34,7 @@ class Gateway:
         self.deps = deps
         self.settings = deps.settings
         self.store = deps.store
+        self.policies = deps.policies or PolicyWatch(deps.store)
         self.signer = Signer(store=deps.store, clock=deps.clock)
         self.auth = Authenticator(store=deps.store, settings=deps.settings, clock=deps.clock, signer=self.signer)
         self.access = Access(store=deps.store, clock=deps.clock)
@@ -47,6 +49,8 @@ class Gateway:
 
     async def start(self) -> None:
         """Listen to committed rows. Called once, on the event loop that serves."""
+        if self.deps.policies is None:
+            await self.policies.start()
         await self.hub.start()
         await self.backlog.start()
 
@@ -54,12 +58,21 @@ class Gateway:
         """Let every waiter go and end the threads. Idempotent."""
         await self.backlog.stop()
         await self.hub.stop()
+        if self.deps.policies is None:
+            await self.policies.stop()
         self.admission.close()
 
     async def caller(self, request: Request) -> Principal:
         """Who sent a request that reads. Raises Unauthenticated."""
         principal = await self.auth.principal(request.headers)
         room_of(request.scope).owner = principal.tenant_id
+        return principal
+
+    async def admin(self, request: Request) -> Principal:
+        """Who sent a request of an operator. Raises Unauthenticated, and Forbidden for a key without that scope."""
+        principal = await self.caller(request)
+        if not principal.is_admin:
+            raise Forbidden("this needs an admin key: create one with `treadle keys create USER --admin`")
         return principal
 
     async def submitter(self, request: Request) -> Principal:

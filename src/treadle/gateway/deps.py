@@ -16,6 +16,7 @@ from treadle.domain.ids import PoolName
 from treadle.domain.outcome import PoolFacts
 from treadle.gateway.chat.live import LiveSamples
 from treadle.store import Store
+from treadle.store.policy_watch import PolicyWatch
 from treadle.telemetry.metrics import Metrics
 
 
@@ -110,6 +111,7 @@ class GatewayDeps:
 
     draw_seed: a fresh 63-bit seed for a request that came without one; it is stored in the row, so replay is exact.
     is_draining: True once the server is stopping: new work is refused, held polls are let go.
+    policies: what operators decided, kept up to date by its owner; None: the gateway looks by itself.
     live: tokens of running samples, as far as this server's own workers draw them.
     """
 
@@ -123,3 +125,4 @@ class GatewayDeps:
     draw_seed: Callable[[], int]
     metrics: Metrics
     live: LiveSamples = field(default_factory=LiveSamples)
+    policies: PolicyWatch | None = None

@@ -21,6 +21,7 @@ from treadle.domain.ops import OpKind, phase_of
 from treadle.domain.ops import Phase as OpPhase
 from treadle.domain.outcome import CycleOutcome, PoolFacts
 from treadle.domain.plan import CyclePlan, CycleWork, ModelQueue, PolicyInput, PolicyState
+from treadle.domain.policy import Policies
 from treadle.domain.records import LeaseRecord
 from treadle.domain.states import ModelState
 from treadle.errors import Fenced, StoreUnavailable, WorkerDied
@@ -87,6 +88,7 @@ class CycleLoop:
         quarantine: Quarantine,
         outages: Outages,
         weights: Callable[[], Mapping[TenantId, float]] = _no_weights,
+        policies: Callable[[], Policies] = Policies,
     ) -> None:
         self._pool = pool
         self._metrics = metrics
@@ -98,6 +100,7 @@ class CycleLoop:
         self._quarantine = quarantine
         self._outages = outages
         self._weights = weights
+        self._policies = policies
         self._book = RunBook(store)
         self._committer = Committer(store=store, blobs=blobs, lease=lease, outages=outages)
         self._replayer = Replayer(pool=pool, store=store, blobs=blobs, lease=lease, metrics=metrics)

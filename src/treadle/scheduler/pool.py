@@ -17,6 +17,7 @@ from treadle.blobs import BlobStore
 from treadle.domain.ids import ModelId, PoolName, TenantId
 from treadle.domain.ops import OpKind
 from treadle.domain.outcome import PoolFacts
+from treadle.domain.policy import Policies
 from treadle.domain.records import LeaseRecord
 from treadle.errors import ConfigError, Fenced, ServerError, StoreUnavailable, WorkerDied
 from treadle.executor.base import DeathCallback, Executor
@@ -65,7 +66,9 @@ class PoolRunner:
         metrics: Metrics,
         clock: Callable[[], float],
         weights: Callable[[], Mapping[TenantId, float]] = dict,
+        policies: Callable[[], Policies] = Policies,
     ) -> None:
+        """policies: what operators decided, as it is known now."""
         self.pool = pool
         self._metrics = metrics
         self._store = store
@@ -76,6 +79,7 @@ class PoolRunner:
         self._lease_ttl_s = lease_ttl_s
         self._clock = clock
         self._weights = weights
+        self._policies = policies
         self._status = PoolStatus(facts=None, is_ready=False, reason="waiting for the lease")
         self._status_changed = asyncio.Event()
         self._standby = Standby(store, pool, holder=holder, ttl_s=lease_ttl_s, on_report=self._show)
@@ -156,6 +160,7 @@ class PoolRunner:
             quarantine=quarantine,
             outages=outages,
             weights=self._weights,
+            policies=self._policies,
         )
         self._samples = SamplingLoop(
             pool=self.pool,
@@ -165,6 +170,7 @@ class PoolRunner:
             metrics=self._metrics,
             quarantine=quarantine,
             outages=outages,
+            policies=self._policies,
         )
         keeper = asyncio.create_task(keep_lease(self._store, lease, ttl_s=self._lease_ttl_s))
         publisher = asyncio.create_task(self._publish_forever(lease, outages))

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from treadle.blobs import BlobStore
 from treadle.domain.ids import PoolName, RequestId, TenantId
 from treadle.domain.outcome import Failure, SampleOutcome
 from treadle.domain.plan import SampleWork
+from treadle.domain.policy import Policies
 from treadle.domain.records import FinishedRequest, LeaseRecord, RequestRecord
 from treadle.domain.states import Category
 from treadle.domain.usage import SampleUsage
@@ -50,6 +51,7 @@ class SamplingLoop:
         metrics: Metrics,
         quarantine: Quarantine,
         outages: Outages,
+        policies: Callable[[], Policies] = Policies,
     ) -> None:
         self._pool = pool
         self._metrics = metrics
@@ -59,6 +61,7 @@ class SamplingLoop:
         self._running: dict[RequestId, TenantId] = {}
         self._quarantine = quarantine
         self._outages = outages
+        self._policies = policies
         self._outcomes: list[SampleOutcome] = []
         self._wake = asyncio.Event()
         self._is_stopping = False

@@ -17,12 +17,17 @@ from treadle.domain.limits import MAX_AUDIT_ROWS
 from treadle.store.engine import Database
 from treadle.store.tables import AnyRow, audit_log
 
-EventType = Literal["checkpoints", "projects", "teams", "organizations"]
+# "admin": what operators decide; the others are words of the API.
+EventType = Literal["checkpoints", "projects", "teams", "organizations", "admin"]
 
 
 @dataclass(frozen=True, slots=True)
 class AuditEvent:
-    """One event. tenant_id: who did it. details: JSON, for the reader. purpose: why, where a client said so."""
+    """One event. tenant_id: who did it. details: JSON, for the reader. purpose: why, where a client said so.
+
+    Of an operator's doing, actor says with which key, subject what it was done to ("tenant:user:alice", "key:3"), and
+    details have "before" and "after".
+    """
 
     tenant_id: TenantId
     created_at: float
@@ -32,6 +37,24 @@ class AuditEvent:
     model_id: ModelId | None = None
     tinker_path: str | None = None
     purpose: str | None = None
+    actor: str | None = None
+    subject: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Author:
+    """The operator behind a change: its tenant, and the tenant with the key, as the audit log names people."""
+
+    tenant_id: TenantId
+    actor: str
+
+
+def add_change(
+    conn: sa.Connection, author: Author, event: str, subject: str, *, before: object, after: object, now: float
+) -> None:
+    """Note an operator's change inside the write transaction that makes it. before, after: JSON, None for nothing."""
+    details = {"before": before, "after": after}
+    add(conn, [AuditEvent(author.tenant_id, now, "admin", event, details, actor=author.actor, subject=subject)])
 
 
 def add(conn: sa.Connection, events: Sequence[AuditEvent]) -> None:
@@ -74,6 +97,8 @@ def _event_of(row: AnyRow) -> AuditEvent:
         model_id=None if row.model_id is None else ModelId(row.model_id),
         tinker_path=row.tinker_path,
         purpose=row.purpose,
+        actor=row.actor,
+        subject=row.subject,
     )
 
 
@@ -87,4 +112,6 @@ def _row_of(event: AuditEvent) -> dict[str, Any]:
         "model_id": event.model_id,
         "tinker_path": event.tinker_path,
         "purpose": event.purpose,
+        "actor": event.actor,
+        "subject": event.subject,
     }

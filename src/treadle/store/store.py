@@ -26,6 +26,7 @@ from treadle.store.keys import Keys
 from treadle.store.leases import Leases, LeaseStatements
 from treadle.store.models import Models
 from treadle.store.notify import Notifier
+from treadle.store.policies import PolicyReads
 from treadle.store.pools import Pools
 from treadle.store.recent import RecentFutures
 from treadle.store.request_rows import RequestRows
@@ -92,6 +93,7 @@ class Store:
         self.audit = AuditLog(database)
         self.traces = Traces(database)
         self.usage = Usage(database=database, writer=writer, clock=clock)
+        self.policies = PolicyReads(database)
         self.tenants = Tenants(database=database, writer=writer, clock=clock)
         self.backlog = BacklogReads(database)
         self._needed_version: str | None = None

@@ -1,0 +1,1 @@
+"""What operators decide and see, under /admin/v1: for admin keys only."""
