@@ -63,6 +63,6 @@ async def test_a_watch_follows_what_another_process_writes(store: Store) -> None
         await set_quota(store, "default", 8)
         async with asyncio.timeout(10):
             while watch.now.quota(ALICE, Quota.RANK) != 8:
-                await asyncio.sleep(0.01)
+                await asyncio.sleep(0.01)  # what is waited for happens in its task
     finally:
         await watch.stop()

@@ -18,6 +18,7 @@ from treadle.store.tables import control, loss_rules, named_losses, quotas, tena
 POLICIES = "policies"
 # The row of `control` whose value lists the operations of traced losses that are switched off.
 LOSS_OPERATIONS = "loss_operations"
+_KNOWN_QUOTAS = frozenset(quota.value for quota in Quota)
 
 _VERSION = sa.select(control.c.version).where(control.c.name == POLICIES)
 _BUMP = (
@@ -63,7 +64,7 @@ def _read(conn: sa.Connection) -> Policies:
     limits: defaultdict[str, dict[Quota, int]] = defaultdict(dict)
     for scope, quota, value in conn.execute(_QUOTAS):
         # One that an older server does not know.
-        if quota in Quota:
+        if quota in _KNOWN_QUOTAS:
             limits[scope][Quota(quota)] = value
     rules: defaultdict[str, dict[str, LossRule]] = defaultdict(dict)
     for scope, loss, is_enabled, bounds in conn.execute(_RULES):
