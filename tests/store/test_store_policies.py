@@ -62,7 +62,7 @@ async def test_a_watch_follows_what_another_process_writes(store: Store) -> None
         assert watch.now.version == 0
         await set_quota(store, "default", 8)
         async with asyncio.timeout(10):
-            while watch.now.quota(ALICE, Quota.RANK) != 8:
-                await asyncio.sleep(0.01)  # what is waited for happens in its task
+            while watch.now.quota(ALICE, Quota.RANK) != 8:  # noqa: ASYNC110  # its task is waited for
+                await asyncio.sleep(0.01)
     finally:
         await watch.stop()
