@@ -3,9 +3,9 @@
     scripts/story                 # all chapters, on a server of its own
     scripts/story --old-sdk ""    # without the second SDK version, which needs the network once
 
-A first key appears in a file. Strangers are refused, members of the organisation come in with their ModelScope tokens. A
-quota stops a member and is raised. A loss is submitted, refused, reviewed, approved, used from two SDK versions, revoked.
-A key is revoked in the middle of a run. At the end the audit log and the usage are read back, and must be exact.
+A first key appears in a file. Strangers are refused, members of the organisation come in with their ModelScope tokens.
+A quota stops a member and is raised. A loss is submitted, refused, reviewed, approved, used from two SDK versions and
+revoked. A key is revoked in the middle of a run. At the end the audit log and the usage are read back: they are exact.
 Exit status: 0 when every turn came out as told.
 """
 
@@ -126,7 +126,7 @@ def a_member_trains(story: Story) -> None:
 
 
 def a_quota_is_reached_and_raised(story: Story) -> None:
-    """A rank beyond the limit is refused through the future; too many tokens a minute wait until the limit is raised."""
+    """A rank beyond the limit is refused through the future; too many tokens a minute wait until it is raised."""
     story.ask("PUT", f"/quotas/organization:{ORGANIZATION}", {"max_lora_rank": 4})
     _within_a_second(lambda: _refusal_of_rank(story, 8) is not None)
     refusal = _refusal_of_rank(story, 8)
