@@ -35,6 +35,10 @@ OPEN_TO_ALL = {
     *(f"GET {prefix}/models/{{model:path}}" for prefix in ("/oai/api/v1", "/v1")),
 }
 
+# What is refused whatever it is asked about: see the tests of operators' routes below.
+OPERATORS = {route for route in CALLS if " /admin/" in route}
+USERS = CALLS.keys() - OPERATORS
+
 
 def test_every_endpoint_is_called() -> None:
     assert {f"{endpoint.method} {endpoint.path}" for endpoint in ENDPOINTS} == CALLS.keys()
@@ -97,7 +101,7 @@ async def test_foreign_ids_look_unknown_and_nothing_changes(gateway: Harness, tm
     serve_text(gateway)
     theirs, mine = await new_estate(gateway), await new_estate(gateway, key=OTHER_KEY)
     before = everything_of_others(tmp_path, open_tenant(OTHER_KEY))
-    assert await probe(gateway, mine, theirs, CALLS) == []
+    assert await probe(gateway, mine, theirs, sorted(USERS)) == []
     assert everything_of_others(tmp_path, open_tenant(OTHER_KEY)) == before
 
 
@@ -105,15 +109,15 @@ async def test_what_is_published_is_read_and_no_more(gateway: Harness, tmp_path:
     serve_text(gateway)
     theirs, mine = await new_estate(gateway, public=True), await new_estate(gateway, key=OTHER_KEY)
     before = everything_of_others(tmp_path, open_tenant(OTHER_KEY))
-    assert await probe(gateway, mine, theirs, sorted(CALLS.keys() - OPEN_TO_ALL)) == []
+    assert await probe(gateway, mine, theirs, sorted(USERS - OPEN_TO_ALL)) == []
     assert everything_of_others(tmp_path, open_tenant(OTHER_KEY)) == before
 
 
 def test_every_path_with_an_id_is_asked_for_somebody_elses() -> None:
     theirs = Estate(SessionId(uuid.uuid4().hex))
-    for route, calls in CALLS.items():
+    for route in USERS:
         if "_id}" in route:
-            asked = calls(Estate(SessionId("mine")), theirs)
+            asked = CALLS[route](Estate(SessionId("mine")), theirs)
             assert asked, route
             assert all(theirs.session_id in call.path for call in asked), route
 
@@ -124,6 +128,8 @@ async def test_an_owner_is_answered_where_others_are_not(gateway: Harness) -> No
     refused = []
     mine = await new_estate(gateway)
     for route in CALLS:
+        if route in OPERATORS:
+            continue
         for index in range(len(CALLS[route](mine, mine))):
             mine = replace(mine, seq_id=mine.seq_id + 2)
             call = CALLS[route](mine, mine)[index]
@@ -138,6 +144,26 @@ async def test_an_owner_is_answered_where_others_are_not(gateway: Harness) -> No
         if route.startswith("DELETE") or route.endswith(("finish", "unload_model")):
             mine = await new_estate(gateway)
     assert refused == []
+
+
+async def test_operators_routes_refuse_users_whatever_they_name(gateway: Harness) -> None:
+    """A user's key is told so before anything is looked up or read, and no key is asked for one."""
+    theirs = await new_estate(gateway)
+    for endpoint in ENDPOINTS:
+        if not endpoint.path.startswith("/admin/"):
+            continue
+        answers = set()
+        for name in (theirs.session_id, theirs.model_id, "user:ada", "1", "nothing"):
+            url = re.sub(r"{[^}]*}", name, endpoint.path)
+            for body in (b"", b"{", b'{"user": "ada"}'):
+                answer = await gateway.client.request(
+                    endpoint.method, url, content=body, headers={"X-API-Key": OTHER_KEY}
+                )
+                answers.add((answer.status_code, answer.text))
+                nobody = await gateway.client.request(endpoint.method, url, content=body)
+                assert nobody.status_code == 401, (endpoint.method, url, nobody.text)
+        assert {status for status, _ in answers} == {403}, (endpoint.method, endpoint.path, answers)
+        assert len(answers) == 1, (endpoint.method, endpoint.path, answers)
 
 
 async def test_the_error_of_a_refused_op_is_its_callers(gateway: Harness) -> None:
