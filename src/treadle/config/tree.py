@@ -7,6 +7,7 @@ Invariant: a Settings is immutable and every value in it was validated.
 
 from __future__ import annotations
 
+import ipaddress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,6 +51,35 @@ class ServerSettings(Section):
     """Largest request body, in bytes as sent."""
     max_decompressed_bytes: int = Field(default=limits.MAX_DECOMPRESSED_BYTES, gt=0)
     """Largest request body, in bytes after decompression."""
+    max_header_bytes: int = Field(default=limits.MAX_HEADER_BYTES, ge=1_024)
+    """Largest head of a request (its first line and headers), in bytes: beyond it 431 and the connection ends."""
+    max_url_bytes: int = Field(default=limits.MAX_URL_BYTES, ge=1_024)
+    """Longest URL of a request, in bytes: beyond it 414 and the connection ends."""
+    header_timeout_s: float = Field(default=limits.HEADER_TIMEOUT_S, gt=0)
+    """Seconds from the first byte of a request until its head is complete; also for a connection that sends nothing."""
+    min_body_bytes_per_s: float = Field(default=limits.MIN_BODY_BYTES_PER_S, gt=0)
+    """Slowest body: one that brings less than this on an average of 20 seconds ends its connection. Time in which the
+    server itself does not read counts for nobody."""
+    max_connections: int = Field(default=limits.MAX_CONNECTIONS, ge=1)
+    """Most open connections of all clients; fewer where the system grants the process fewer files."""
+    max_connections_per_address: int = Field(default=limits.MAX_CONNECTIONS_PER_ADDRESS, ge=1)
+    """Most open connections of one client address (of one /64 network of IPv6)."""
+    trusted_proxies: tuple[str, ...] = ()
+    """Addresses or networks of proxies in front, like `10.0.0.2` or `10.1.0.0/16`: the client's address is then the
+    last one in X-Forwarded-For that is none of theirs, and the proxies' own connections are counted in total only."""
+    max_failed_logins_per_minute: int = Field(default=limits.MAX_FAILED_LOGINS_PER_MINUTE, ge=1)
+    """Requests with unknown keys from one address before its unknown keys are answered 429 without being looked up.
+    Keys that are in use there go on."""
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _proxies_are_networks(cls, proxies: tuple[str, ...]) -> tuple[str, ...]:
+        for proxy in proxies:
+            try:
+                ipaddress.ip_network(proxy)
+            except ValueError as error:
+                raise ValueError(f"{proxy!r} is neither an address nor a network: {error}") from error
+        return proxies
 
 
 class ModelSettings(Section):

@@ -172,3 +172,35 @@ USAGE_KEPT_S = 100 * 24 * 3_600
 MAX_AUDIT_ROWS = 100_000
 # Ops of one session's trace, newest first: some 10 MB of JSON, which the viewers still draw.
 MAX_TRACE_OPS = 20_000
+# The file of a named loss, of any form: a graph of that size is the largest that runs.
+MAX_NAMED_LOSS_BYTES = 64 * 2**10
+# Named losses of one tenant that wait for an operator, who reads each of them.
+MAX_PENDING_LOSSES_PER_TENANT = 8
+# Tenants that an approval may list.
+MAX_TENANTS_PER_LOSS = 1_000
+# A review from its start to its report, all its children and a slow hub included: later it counts as ended by the death
+# of its server.
+MAX_REVIEW_S = 300.0
+# Before anybody is known. The head of a request: proxies send a few kB, tokens of identity providers are the largest.
+MAX_HEADER_BYTES = 64 * 2**10
+MAX_URL_BYTES = 16 * 2**10
+MAX_HEADERS = 128
+# A head fits into one packet or a few: this is for the slowest networks.
+HEADER_TIMEOUT_S = 15.0
+# Bodies are measured over so long, so that a stall of some seconds, as networks have, ends none.
+BODY_WINDOW_S = 20.0
+MIN_BODY_BYTES_PER_S = 1_024.0
+# How long, and for how many bytes, a connection whose request was answered before its body came is read on, so that
+# its client gets to read the answer: more than the SDK's chunk of 5 MB.
+LINGER_S = 5.0
+LINGER_BYTES = 8 * 2**20
+# How long a client may take nothing of an answer that waits for it.
+UNREAD_ANSWER_S = 60.0
+# Requests on one connection behind one that is not answered yet. The SDK sends none.
+MAX_PIPELINED = 16
+MAX_CONNECTIONS = 10_000
+# All clients of one office share an address, and an SDK opens some ten connections.
+MAX_CONNECTIONS_PER_ADDRESS = 512
+MAX_FAILED_LOGINS_PER_MINUTE = 100
+# Addresses that are remembered for their failed logins: beyond them the oldest are forgotten.
+MAX_REMEMBERED_ADDRESSES = 10_000

@@ -119,6 +119,15 @@ class Metrics:
             ["pool"],
             registry=registry,
         )
+        self.refused_connections = Counter(
+            "treadle_refused_connections",
+            "Connections ended before anybody was known, by reason (the guards of docs/security.md)",
+            ["reason"],
+            registry=registry,
+        )
+        self.failed_logins = Counter(
+            "treadle_failed_logins", "Requests without a key or with one that nobody holds", registry=registry
+        )
         self.caught_errors = Counter(
             "treadle_caught_errors",
             "Unexpected exceptions caught at a boundary (middleware, cycle_loop, sample_loop, sweep)",
