@@ -25,6 +25,7 @@ from treadle.store.events import Events
 from treadle.store.keys import Keys
 from treadle.store.leases import Leases, LeaseStatements
 from treadle.store.models import Models
+from treadle.store.named_losses import NamedLosses
 from treadle.store.notify import Notifier
 from treadle.store.policies import PolicyReads
 from treadle.store.pools import Pools
@@ -85,6 +86,7 @@ class Store:
         )
         self.snapshots = Snapshots(database=database, writer=writer, rows=snapshot_rows)
         self.custom_losses = CustomLosses(database=database, writer=writer, events=self.events, rows=rows, clock=clock)
+        self.named_losses = NamedLosses(database=database, writer=writer, clock=clock)
         self.run_log = RunLog(database)
         self.retention = Retention(database=database, writer=writer)
         self.upkeep = Upkeep(database)

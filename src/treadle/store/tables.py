@@ -255,6 +255,7 @@ checkpoints = sa.Table(
 sa.Index("ix_checkpoints_model", checkpoints.c.model_id, checkpoints.c.kind, checkpoints.c.created_at)
 sa.Index("ix_checkpoints_tenant", checkpoints.c.tenant_id, checkpoints.c.created_at)
 sa.Index("ix_checkpoints_blob_key", checkpoints.c.blob_key)
+sa.Index("ix_checkpoints_created_at", checkpoints.c.created_at, checkpoints.c.tinker_path)
 _partial_index("ix_checkpoints_expires_at", checkpoints.c.expires_at, where=checkpoints.c.expires_at.is_not(None))
 
 leases = sa.Table(
@@ -305,6 +306,9 @@ tenants = sa.Table(
     sa.Column("created_at", sa.Double),
 )
 sa.Index("ix_tenants_organization", tenants.c.organization)
+# The scheduler reads these again and again.
+IS_SET_APART = tenants.c.weight_class != sa.literal_column("'standard'")
+_partial_index("ix_tenants_set_apart", tenants.c.tenant_id, where=IS_SET_APART)
 
 organizations = sa.Table(
     "organizations",
@@ -403,6 +407,8 @@ named_losses = sa.Table(
     sa.Column("submitted_at", sa.Double, nullable=False),
     sa.Column("decided_at", sa.Double),
     sa.Column("decided_by", sa.Text),
+    # An id never comes back: operators decide by it.
+    sqlite_autoincrement=True,
 )
 IS_APPROVED = named_losses.c.status == sa.literal_column("'approved'")
 _partial_index("uq_named_losses_approved", named_losses.c.name, where=IS_APPROVED, unique=True)
@@ -509,6 +515,8 @@ audit_log = sa.Table(
 )
 sa.Index("ix_audit_log_created_at", audit_log.c.created_at)
 sa.Index("ix_audit_log_tenant", audit_log.c.tenant_id, audit_log.c.created_at)
+sa.Index("ix_audit_log_subject", audit_log.c.subject, audit_log.c.created_at)
+sa.Index("ix_audit_log_event", audit_log.c.event, audit_log.c.created_at)
 
 # What was used, summed per hour.
 usage_events = sa.Table(
@@ -526,6 +534,7 @@ usage_events = sa.Table(
     sa.Column("kind", sa.Text, primary_key=True),
     sa.Column("amount", sa.Double, nullable=False),
 )
+sa.Index("ix_usage_events_bucket_start", usage_events.c.bucket_start)
 
 # What all gateways of a database must agree on: the key that signs tokens and URLs.
 secrets = sa.Table(

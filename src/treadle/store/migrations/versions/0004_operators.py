@@ -33,9 +33,16 @@ def _add_columns() -> None:
     op.add_column("tenants", sa.Column("suspended_reason", sa.Text()))
     op.add_column("tenants", sa.Column("created_at", sa.Double()))
     op.create_index("ix_tenants_organization", "tenants", ["organization"])
+    is_set_apart = sa.text("weight_class != 'standard'")
+    op.create_index(
+        "ix_tenants_set_apart", "tenants", ["tenant_id"], sqlite_where=is_set_apart, postgresql_where=is_set_apart
+    )
+    op.create_index("ix_checkpoints_created_at", "checkpoints", ["created_at", "tinker_path"])
     op.add_column("audit_log", sa.Column("actor", sa.Text()))
     op.add_column("audit_log", sa.Column("subject", sa.Text()))
     op.create_index("ix_audit_log_created_at", "audit_log", ["created_at"])
+    op.create_index("ix_audit_log_subject", "audit_log", ["subject", "created_at"])
+    op.create_index("ix_audit_log_event", "audit_log", ["event", "created_at"])
     op.execute(
         "INSERT INTO tenants (tenant_id, weight_class, updated_at, source, created_at) "
         "SELECT tenant_id, 'standard', MIN(created_at), 'keys', MIN(created_at) FROM keys "
@@ -63,6 +70,7 @@ def _count_by_run() -> None:
     )
     op.execute(f"INSERT INTO usage_events ({columns}) SELECT {columns} FROM usage_events_0003")
     op.drop_table("usage_events_0003")
+    op.create_index("ix_usage_events_bucket_start", "usage_events", ["bucket_start"])
 
 
 def _create_tenant_tables() -> None:
@@ -170,6 +178,7 @@ def _create_loss_tables() -> None:
             ["definition_sha256"], ["loss_definitions.sha256"], name="fk_named_losses_definition_sha256"
         ),
         sa.PrimaryKeyConstraint("named_loss_id", name="pk_named_losses"),
+        sqlite_autoincrement=True,
     )
     op.create_index("ix_named_losses_tenant_id", "named_losses", ["tenant_id"])
     is_approved = sa.text("status = 'approved'")
