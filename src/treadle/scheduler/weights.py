@@ -18,8 +18,9 @@ from treadle.telemetry.logs import get_logger
 
 log = get_logger(__name__)
 
-# How long weights are believed: an operator sees the effect of a change at once, and a read every few seconds is free.
-REFRESH_S = 5.0
+# How long weights are believed: what an operator changes holds within a second, and reading few rows by an index that
+# often is free.
+REFRESH_S = 0.5
 
 
 class TenantWeights:
