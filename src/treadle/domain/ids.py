@@ -25,6 +25,8 @@ LossId = NewType("LossId", str)
 
 # The project of sessions that were put into none: answers of the API must name one.
 DEFAULT_PROJECT = "default"
+# How ids of shared projects begin, and nothing that a tenant may name its own projects.
+PROJECT_PREFIX = "prj-"
 
 # What paths may begin with; ours begin with the first.
 PATH_SCHEMES = ("tinker", "twinkle")
@@ -61,9 +63,19 @@ def new_session_id() -> SessionId:
     return SessionId(secrets.token_hex(16))
 
 
+def new_project_id() -> str:
+    """The id of a new shared project."""
+    return PROJECT_PREFIX + secrets.token_hex(10)
+
+
 def training_model_id(session_id: SessionId, model_seq_id: int) -> ModelId:
     """`{session}:train:{n}`; the SDK computes the same id on its side for create-via-load."""
     return ModelId(f"{session_id}:train:{model_seq_id}")
+
+
+def session_of_run(model_id: ModelId) -> SessionId:
+    """The session that a run's id begins with."""
+    return SessionId(model_id.partition(":")[0])
 
 
 def sampler_id(session_id: SessionId, sampling_session_seq_id: int) -> SamplingSessionId:

@@ -204,3 +204,6 @@ MAX_CONNECTIONS_PER_ADDRESS = 512
 MAX_FAILED_LOGINS_PER_MINUTE = 100
 # Addresses that are remembered for their failed logins: beyond them the oldest are forgotten.
 MAX_REMEMBERED_ADDRESSES = 10_000
+# Shared projects that one tenant owns, and tenants in one of them: far above any team, small enough for one answer.
+MAX_PROJECTS_PER_TENANT = 1_000
+MAX_MEMBERS_PER_PROJECT = 1_000

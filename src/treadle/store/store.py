@@ -29,6 +29,7 @@ from treadle.store.named_losses import NamedLosses
 from treadle.store.notify import Notifier
 from treadle.store.policies import PolicyReads
 from treadle.store.pools import Pools
+from treadle.store.projects import Projects
 from treadle.store.recent import RecentFutures
 from treadle.store.request_rows import RequestRows
 from treadle.store.requests import Requests
@@ -96,6 +97,7 @@ class Store:
         self.traces = Traces(database)
         self.usage = Usage(database=database, writer=writer, clock=clock)
         self.policies = PolicyReads(database)
+        self.projects = Projects(database=database, writer=writer, clock=clock)
         self.tenants = Tenants(database=database, writer=writer, clock=clock)
         self.backlog = BacklogReads(database)
         self._needed_version: str | None = None

@@ -85,6 +85,7 @@ sessions = sa.Table(
     sa.UniqueConstraint("tenant_id", "idempotency_key"),
 )
 sa.Index("ix_sessions_tenant", sessions.c.tenant_id, sessions.c.created_at)
+_partial_index("ix_sessions_project", sessions.c.project_id, where=sessions.c.project_id.is_not(None))
 # For the search for silent clients. Not on the heartbeat itself: each one would have to move its entry.
 IS_ACTIVE = sessions.c.state == sa.literal_column("'active'")
 _partial_index("ix_sessions_active", sessions.c.session_id, where=IS_ACTIVE)

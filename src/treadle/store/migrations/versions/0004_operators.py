@@ -27,6 +27,10 @@ def _add_columns() -> None:
     op.add_column("keys", sa.Column("expires_at", sa.Double()))
     op.add_column("keys", sa.Column("created_by", sa.Text()))
     op.create_index("ix_keys_tenant", "keys", ["tenant_id"])
+    has_project = sa.text("project_id IS NOT NULL")
+    op.create_index(
+        "ix_sessions_project", "sessions", ["project_id"], sqlite_where=has_project, postgresql_where=has_project
+    )
     op.add_column("tenants", sa.Column("organization", sa.Text()))
     op.add_column("tenants", sa.Column("source", sa.Text()))
     op.add_column("tenants", sa.Column("is_suspended", sa.Boolean(), nullable=False, server_default=sa.false()))

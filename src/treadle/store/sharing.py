@@ -1,0 +1,60 @@
+"""What tenants share through projects, as conditions that queries are built from.
+
+A session is shared with a tenant when it is in a shared project, and both its owner and the tenant are members of that
+project who are in the organisation of the project's owner (or all three in none). It refuses to know who asks for what.
+Invariant: every query about what is shared is built here, so that all of them mean the same.
+"""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+
+from treadle.domain.ids import TenantId
+from treadle.store.tables import project_members, projects, sessions, tenants
+
+
+def is_effective() -> sa.ColumnElement[bool]:
+    """Whether a row of project_members, joined with its project, counts: its tenant is in the owner's organisation."""
+    return _organization_of(project_members.c.tenant_id) == _organization_of(projects.c.tenant_id)
+
+
+def effective_members() -> sa.Subquery:
+    """Members (project_id, tenant_id) that count now; a project's owner is one of them."""
+    return (
+        sa.select(project_members.c.project_id, project_members.c.tenant_id)
+        .join_from(project_members, projects, projects.c.project_id == project_members.c.project_id)
+        .where(is_effective())
+        .subquery()
+    )
+
+
+def shared_sessions() -> sa.Select[tuple[str, str]]:
+    """Pairs (session_id, tenant_id of one whom it is shared with); with its own owner as well."""
+    owners, readers = effective_members(), effective_members()
+    return (
+        sa.select(sessions.c.session_id, readers.c.tenant_id)
+        .join_from(
+            sessions,
+            owners,
+            sa.and_(owners.c.project_id == sessions.c.project_id, owners.c.tenant_id == sessions.c.tenant_id),
+        )
+        .join(readers, readers.c.project_id == sessions.c.project_id)
+        # What the index of projects asks for, in its words.
+        .where(sessions.c.project_id.is_not(None))
+    )
+
+
+def readable_session_ids(tenant_id: TenantId) -> sa.ScalarSelect[str]:
+    """The ids of a tenant's own sessions and of those that are shared with it, for `in_`."""
+    shared = shared_sessions().subquery()
+    return sa.union_all(
+        sa.select(sessions.c.session_id).where(sessions.c.tenant_id == tenant_id),
+        sa.select(shared.c.session_id).where(shared.c.tenant_id == tenant_id),
+    ).scalar_subquery()
+
+
+def _organization_of(tenant_id: sa.ColumnElement[str]) -> sa.ColumnElement[str]:
+    """The name of a tenant's organisation, "" for none, which is nobody's name."""
+    row = tenants.alias()
+    name = sa.select(row.c.organization).where(row.c.tenant_id == tenant_id).scalar_subquery()
+    return sa.func.coalesce(name, sa.literal_column("''"))
