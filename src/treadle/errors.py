@@ -22,6 +22,7 @@
     |   +-- QueueFull             back-pressure on asample        429  server, retryable
     |   +-- Overloaded            no room for the body for long   503  server, retryable
     |   +-- StoreUnavailable      the database does not answer    503  server, retryable
+    |   +-- AuthUnavailable       a token cannot be checked now   503  server, retryable
     |   +-- ResultExpired         a sample's result is gone       410  server, retryable
     +-- ConfigError               the operator must fix it        start-up only
 
@@ -162,6 +163,13 @@ class Overloaded(ServerError):
 
 class StoreUnavailable(ServerError):
     """The database does not answer."""
+
+    status = 503
+    retryable = True
+
+
+class AuthUnavailable(ServerError):
+    """Whoever knows this token cannot be asked now; nothing is said about the token."""
 
     status = 503
     retryable = True

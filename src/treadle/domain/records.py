@@ -36,6 +36,10 @@ class KeyRecord:
     is_admin: bool
     created_at: float
     revoked_at: float | None = None
+    name: str | None = None
+    expires_at: float | None = None
+    # As the audit log names people.
+    created_by: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

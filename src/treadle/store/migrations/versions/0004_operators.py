@@ -86,6 +86,7 @@ def _create_tenant_tables() -> None:
         sa.Column("user", sa.Text(), nullable=False),
         sa.Column("is_member", sa.Boolean(), nullable=False),
         sa.Column("checked_at", sa.Double(), nullable=False),
+        sa.Column("good_until", sa.Double(), nullable=False),
         sa.PrimaryKeyConstraint("digest", name="pk_token_verdicts"),
     )
     op.create_index("ix_token_verdicts_checked_at", "token_verdicts", ["checked_at"])
