@@ -36,6 +36,7 @@ from treadle.executor.spare import WORKER_COMMAND, Spare
 from treadle.gateway.app import create_app
 from treadle.gateway.chat.live import LiveSamples
 from treadle.gateway.deps import GatewayDeps, GatewaySettings, PoolDirectory, PoolView, Readiness
+from treadle.http_server import Connections, http_config
 from treadle.scheduler.cycle_loop import CycleSettings
 from treadle.scheduler.holders import this_process
 from treadle.scheduler.pool import PoolRunner
@@ -241,16 +242,11 @@ class Server:
     async def _serve_http(self, store: Store, blobs: BlobStore, listener: socket.socket) -> int:
         settings = self._settings
         http = _QuietServer(
-            uvicorn.Config(
+            http_config(
                 create_app(self._gateway_deps(store, blobs)),
-                log_config=None,
-                access_log=False,
-                timeout_keep_alive=int(settings.server.keep_alive_s),
+                Connections(settings.server, self._metrics),
                 timeout_graceful_shutdown=CLOSE_S,
                 lifespan="on",
-                server_header=False,
-                # Nobody asks for a client's address.
-                proxy_headers=False,
             )
         )
         serving = asyncio.create_task(http.serve(sockets=[listener]), name="http")
