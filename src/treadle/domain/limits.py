@@ -207,3 +207,9 @@ MAX_REMEMBERED_ADDRESSES = 10_000
 # Shared projects that one tenant owns, and tenants in one of them: far above any team, small enough for one answer.
 MAX_PROJECTS_PER_TENANT = 1_000
 MAX_MEMBERS_PER_PROJECT = 1_000
+# Pools added at run time: each is a worker process with a base model.
+MAX_ADDED_POOLS = 64
+# Commands of operators that wait for one leader: they are carried out between cycles, one after another.
+MAX_OPEN_COMMANDS = 256
+# How long one waits for a run that is in the middle of a pass at the end of every cycle.
+COMMAND_PATIENCE_S = 60.0

@@ -17,6 +17,7 @@ from treadle.store import migrate
 from treadle.store.audit import AuditLog
 from treadle.store.backlog import BacklogReads
 from treadle.store.checkpoints import Checkpoints
+from treadle.store.commands import Commands
 from treadle.store.copies import Copies
 from treadle.store.custom_losses import CustomLosses
 from treadle.store.cycles import Cycles
@@ -28,6 +29,7 @@ from treadle.store.models import Models
 from treadle.store.named_losses import NamedLosses
 from treadle.store.notify import Notifier
 from treadle.store.policies import PolicyReads
+from treadle.store.pool_settings import PoolSettings
 from treadle.store.pools import Pools
 from treadle.store.projects import Projects
 from treadle.store.recent import RecentFutures
@@ -74,6 +76,8 @@ class Store:
         self.copies = Copies(database=database, writer=writer, clock=clock)
         self.leases = Leases(database=database, writer=writer, events=self.events, statements=statements)
         self.pools = Pools(database=database, writer=writer, events=self.events, statements=statements, clock=clock)
+        self.pool_settings = PoolSettings(database=database, writer=writer, events=self.events, clock=clock)
+        self.commands = Commands(database=database, writer=writer, events=self.events, clock=clock)
         self.cycles = Cycles(
             database=database,
             writer=writer,

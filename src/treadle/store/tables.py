@@ -118,6 +118,7 @@ models = sa.Table(
 sa.Index("ix_models_session", models.c.session_id)
 sa.Index("ix_models_tenant", models.c.tenant_id, models.c.created_at)
 sa.Index("ix_models_pool", models.c.pool, models.c.state)
+sa.Index("ix_models_created_at", models.c.created_at, models.c.model_id)
 
 # What a run's state can be restored from: its two newest (see snapshots.py).
 snapshots = sa.Table(
@@ -442,7 +443,10 @@ operator_commands = sa.Table(
     sa.Column("created_by", sa.Text, nullable=False),
     sa.Column("created_at", sa.Double, nullable=False),
     sa.Column("done_at", sa.Double),
+    # "done: ..." or "failed: ...".
     sa.Column("outcome", sa.Text),
+    # An id never comes back: operators ask by it.
+    sqlite_autoincrement=True,
 )
 IS_OPEN_COMMAND = operator_commands.c.done_at.is_(None)
 _partial_index("ix_operator_commands_open", operator_commands.c.pool, where=IS_OPEN_COMMAND)

@@ -220,7 +220,9 @@ def _create_pool_tables() -> None:
         sa.Column("outcome", sa.Text()),
         sa.ForeignKeyConstraint(["model_id"], ["models.model_id"], name="fk_operator_commands_model_id"),
         sa.PrimaryKeyConstraint("command_id", name="pk_operator_commands"),
+        sqlite_autoincrement=True,
     )
+    op.create_index("ix_models_created_at", "models", ["created_at", "model_id"])
     is_open = sa.text("done_at IS NULL")
     op.create_index(
         "ix_operator_commands_open", "operator_commands", ["pool"], sqlite_where=is_open, postgresql_where=is_open
