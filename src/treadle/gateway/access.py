@@ -1,17 +1,34 @@
-"""Whose is it: ids from requests become rows that the caller owns.
+"""Whose is it: ids from requests become rows that the caller owns, or that a shared project lets it read.
 
 A foreign id and an unknown one are answered alike, so that ids cannot be probed. What never changes about a
-row (its owner, session, pool, shape) is remembered; a session's state is believed for SESSION_CACHE_S.
-Invariant: nothing leaves this file that does not belong to the caller's tenant.
+row (its owner, session, pool, shape) is remembered; a session's state is believed for SESSION_CACHE_S, and that it is
+shared for SHARING_CACHE_S. What is a tenant's own costs no question about sharing.
+Invariant: nothing leaves this file that does not belong to the caller's tenant, but what the route asked for
+`with_shared` and a project that both are in shares.
 """
 
 from __future__ import annotations
 
-from treadle.domain.ids import LossId, ModelId, SamplingSessionId, SessionId
+from treadle.domain.ids import (
+    PROJECT_PREFIX,
+    LossId,
+    ModelId,
+    SamplingSessionId,
+    SessionId,
+    TenantId,
+    TinkerPath,
+    session_of_run,
+)
 from treadle.domain.limits import MAX_SEQ_ID_LEAD
-from treadle.domain.records import CustomLossRecord, ModelRecord, SamplingSessionRecord, SessionRecord
+from treadle.domain.records import (
+    CheckpointRecord,
+    CustomLossRecord,
+    ModelRecord,
+    SamplingSessionRecord,
+    SessionRecord,
+)
 from treadle.domain.states import SessionState
-from treadle.errors import NotFound, SessionFinished
+from treadle.errors import Forbidden, NotFound, SessionFinished
 from treadle.gateway.auth import Principal
 from treadle.gateway.caches import ConfirmedRows, RecentRows
 from treadle.gateway.deps import Clock
@@ -19,10 +36,15 @@ from treadle.store import Store
 
 # Another gateway may finish a session; until then work for it is accepted for at most this long.
 SESSION_CACHE_S = 1.0
+# Another gateway may end a membership; until then what it shared is read for at most this long.
+SHARING_CACHE_S = 1.0
 # Rows remembered per kind, least recently used first out; about 1 KB each, 17 KB with the largest metadata.
 MAX_CACHED_ROWS = 8_192
 # Custom losses remembered, up to 64 KB each.
 MAX_CACHED_LOSSES = 256
+
+# Who reads, and what of others.
+Reading = tuple[TenantId, SessionId]
 
 
 class Access:
@@ -39,11 +61,12 @@ class Access:
         self._samplers: ConfirmedRows[SamplingSessionId, SamplingSessionRecord] = ConfirmedRows(
             capacity=MAX_CACHED_ROWS, lifetime_s=SESSION_CACHE_S, clock=clock, ended=store.retention.dropped_among
         )
+        self._shared = self._nothing_shared()
 
-    async def session(self, principal: Principal, session_id: SessionId) -> SessionRecord:
-        """The caller's session in whatever state. Raises NotFound."""
+    async def session(self, principal: Principal, session_id: SessionId, *, with_shared: bool = False) -> SessionRecord:
+        """The caller's session in whatever state; with_shared: or one that it may read. Raises NotFound."""
         record = await self._store.sessions.get(session_id)
-        if record is None or record.tenant_id != principal.tenant_id:
+        if record is None or not await self._may_read(principal, record.tenant_id, session_id, with_shared=with_shared):
             raise NotFound(f"session {session_id[:80]!r} does not exist")
         return record
 
@@ -63,12 +86,15 @@ class Access:
         """This gateway just finished the session, or moved it: what was remembered of it is no longer true."""
         self._sessions.forget(session_id)
 
-    async def model(self, principal: Principal, model_id: ModelId) -> ModelRecord:
-        """The caller's run as it is now. Raises NotFound."""
+    async def model(self, principal: Principal, model_id: ModelId, *, with_shared: bool = False) -> ModelRecord:
+        """The caller's run as it is now; with_shared: or one that it may read. Raises NotFound."""
         record = await self._store.models.get(model_id)
-        if record is None or record.tenant_id != principal.tenant_id:
+        if record is None or not await self._may_read(
+            principal, record.tenant_id, record.session_id, with_shared=with_shared
+        ):
             raise NotFound(f"model {model_id[:80]!r} does not exist")
-        self._models.put(model_id, record)
+        if record.tenant_id == principal.tenant_id:
+            self._models.put(model_id, record)
         return record
 
     async def model_of_op(self, principal: Principal, model_id: ModelId, *, seq_id: int) -> ModelRecord:
@@ -104,3 +130,60 @@ class Access:
             raise NotFound(f"custom loss {loss_id[:80]!r} does not exist")
         self._losses.put(loss_id, record)
         return record
+
+    async def checkpoint(
+        self, principal: Principal, path: TinkerPath, *, on_behalf_of: Principal | None = None
+    ) -> CheckpointRecord | None:
+        """The live checkpoint at `path` if it is the caller's, published, shared with the caller, or of whoever gave
+        the caller an access token; else None."""
+        record = await self._store.checkpoints.find(str(path))
+        if record is None or await self.may_read_checkpoint(principal.tenant_id, record):
+            return record
+        return record if on_behalf_of is not None and record.tenant_id == on_behalf_of.tenant_id else None
+
+    async def may_read_checkpoint(self, reader: TenantId, record: CheckpointRecord) -> bool:
+        """Whether it is the reader's own, published, or shared with the reader now."""
+        if record.tenant_id == reader or record.public:
+            return True
+        return await self.is_shared(reader, session_of_run(record.model_id))
+
+    async def is_shared(self, reader: TenantId, session_id: SessionId) -> bool:
+        """Whether a project shares this session, which is not the reader's, with the reader now."""
+        if await self._shared.get((reader, session_id)) is not None:
+            return True
+        shared, read_at = self._shared, self._clock.monotonic()
+        if not await self._store.projects.shares(session_id, reader=reader):
+            return False
+        # Into what was there before: a change of sharing in between has begun another one.
+        shared.put((reader, session_id), True, read_at=read_at)
+        return True
+
+    def sharing_changed(self) -> None:
+        """This gateway just changed who shares what: nothing that was remembered of it counts any more."""
+        self._shared = self._nothing_shared()
+
+    async def check_project(self, principal: Principal, project_id: str | None) -> None:
+        """Raises Forbidden unless the caller may put things there: a name of its own, or a project that it takes part
+        in. A project that is not there and one of others are refused in the same words."""
+        if project_id is None or not project_id.startswith(PROJECT_PREFIX):
+            return
+        if not await self._store.projects.takes_part(principal.tenant_id, project_id):
+            raise Forbidden(
+                f"you have no access to project {project_id[:200]!r}: ask its owner to add you "
+                f"(names that begin with {PROJECT_PREFIX!r} are ids of shared projects)"
+            )
+
+    async def _may_read(
+        self, principal: Principal, owner: TenantId, session_id: SessionId, *, with_shared: bool
+    ) -> bool:
+        if owner == principal.tenant_id:
+            return True
+        return with_shared and await self.is_shared(principal.tenant_id, session_id)
+
+    def _nothing_shared(self) -> ConfirmedRows[Reading, bool]:
+        return ConfirmedRows(
+            capacity=MAX_CACHED_ROWS,
+            lifetime_s=SHARING_CACHE_S,
+            clock=self._clock,
+            ended=self._store.projects.unshared_among,
+        )

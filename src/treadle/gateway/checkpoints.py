@@ -12,19 +12,20 @@ from treadle.domain.ids import CheckpointKind, TinkerPath, parse_tinker_path
 from treadle.domain.ops import LoraSpec
 from treadle.domain.records import CheckpointRecord, ModelRecord
 from treadle.errors import Forbidden, InvalidRequest, NotFound, Unauthenticated
+from treadle.gateway.access import Access
 from treadle.gateway.auth import Authenticator, Principal
-from treadle.store import Store
 
 
 async def readable_checkpoint(
-    store: Store,
+    access: Access,
     principal: Principal,
     path: str,
     *,
     kinds: Collection[CheckpointKind],
     on_behalf_of: Principal | None = None,
 ) -> CheckpointRecord:
-    """The checkpoint at `path`: the caller's own, a public one, or one of whoever gave the caller an access token.
+    """The checkpoint at `path`: the caller's own, a public one, one that a project shares with the caller, or one of
+    whoever gave the caller an access token.
 
     Raises InvalidRequest for a malformed path or another kind, NotFound for anything that is not there for the caller.
     """
@@ -32,9 +33,8 @@ async def readable_checkpoint(
     if parsed.kind not in kinds:
         allowed = " or ".join(sorted(kind.value for kind in kinds))
         raise InvalidRequest(f"{path[:200]!r} is a {parsed.kind.value} path; this call takes {allowed}")
-    record = await store.checkpoints.find(str(parsed))
-    readers = {principal.tenant_id} if on_behalf_of is None else {principal.tenant_id, on_behalf_of.tenant_id}
-    if record is None or (record.tenant_id not in readers and not record.public):
+    record = await access.checkpoint(principal, parsed, on_behalf_of=on_behalf_of)
+    if record is None:
         raise NotFound(f"checkpoint {path[:200]!r} does not exist")
     return record
 

@@ -21,6 +21,7 @@ from treadle.store.pages import checked_limit, checked_page, read_page
 from treadle.store.request_rows import Added, RequestRows, checked_new, first_kinds
 from treadle.store.requests import Requests
 from treadle.store.sessions import session_project
+from treadle.store.sharing import readable_session_ids
 from treadle.store.tables import AnyRow, models, sessions
 from treadle.store.writer import Writer
 
@@ -148,12 +149,22 @@ class Models:
         return [_record_of(row) for row in rows]
 
     async def list(
-        self, tenant_id: TenantId | None, limit: int, offset: int = 0, *, project_id: str | None = None
+        self,
+        tenant_id: TenantId | None,
+        limit: int,
+        offset: int = 0,
+        *,
+        project_id: str | None = None,
+        with_shared: bool = False,
     ) -> tuple[list[ModelRecord], int]:
-        """A page of a tenant's runs (of all tenants for None), newest first, and how many there are."""
+        """A page of a tenant's runs (of all tenants for None), newest first, and how many there are.
+
+        with_shared: also of those that others share with the tenant.
+        """
         query = sa.select(*_COLUMNS).order_by(models.c.created_at.desc(), models.c.model_id)
         if tenant_id is not None:
-            query = query.where(models.c.tenant_id == tenant_id)
+            is_own = models.c.tenant_id == tenant_id
+            query = query.where(models.c.session_id.in_(readable_session_ids(tenant_id)) if with_shared else is_own)
         if project_id is not None:
             query = query.join_from(models, sessions).where(session_project == project_id)
         page = checked_page(query, limit=limit, offset=offset)

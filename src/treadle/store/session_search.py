@@ -1,7 +1,7 @@
 """The search for sessions: newest first, page by page, each with what its checkpoints take.
 
-It refuses to know who may search; a query is about one tenant. Invariant: a page begins right behind the last session
-of the one before, however many were made since.
+It refuses to know who may search; a query is about what one tenant may read. Invariant: a page begins right behind the
+last session of the one before, however many were made since.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from treadle.store.dialect import Dialect
 from treadle.store.engine import Database
 from treadle.store.pages import checked_limit
 from treadle.store.sessions import SESSION_COLUMNS, record_of, session_project
+from treadle.store.sharing import effective_members, readable_session_ids
 from treadle.store.tables import checkpoints, models, sessions
 
 _s = sessions.c
@@ -45,6 +46,7 @@ class Place:
 class SessionQuery:
     """What to look for among a tenant's sessions; None filters nothing.
 
+    with_shared: among those that others share with it as well. owners: of which one must own the session.
     display_name: words that must all be in the name, whatever their case (SQLite: of ASCII letters). A session with
     this session_id matches as well as one with this display_name. user_metadata: pairs that must all be there.
     states: of which one must fit; of finished sessions also the reason, unless it is None.
@@ -52,6 +54,8 @@ class SessionQuery:
 
     tenant_id: TenantId
     limit: int
+    with_shared: bool = False
+    owners: Sequence[TenantId] | None = None
     session_id: SessionId | None = None
     display_name: str | None = None
     project_ids: Sequence[str] | None = None
@@ -90,18 +94,25 @@ class SessionSearch:
         return await self._database.read(read)
 
     async def projects_among(self, tenant_id: TenantId, project_ids: Sequence[str]) -> set[str]:
-        """Those of these projects that a session of the tenant is in."""
-        query = sa.select(session_project).where(_s.tenant_id == tenant_id, session_project.in_(project_ids)).distinct()
+        """Those of these projects that a session of the tenant is in, or that the tenant takes part in."""
+        own = sa.select(session_project).where(_s.tenant_id == tenant_id, session_project.in_(project_ids))
+        members = effective_members().c
+        joined = sa.select(members.project_id).where(
+            members.tenant_id == tenant_id, members.project_id.in_(project_ids)
+        )
+        query = sa.union(own, joined)
         return set(await self._database.read(lambda conn: conn.execute(query).scalars().all()))
 
 
 def _statement(query: SessionQuery, dialect: Dialect) -> sa.Select[tuple[object, ...]]:
     statement = (
         sa.select(*SESSION_COLUMNS)
-        .where(_s.tenant_id == query.tenant_id)
+        .where(_is_readable(sessions, query))
         .order_by(_s.created_at.desc(), _s.session_id.desc())
         .limit(checked_limit(query.limit))
     )
+    if query.owners is not None:
+        statement = statement.where(_s.tenant_id.in_(query.owners))
     if (named := _named(query)) is not None:
         statement = statement.where(named)
     if query.project_ids is not None:
@@ -111,8 +122,15 @@ def _statement(query: SessionQuery, dialect: Dialect) -> sa.Select[tuple[object,
     if query.states is not None:
         statement = statement.where(sa.or_(sa.false(), *(_is_in(*state) for state in query.states)))
     if query.behind is not None:
-        statement = statement.where(_is_behind(query.tenant_id, query.behind))
+        statement = statement.where(_is_behind(query, query.behind))
     return statement
+
+
+def _is_readable(table: sa.FromClause, query: SessionQuery) -> sa.ColumnElement[bool]:
+    """Of rows of `sessions`, under whatever name."""
+    if query.with_shared:
+        return table.c.session_id.in_(readable_session_ids(query.tenant_id))
+    return table.c.tenant_id == query.tenant_id
 
 
 def _named(query: SessionQuery) -> sa.ColumnElement[bool] | None:
@@ -130,12 +148,12 @@ def _is_in(state: SessionState, reason: str | None) -> sa.ColumnElement[bool]:
     return is_in if reason is None else sa.and_(is_in, _s.finish_reason == reason)
 
 
-def _is_behind(tenant_id: TenantId, place: Place) -> sa.ColumnElement[bool]:
+def _is_behind(query: SessionQuery, place: Place) -> sa.ColumnElement[bool]:
     # A cursor holds microseconds; the row knows the time exactly.
     last = sessions.alias()
     exact = (
         sa.select(last.c.created_at)
-        .where(last.c.session_id == place.session_id, last.c.tenant_id == tenant_id)
+        .where(last.c.session_id == place.session_id, _is_readable(last, query))
         .scalar_subquery()
     )
     created_at = sa.func.coalesce(exact, sa.literal(place.created_at, sa.Double))

@@ -15,6 +15,7 @@ from treadle.store.audit import AuditEvent
 from treadle.store.engine import Database
 from treadle.store.pages import checked_page, read_page
 from treadle.store.request_rows import chunks
+from treadle.store.sharing import readable_session_ids
 from treadle.store.tables import AnyRow, sessions
 from treadle.store.writer import Writer
 
@@ -151,11 +152,17 @@ class Sessions:
 
         return await self._writer.run(write)
 
-    async def list(self, tenant_id: TenantId | None, limit: int, offset: int = 0) -> tuple[list[SessionRecord], int]:
-        """A page of a tenant's sessions (of all tenants for None), newest first, and how many there are."""
+    async def list(
+        self, tenant_id: TenantId | None, limit: int, offset: int = 0, *, with_shared: bool = False
+    ) -> tuple[list[SessionRecord], int]:
+        """A page of a tenant's sessions (of all tenants for None), newest first, and how many there are.
+
+        with_shared: also of those that others share with the tenant.
+        """
         query = sa.select(*SESSION_COLUMNS).order_by(sessions.c.created_at.desc(), sessions.c.session_id)
         if tenant_id is not None:
-            query = query.where(sessions.c.tenant_id == tenant_id)
+            is_own = sessions.c.tenant_id == tenant_id
+            query = query.where(sessions.c.session_id.in_(readable_session_ids(tenant_id)) if with_shared else is_own)
         page = checked_page(query, limit=limit, offset=offset)
         rows, total = await self._database.read(lambda conn: read_page(conn, page))
         return [record_of(row) for row in rows], total

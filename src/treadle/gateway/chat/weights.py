@@ -49,7 +49,7 @@ async def find_weights(gateway: Gateway, principal: Principal, name: str) -> Wei
     if not path:
         pool = gateway.pool_for(base_model)
         return Weights(name, pool, loaded_facts(pool), None)
-    checkpoint = await readable_checkpoint(gateway.store, principal, path, kinds=_KINDS)
+    checkpoint = await readable_checkpoint(gateway.access, principal, path, kinds=_KINDS)
     pool = gateway.pool_for(checkpoint.base_model)
     if base_model and gateway.pool_for(base_model) != pool:
         raise InvalidRequest(f"{path} belongs to base model {pool.name}, not to {base_model!r}")

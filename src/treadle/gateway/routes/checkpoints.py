@@ -67,7 +67,7 @@ async def archive(request: Request, model_id: str, kind: str, name: str) -> Resp
     gateway = gateway_of(request)
     principal = await gateway.caller(request)
     path = path_of_route(model_id, kind, name)
-    record = await readable_checkpoint(gateway.store, principal, str(path), kinds=tuple(CheckpointKind))
+    record = await readable_checkpoint(gateway.access, principal, str(path), kinds=tuple(CheckpointKind))
     urls = await archive_url(gateway, request, record)
     body = {"url": urls.by_name[ARCHIVE_NAME], "expires": iso_time(urls.expires_at)}
     headers = {"Location": urls.by_name[ARCHIVE_NAME], "Expires": formatdate(urls.expires_at, usegmt=True)}
@@ -100,7 +100,7 @@ async def copy_weights(request: Request) -> Response:
     token = request.headers.get(ACCESS_TOKEN_HEADER) or body.weights_access_token
     reader = await holder_of_token(gateway.auth, token)
     source = await readable_checkpoint(
-        gateway.store, principal, body.source_path, kinds=tuple(CheckpointKind), on_behalf_of=reader
+        gateway.access, principal, body.source_path, kinds=tuple(CheckpointKind), on_behalf_of=reader
     )
     key = request.headers.get("X-Idempotency-Key")
     path = await copy_checkpoint(gateway, principal, source, body, idempotency_key=key)

@@ -37,7 +37,7 @@ async def external_weights_urls(request: Request, model_id: str, kind: str, name
     gateway = gateway_of(request)
     principal = await gateway.caller(request)
     path = path_of_route(model_id, kind, name)
-    record = await readable_checkpoint(gateway.store, principal, str(path), kinds=(CheckpointKind.EXTERNAL,))
+    record = await readable_checkpoint(gateway.access, principal, str(path), kinds=(CheckpointKind.EXTERNAL,))
     urls = await file_urls(gateway, request, record)
     return json_response({"urls": urls.by_name, "expires": urls.expires})
 

@@ -64,6 +64,7 @@ async def create_model(request: Request) -> Response:
     place = op_place(record, OpKind.CREATE_MODEL, 0)
     try:
         body = parse_body(CreateModelBody, raw)
+        await gateway.losses.check_metadata(principal.tenant_id, body.user_metadata)
         pool = gateway.pool_for(body.base_model)
         op = create_model_op(
             body,
@@ -94,6 +95,7 @@ async def load_weights(request: Request) -> Response:
     place = op_place(record, OpKind.LOAD_WEIGHTS, 0)
     try:
         body = parse_body(LoadWeightsBody, raw)
+        await gateway.losses.check_metadata(principal.tenant_id, body.user_metadata)
         checkpoint = await _loadable(gateway, principal, body)
         pool = gateway.pool_for(checkpoint.base_model)
         if body.base_model is not None and gateway.pool_for(body.base_model) != pool:
@@ -169,7 +171,7 @@ async def _load_into_run(submission: Submission) -> LoadWeightsOp:
 
 async def _loadable(gateway: Gateway, principal: Principal, body: LoadWeightsBody) -> CheckpointRecord:
     reader = await holder_of_token(gateway.auth, body.weights_access_token)
-    return await readable_checkpoint(gateway.store, principal, body.path, kinds=LOADABLE, on_behalf_of=reader)
+    return await readable_checkpoint(gateway.access, principal, body.path, kinds=LOADABLE, on_behalf_of=reader)
 
 
 def _load_op(body: LoadWeightsBody, checkpoint: CheckpointRecord) -> LoadWeightsOp:

@@ -90,7 +90,7 @@ async def weights_info(request: Request) -> Response:
     gateway = gateway_of(request)
     principal = await gateway.caller(request)
     body = parse_body(WeightsInfoBody, await read_body(request, limit_bytes=MAX_JSON_BYTES))
-    record = await readable_checkpoint(gateway.store, principal, body.tinker_path, kinds=tuple(CheckpointKind))
+    record = await readable_checkpoint(gateway.access, principal, body.tinker_path, kinds=tuple(CheckpointKind))
     return json_response(
         {
             "base_model": record.base_model,

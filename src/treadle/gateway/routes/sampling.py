@@ -152,7 +152,7 @@ async def _weights_of(
     if body.model_path is None:
         assert body.base_model is not None, "the body names weights"
         return gateway.pool_for(body.base_model), None
-    checkpoint = await readable_checkpoint(gateway.store, principal, body.model_path, kinds=SAMPLEABLE)
+    checkpoint = await readable_checkpoint(gateway.access, principal, body.model_path, kinds=SAMPLEABLE)
     pool = gateway.pool_for(checkpoint.base_model)
     if body.base_model is not None and gateway.pool_for(body.base_model) != pool:
         raise InvalidRequest(f"{body.model_path} belongs to base model {pool.name}, not to {body.base_model!r}")
