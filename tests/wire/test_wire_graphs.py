@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from treadle.domain.custom_loss import CustomLoss, DType, LossInput, Node, NodeOp, Ref
-from treadle.domain.losses import Loss
+from treadle.domain.losses import Loss, LossMeaning
 from treadle.domain.ops import Datum, PassOp
 from treadle.errors import InvalidRequest
 from treadle.testing.builders import MODEL_ID
@@ -24,10 +24,14 @@ from treadle.wire.passes import (
     decode_pass_trusted,
     encode_pass,
     read_pass_head,
-    with_definition,
+    with_meaning,
 )
 
 LIMITS = PassLimits(vocab_size=64, max_context_length=128)
+
+
+def traced(loss: CustomLoss) -> LossMeaning:
+    return LossMeaning("custom", write_custom_loss(loss))
 
 
 def loss_of(*inputs: LossInput, argument: Any = 1.0) -> CustomLoss:
@@ -170,8 +174,8 @@ def test_a_stored_pass_says_itself_what_its_loss_is() -> None:
     custom = loss_of(SCALE, KIND)
     body = sent(custom, **GIVEN, unread=np.ones(2, np.float32))
     assert read_pass_head(body).custom_loss_id == "session:loss:0"
-    admitted = decode_pass(body, limits=LIMITS, custom_loss=custom)
-    stored = decode_pass_trusted(with_definition(body, write_custom_loss(custom)))
+    admitted = decode_pass(body, limits=LIMITS, meaning=traced(custom))
+    stored = decode_pass_trusted(with_meaning(body, traced(custom)))
     for op in (admitted, stored, decode_pass_trusted(encode_pass(stored))):
         assert op.loss == Loss("custom", custom=custom)
         (datum,) = op.datums
@@ -200,7 +204,7 @@ def test_a_stored_pass_says_itself_what_its_loss_is() -> None:
 def test_a_datum_that_does_not_fit_the_declaration_names_the_input(inputs: dict[str, Any], why: str) -> None:
     custom = loss_of(SCALE, KIND)
     with pytest.raises(InvalidRequest, match=why):
-        decode_pass(sent(custom, **inputs), limits=LIMITS, custom_loss=custom)
+        decode_pass(sent(custom, **inputs), limits=LIMITS, meaning=traced(custom))
 
 
 @pytest.mark.parametrize("key", ["definition", "beta"])
@@ -211,7 +215,7 @@ def test_a_client_names_the_loss_and_says_nothing_else(key: str) -> None:
     message.loss_fn_settings[key].text = "{}"
     body = message.SerializeToString()
     with pytest.raises(InvalidRequest, match=f"key '{key}' is not known to custom; known: loss_id"):
-        decode_pass(body, limits=LIMITS, custom_loss=custom)
+        decode_pass(body, limits=LIMITS, meaning=traced(custom))
     with pytest.raises(InvalidRequest, match="needs the loss_id"):
         decode_pass(body, limits=LIMITS)
 

@@ -102,6 +102,24 @@ class Loss:
     custom: CustomLoss | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class LossMeaning:
+    """What the loss_fn of a pass stands for.
+
+    name: a built-in loss, "custom", or a named loss. definition: of the last two, JSON. sha256: of the definition of a
+    named loss, as hex.
+    """
+
+    name: str
+    definition: bytes | None = None
+    sha256: str | None = None
+
+    @property
+    def is_named(self) -> bool:
+        """It is a loss that somebody submitted and an operator approved."""
+        return self.sha256 is not None
+
+
 def resolve_loss(name: str, config: Mapping[str, float | str]) -> Loss:
     """The loss with its settings complete.
 

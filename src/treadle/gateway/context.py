@@ -23,6 +23,7 @@ from treadle.gateway.chat.sessions import TextSessions
 from treadle.gateway.chat.tokenizers import Tokenizers
 from treadle.gateway.deps import GatewayDeps, GatewaySettings, PoolView
 from treadle.gateway.futures import FuturesHub
+from treadle.gateway.losses import LossDesk
 from treadle.gateway.signing import Signer
 from treadle.store.policy_watch import PolicyWatch
 
@@ -38,6 +39,7 @@ class Gateway:
         self.signer = Signer(store=deps.store, clock=deps.clock)
         self.auth = Authenticator(store=deps.store, settings=deps.settings, clock=deps.clock, signer=self.signer)
         self.access = Access(store=deps.store, clock=deps.clock)
+        self.losses = LossDesk(store=deps.store, policies=self.policies, access=self.access)
         self.hub = FuturesHub(store=deps.store, is_draining=deps.is_draining, metrics=deps.metrics)
         self.body_room = BodyRoom(deps.settings.max_body_bytes_in_memory)
         self.backlog = Backlog(

@@ -14,6 +14,9 @@ from collections.abc import Callable
 import sqlalchemy as sa
 
 from treadle.store import migrate
+from treadle.store.admin_audit import AdminAudit
+from treadle.store.admin_checkpoints import AdminCheckpoints
+from treadle.store.admin_usage import AdminUsage
 from treadle.store.audit import AuditLog
 from treadle.store.backlog import BacklogReads
 from treadle.store.checkpoints import Checkpoints
@@ -25,9 +28,11 @@ from treadle.store.engine import Database, translated
 from treadle.store.events import Events
 from treadle.store.keys import Keys
 from treadle.store.leases import Leases, LeaseStatements
+from treadle.store.loss_rules import LossRules
 from treadle.store.models import Models
 from treadle.store.named_losses import NamedLosses
 from treadle.store.notify import Notifier
+from treadle.store.organizations import Organizations
 from treadle.store.policies import PolicyReads
 from treadle.store.pool_settings import PoolSettings
 from treadle.store.pools import Pools
@@ -43,6 +48,7 @@ from treadle.store.session_search import SessionSearch
 from treadle.store.sessions import Sessions
 from treadle.store.snapshots import SnapshotRows, Snapshots
 from treadle.store.stability import StabilityRecords
+from treadle.store.tenant_listing import TenantListing
 from treadle.store.tenants import Tenants
 from treadle.store.traces import Traces
 from treadle.store.upkeep import Upkeep
@@ -91,6 +97,7 @@ class Store:
         )
         self.snapshots = Snapshots(database=database, writer=writer, rows=snapshot_rows)
         self.custom_losses = CustomLosses(database=database, writer=writer, events=self.events, rows=rows, clock=clock)
+        self.loss_rules = LossRules(database=database, writer=writer, clock=clock)
         self.named_losses = NamedLosses(database=database, writer=writer, clock=clock)
         self.run_log = RunLog(database)
         self.retention = Retention(database=database, writer=writer)
@@ -103,6 +110,11 @@ class Store:
         self.policies = PolicyReads(database)
         self.projects = Projects(database=database, writer=writer, clock=clock)
         self.tenants = Tenants(database=database, writer=writer, clock=clock)
+        self.tenant_listing = TenantListing(database=database, clock=clock)
+        self.organizations = Organizations(database=database, writer=writer, clock=clock)
+        self.admin_audit = AdminAudit(database)
+        self.admin_usage = AdminUsage(database=database, clock=clock)
+        self.admin_checkpoints = AdminCheckpoints(database=database, writer=writer, clock=clock)
         self.backlog = BacklogReads(database)
         self._needed_version: str | None = None
         self._notifier: Notifier | None = None

@@ -79,6 +79,11 @@ def read_custom_loss(definition: bytes) -> CustomLoss:
     return _custom_loss(_object(fields, "the definition"))
 
 
+def read_inputs(definition: bytes) -> tuple[LossInput, ...]:
+    """What the loss of a stored definition declares, without reading its graph."""
+    return tuple(_input(given) for given in orjson.loads(definition)["inputs"])
+
+
 def write_custom_loss(loss: CustomLoss) -> bytes:
     """The definition as it is stored: JSON with sorted keys, the same bytes for the same loss."""
     fields = {

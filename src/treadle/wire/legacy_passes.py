@@ -75,7 +75,9 @@ def read_json_pass(raw: bytes, *, input_field: str, forward_only: bool) -> SentP
     ids = checked_fields(OpHead, {key: fields.get(key) for key in ("model_id", "seq_id")})
     if ids.model_id is None or ids.seq_id is None:
         raise UnreadableBody(f"{'model_id' if ids.model_id is None else 'seq_id'} is missing")
-    head = PassHead(ids.model_id, ids.seq_id)
+    given = fields.get(input_field)
+    loss_fn = given.get("loss_fn") if isinstance(given, dict) else None
+    head = PassHead(ids.model_id, ids.seq_id, loss_fn if isinstance(loss_fn, str) else "")
     try:
         return SentPass(head, _Translation(text).protobuf(head, input_field=input_field, forward_only=forward_only))
     except UserError as refusal:

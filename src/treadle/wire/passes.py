@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from treadle.domain.custom_loss import CUSTOM, CustomLoss
 from treadle.domain.ids import ModelId
 from treadle.domain.limits import MAX_DATUMS_PER_REQUEST, MAX_DECOMPRESSED_BYTES, MAX_ID_CHARS
-from treadle.domain.losses import CLIP_HIGH, CLIP_LOW, LOSSES, Loss, LossSpec, resolve_loss
+from treadle.domain.losses import CLIP_HIGH, CLIP_LOW, LOSSES, Loss, LossMeaning, LossSpec, resolve_loss
 from treadle.domain.ops import Datum, PassOp
 from treadle.domain.provenance import Provenance
 from treadle.errors import InvalidRequest, NotSupported, UnreadableBody
@@ -39,6 +39,8 @@ DISABLE_LORA = "disable_lora"
 # Settings of a custom loss: the client names it, and the server puts beside that what it is.
 LOSS_ID = "loss_id"
 DEFINITION = "definition"
+# What the server puts behind a pass with a named loss: the SHA-256 of the definition, as hex.
+NAMED_LOSS = "named_loss_sha256"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +55,13 @@ class PassLimits:
 class PassHead:
     """Whose pass it is: enough to make a row for it, whatever the rest holds.
 
-    custom_loss_id: what a pass with a custom loss names, "" when it names none; None for other passes.
+    loss_fn: as the client wrote it, of any length. custom_loss_id: what a pass with a custom loss names, "" when it
+    names none; None for other passes.
     """
 
     model_id: ModelId
     seq_id: int
+    loss_fn: str = ""
     custom_loss_id: str | None = None
 
 
@@ -66,14 +70,15 @@ def read_pass_head(body: bytes) -> PassHead:
     return _head(_parsed(body))
 
 
-def decode_pass(body: bytes, *, limits: PassLimits, custom_loss: CustomLoss | None = None) -> PassOp:
-    """The whole pass, checked against `limits`. custom_loss: the one that its head names.
+def decode_pass(body: bytes, *, limits: PassLimits, meaning: LossMeaning | None = None) -> PassOp:
+    """The whole pass, checked against `limits`. meaning: what its loss_fn stands for; None: the built-in loss of that
+    name.
 
     Arrays are writable copies of `body`, laid end to end per input, so that they can be handed to torch as they are.
     Raises UnreadableBody as `read_pass_head` does, InvalidRequest naming datum and field, NotSupported for chunks
     other than text.
     """
-    return _decode(_parsed(body), limits, custom_loss)
+    return _decode(_parsed(body), limits, meaning)
 
 
 def decode_pass_trusted(body: bytes) -> PassOp:
@@ -84,15 +89,30 @@ def decode_pass_trusted(body: bytes) -> PassOp:
     return _decode(_parsed(body), None, None)
 
 
-def with_definition(body: bytes, definition: bytes) -> bytes:
-    """The body of a pass with what its custom loss is, so that whoever reads the payload needs no table.
+def with_meaning(body: bytes, meaning: LossMeaning) -> bytes:
+    """The body of a pass with what its loss_fn stands for, so that whoever reads the payload needs no table.
 
-    The body was accepted by `decode_pass`, so it has no definition of its own.
+    The body was accepted by `decode_pass` with this meaning, so it has no definition of its own.
     """
-    # One message behind the other is both of them merged, by protobuf's own rules.
-    added = pb.PassRequest()
-    added.loss_fn_settings[DEFINITION].text = definition.decode()
-    return body + added.SerializeToString()
+    # One message behind the other is both of them merged, by protobuf's own rules: the last loss_fn counts.
+    added = pb.PassRequest(loss_fn=meaning.name)
+    if meaning.definition is None:
+        return body + added.SerializeToString()
+    added.loss_fn = CUSTOM
+    added.loss_fn_settings[DEFINITION].text = meaning.definition.decode()
+    tail = b"" if meaning.sha256 is None else _NAMED_LOSS_TAIL + meaning.sha256.encode()
+    return body + added.SerializeToString() + tail
+
+
+def named_loss_sha256(payload: bytes) -> str | None:
+    """Of the definition of the named loss that a stored pass is computed with; None for other losses.
+
+    It reads the payload's end alone, so that asking costs nothing.
+    """
+    if payload[-len(_NAMED_LOSS_TAIL) - _SHA256_CHARS : -_SHA256_CHARS] != _NAMED_LOSS_TAIL:
+        return None
+    # Of other passes these are bytes of the client's.
+    return payload[-_SHA256_CHARS:].decode("ascii", "replace")
 
 
 def with_inputs(body: bytes, inputs: Sequence[Mapping[str, NDArray[np.generic]]]) -> bytes:
@@ -123,6 +143,17 @@ def encode_pass(op: PassOp) -> bytes:
     return message.SerializeToString()
 
 
+def _tail_without_value() -> bytes:
+    """A message with one setting, NAMED_LOSS, up to its text of _SHA256_CHARS characters."""
+    message = pb.PassRequest()
+    message.loss_fn_settings[NAMED_LOSS].text = "0" * _SHA256_CHARS
+    return message.SerializeToString()[:-_SHA256_CHARS]
+
+
+_SHA256_CHARS = 64
+_NAMED_LOSS_TAIL = _tail_without_value()
+
+
 def _write_tensor(tensor: pb.TensorMessage, values: NDArray[np.generic]) -> None:
     is_integer = values.dtype.kind == "i"
     tensor.dtype = pb.ELEMENT_TYPE_INT64 if is_integer else pb.ELEMENT_TYPE_FLOAT32
@@ -151,23 +182,28 @@ def _head(message: pb.PassRequest) -> PassHead:
     if message.loss_fn == CUSTOM:
         named = message.loss_fn_settings[LOSS_ID].text if LOSS_ID in message.loss_fn_settings else ""
         custom_loss_id = named if len(named) <= MAX_ID_CHARS and "\0" not in named else ""
-    return PassHead(ModelId(model_id), message.seq_id, custom_loss_id)
+    return PassHead(ModelId(model_id), message.seq_id, message.loss_fn, custom_loss_id)
 
 
-def _decode(message: pb.PassRequest, limits: PassLimits | None, custom_loss: CustomLoss | None) -> PassOp:
+def _decode(message: pb.PassRequest, limits: PassLimits | None, meaning: LossMeaning | None) -> PassOp:
     head = _head(message)
-    if limits is None and message.loss_fn == CUSTOM:
+    name = message.loss_fn if meaning is None else meaning.name
+    custom_loss = None
+    if limits is None and name == CUSTOM:
         custom_loss = _stored_custom_loss(message)
-    assert custom_loss is None or message.loss_fn == CUSTOM, "the head says which pass has one"
+    elif meaning is not None and meaning.definition is not None:
+        custom_loss = read_custom_loss(meaning.definition)
     settings = dict(_loss_settings(message))
     uses_adapter = not _disables_lora(settings, forward_only=message.forward_only)
-    loss = resolve_loss(message.loss_fn, settings) if custom_loss is None else _custom(custom_loss, settings)
+    loss = resolve_loss(name, settings) if custom_loss is None else _custom(custom_loss, settings, name)
     if not 1 <= len(message.datums) <= MAX_DATUMS_PER_REQUEST:
         raise InvalidRequest(f"data has {len(message.datums)} datums; allowed are 1 to {MAX_DATUMS_PER_REQUEST}")
     tokens = _read_tokens(message.datums, limits)
     if loss.custom is None:
         inputs = _read_inputs(message.datums, LOSSES[loss.name], tokens, is_trusted=limits is None)
     else:
+        if meaning is not None and meaning.is_named:
+            _refuse_undeclared(message.datums, loss.custom, name)
         num_rows = [rows for (rows,) in tokens.shapes]
         parts = read_custom_inputs(message.datums, loss.custom, num_rows, target_name=TARGET_TOKENS)
         inputs = [_joined(name, dtype, of_datums) for (name, dtype), of_datums in parts.items()]
@@ -200,11 +236,22 @@ def _check_values(columns: Sequence[_Column], limits: PassLimits) -> None:
             column.check_token_ids(limits.vocab_size)
 
 
-def _custom(custom_loss: CustomLoss, settings: Mapping[str, float | str]) -> Loss:
-    unknown = sorted(settings.keys() - {LOSS_ID})
+def _custom(custom_loss: CustomLoss, settings: Mapping[str, float | str], name: str) -> Loss:
+    known = {LOSS_ID} if name == CUSTOM else set()
+    unknown = sorted(settings.keys() - known)
     if unknown:
-        raise InvalidRequest(f"loss_fn_config key {unknown[0][:80]!r} is not known to {CUSTOM}; known: {LOSS_ID}")
+        raise InvalidRequest(
+            f"loss_fn_config key {unknown[0][:80]!r} is not known to {name}; known: {', '.join(known) or 'none'}"
+        )
     return Loss(name=CUSTOM, custom=custom_loss)
+
+
+def _refuse_undeclared(datums: Sequence[pb.DatumMessage], custom_loss: CustomLoss, name: str) -> None:
+    """A named loss is no function of the client's own: an input that it does not read may be one that was meant to
+    change what is computed."""
+    declared = (TARGET_TOKENS, *(given.name for given in custom_loss.datum_inputs))
+    for index, datum in enumerate(datums):
+        _check_input_names(index, datum.loss_fn_inputs, name, declared, declared)
 
 
 def _stored_custom_loss(message: pb.PassRequest) -> CustomLoss:
@@ -212,7 +259,8 @@ def _stored_custom_loss(message: pb.PassRequest) -> CustomLoss:
     if DEFINITION not in message.loss_fn_settings:
         raise InvalidRequest(f"the payload has no definition of its {CUSTOM} loss")
     custom_loss = read_custom_loss(message.loss_fn_settings[DEFINITION].text.encode())
-    del message.loss_fn_settings[DEFINITION]
+    for key in (DEFINITION, NAMED_LOSS):
+        message.loss_fn_settings.pop(key, None)
     return custom_loss
 
 

@@ -6,6 +6,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from treadle.domain.ids import PoolName, custom_loss_id, custom_loss_request_id
+from treadle.domain.loss_policy import check_operations
 from treadle.domain.ops import OpKind
 from treadle.domain.records import CustomLossRecord, NewRequest
 from treadle.errors import UserError
@@ -52,6 +53,7 @@ async def create_custom_loss(request: Request) -> Response:
 
     def checked() -> CustomLossRecord:
         loss = custom_loss_of(parse_body(CreateCustomLossBody, raw))
+        check_operations(loss, gateway.policies.now.disabled_operations)
         return CustomLossRecord(
             loss_id=custom_loss_id(session.session_id, head.custom_loss_seq_id),
             session_id=session.session_id,
@@ -62,6 +64,7 @@ async def create_custom_loss(request: Request) -> Response:
         )
 
     try:
+        await gateway.losses.check_traced(principal.tenant_id)
         record = await gateway.admission.run(checked, num_bytes=len(raw))
     except UserError as refusal:
         failure = refused(place, refusal).failure

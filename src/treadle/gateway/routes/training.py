@@ -8,7 +8,6 @@ from functools import partial
 from starlette.requests import Request
 from starlette.responses import Response
 
-from treadle.domain.ids import LossId
 from treadle.domain.ops import OpKind, OptimStepOp, PassOp, SaveForSamplerOp, SaveWeightsOp, kind_of
 from treadle.domain.quanta import cut_quanta, quantum_tokens
 from treadle.domain.records import NewRequest
@@ -31,11 +30,10 @@ from treadle.gateway.routing import Resource
 from treadle.gateway.stability import with_sampling_records
 from treadle.wire.answers import FutureAnswer
 from treadle.wire.bodies import OptimStepBody, SaveForSamplerBody, SaveWeightsBody, parse_body
-from treadle.wire.graphs import read_custom_loss
 from treadle.wire.legacy_bodies import ForwardBackwardBody
 from treadle.wire.legacy_passes import SentPass, read_json_pass
 from treadle.wire.ops import optim_step_op, save_for_sampler_op, save_weights_op
-from treadle.wire.passes import decode_pass, read_pass_head, with_definition
+from treadle.wire.passes import decode_pass, read_pass_head, with_meaning
 from treadle.wire.results import PROTOBUF
 
 router = Resource("/api/v1")
@@ -85,17 +83,15 @@ async def _admit_pass(
         pool = await open_pool(gateway, principal, model, head.seq_id)
         if isinstance(body, UserError):
             raise body
-        loss_record = None
-        if head.custom_loss_id is not None:
-            loss_record = await gateway.access.custom_loss(principal, LossId(head.custom_loss_id))
+        meaning = await gateway.losses.meaning(principal, model, head)
     except UserError as refusal:
         await gateway.admission.submit_refused(place, refusal)
         return place
     limits = pass_limits(loaded_facts(pool))
 
     def checked_op() -> PassOp:
-        custom_loss = None if loss_record is None else read_custom_loss(loss_record.definition)
-        op = decode_pass(body, limits=limits, custom_loss=custom_loss)
+        op = decode_pass(body, limits=limits, meaning=meaning)
+        gateway.losses.check(principal.tenant_id, op)
         if len(op.datums) > gateway.settings.max_datums_per_request:
             raise InvalidRequest(
                 f"data has {len(op.datums)} datums; this server takes {gateway.settings.max_datums_per_request}"
@@ -105,8 +101,8 @@ async def _admit_pass(
     try:
         op = await gateway.admission.run(checked_op, num_bytes=len(body))
         payload = await with_sampling_records(gateway, model.session_id, op, body)
-        if loss_record is not None:
-            payload = with_definition(payload, loss_record.definition)
+        if meaning is not None:
+            payload = with_meaning(payload, meaning)
     except UserError as refusal:
         await gateway.admission.submit_refused(place, refusal)
     else:
