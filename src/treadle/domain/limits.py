@@ -168,6 +168,8 @@ MAX_CUSTOM_LOSS_S = 5.0
 MAX_USAGE_WINDOW_S = 14 * 24 * 3_600
 # Rows of usage per hour: long enough to bill a quarter of a year.
 USAGE_KEPT_S = 100 * 24 * 3_600
+# Rows of usage of one answer to an operator's SDK, which has no pages: some 20 MB of JSON.
+MAX_ADMIN_USAGE_ROWS = 50_000
 # Events of one answer of the audit log, which is asked for by the day.
 MAX_AUDIT_ROWS = 100_000
 # Ops of one session's trace, newest first: some 10 MB of JSON, which the viewers still draw.

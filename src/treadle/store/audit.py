@@ -84,10 +84,11 @@ class AuditLog:
         if event_type is not None:
             query = query.where(a.event_type == event_type)
         rows = await self._database.read(lambda conn: conn.execute(query).all())
-        return None if len(rows) > MAX_AUDIT_ROWS else [_event_of(row) for row in rows]
+        return None if len(rows) > MAX_AUDIT_ROWS else [event_of(row) for row in rows]
 
 
-def _event_of(row: AnyRow) -> AuditEvent:
+def event_of(row: AnyRow) -> AuditEvent:
+    """A row of the log."""
     return AuditEvent(
         tenant_id=TenantId(row.tenant_id),
         created_at=row.created_at,

@@ -78,7 +78,7 @@ class Checkpoints:
         """The live checkpoint under a tinker:// path, whoever owns it."""
         values = {"path": tinker_path, "now": self._clock()}
         row = await self._database.read(lambda conn: conn.execute(_FIND, values).one_or_none())
-        return None if row is None else _record_of(row)
+        return None if row is None else record_of(row)
 
     async def exists(self, tinker_path: str) -> bool:
         """Whether `find` would find it."""
@@ -88,7 +88,7 @@ class Checkpoints:
         """A run's checkpoints of all kinds, newest first, at most MAX_UNPAGED_ROWS."""
         values = {"of_model": model_id, "now": self._clock()}
         rows = await self._database.read(lambda conn: conn.execute(_OF_MODEL, values).all())
-        return [_record_of(row) for row in rows]
+        return [record_of(row) for row in rows]
 
     async def list(
         self,
@@ -106,14 +106,14 @@ class Checkpoints:
             query = query.where(checkpoints.c.kind.in_(kinds))
         page = checked_page(query, limit=limit, offset=offset)
         rows, total = await self._database.read(lambda conn: read_page(conn, page))
-        return [_record_of(row) for row in rows], total
+        return [record_of(row) for row in rows], total
 
     async def newest(self, model_ids: Sequence[ModelId]) -> dict[tuple[ModelId, CheckpointKind], CheckpointRecord]:
         """The newest checkpoint of each of these runs (a page of them) and kind, where there is one."""
         checked_limit(len(model_ids))
         values = {"ids": list(model_ids), "now": self._clock()}
         rows = await self._database.read(lambda conn: conn.execute(_NEWEST, values).all())
-        records = [_record_of(row) for row in rows]
+        records = [record_of(row) for row in rows]
         return {(record.model_id, record.kind): record for record in records}
 
     async def delete(self, tinker_path: str) -> bool:
@@ -194,7 +194,8 @@ def row_of(record: CheckpointRecord) -> dict[str, Any]:
     }
 
 
-def _record_of(row: AnyRow) -> CheckpointRecord:
+def record_of(row: AnyRow) -> CheckpointRecord:
+    """A row of all columns."""
     return CheckpointRecord(
         model_id=ModelId(row.model_id),
         tenant_id=TenantId(row.tenant_id),

@@ -50,6 +50,7 @@ from treadle.store.snapshots import SnapshotRows, Snapshots
 from treadle.store.stability import StabilityRecords
 from treadle.store.tenant_listing import TenantListing
 from treadle.store.tenants import Tenants
+from treadle.store.token_verdicts import TokenVerdicts
 from treadle.store.traces import Traces
 from treadle.store.upkeep import Upkeep
 from treadle.store.usage import Usage
@@ -70,6 +71,7 @@ class Store:
         snapshot_rows = SnapshotRows(database.dialect)
         self.events = Events()
         self.keys = Keys(database=database, writer=writer, clock=clock)
+        self.token_verdicts = TokenVerdicts(database=database, writer=writer, clock=clock)
         self.secrets = Secrets(database=database, writer=writer, clock=clock)
         self.sessions = Sessions(database=database, writer=writer, clock=clock)
         recent = RecentFutures()
