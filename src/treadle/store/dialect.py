@@ -190,6 +190,11 @@ class Dialect:
         if not self.is_sqlite:
             conn.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
 
+    def lock(self, conn: sa.Connection, name: str) -> None:
+        """Let one write transaction at a time go on that names this, until it ends. SQLite has one at a time anyway."""
+        if not self.is_sqlite:
+            conn.execute(sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtextextended(name, 0))))
+
     def problems(self, conn: sa.Connection) -> list[str]:
         """What the database finds wrong with itself. PostgreSQL enforces what SQLite only checks when it is asked."""
         if not self.is_sqlite:

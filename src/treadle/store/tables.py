@@ -118,6 +118,12 @@ models = sa.Table(
 sa.Index("ix_models_session", models.c.session_id)
 sa.Index("ix_models_tenant", models.c.tenant_id, models.c.created_at)
 sa.Index("ix_models_pool", models.c.pool, models.c.state)
+# Runs that count against a quota: the others, which are over, outnumber them by far.
+IS_ALIVE = sa.or_(
+    models.c.state == sa.literal_column("'creating'"),
+    models.c.state == sa.literal_column("'ready'"),
+)
+_partial_index("ix_models_alive", models.c.tenant_id, where=IS_ALIVE)
 sa.Index("ix_models_created_at", models.c.created_at, models.c.model_id)
 
 # What a run's state can be restored from: its two newest (see snapshots.py).
@@ -462,6 +468,7 @@ rate_windows = sa.Table(
     sa.Column("slot_start", sa.BigInteger, primary_key=True, autoincrement=False),
     sa.Column("amount", sa.Double, nullable=False),
 )
+sa.Index("ix_rate_windows_slot_start", rate_windows.c.slot_start)
 
 # What the leader's worker reported of its base model, for servers that have no worker of that pool.
 pools = sa.Table(

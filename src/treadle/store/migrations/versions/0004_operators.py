@@ -151,6 +151,9 @@ def _create_policy_tables() -> None:
         sa.Column("amount", sa.Double(), nullable=False),
         sa.PrimaryKeyConstraint("tenant_id", "kind", "slot_start", name="pk_rate_windows"),
     )
+    op.create_index("ix_rate_windows_slot_start", "rate_windows", ["slot_start"])
+    is_alive = sa.text("state = 'creating' OR state = 'ready'")
+    op.create_index("ix_models_alive", "models", ["tenant_id"], sqlite_where=is_alive, postgresql_where=is_alive)
 
 
 def _create_loss_tables() -> None:
