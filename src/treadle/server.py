@@ -142,8 +142,8 @@ class Server:
     async def _serve_on(self, store: Store, launched: Mapping[str, LocalExecutor]) -> int:
         settings = self._settings
         any_key_exists = await store.keys.any_ever()
-        check_bind(settings.server.host, any_key_exists=any_key_exists, mode=settings.auth.mode)
-        if settings.auth.mode == "open" or (settings.auth.mode == "auto" and not any_key_exists):
+        check_bind(settings.server.host, any_key_exists=any_key_exists, methods=settings.auth.methods)
+        if "open" in settings.auth.methods or not (settings.auth.methods or any_key_exists):
             log.warning("open mode: every tml- key is accepted as a tenant of its own; treadle keys create ends it")
         blobs = open_blobs(settings.blobs_url)
         await check_blobs(store, blobs, place=settings.blobs_url)
@@ -327,7 +327,8 @@ class Server:
             pools=PoolDirectory(self._pool_views),
             settings=GatewaySettings(
                 is_loopback=is_loopback(settings.server.host),
-                auth_mode=settings.auth.mode,
+                auth_methods=settings.auth.methods,
+                modelscope=settings.auth.modelscope,
                 has_jwt=settings.auth.jwt,
                 root_path=settings.server.root_path,
                 public_url=settings.server.public_url,

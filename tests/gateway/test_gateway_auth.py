@@ -130,7 +130,7 @@ async def test_every_route_wants_a_key(gateway: Harness, method: str, path: str)
 class TestWithKeysOnly:
     @pytest.fixture
     def settings(self) -> GatewaySettings:
-        return GatewaySettings(is_loopback=True, auth_mode="keys")
+        return GatewaySettings(is_loopback=True, auth_methods=("keys",))
 
     async def test_nobody_gets_in_without_a_created_key(self, gateway: Harness) -> None:
         refused(await gateway.get("sessions"), 401)
@@ -139,7 +139,7 @@ class TestWithKeysOnly:
 class TestOpenForGood:
     @pytest.fixture
     def settings(self) -> GatewaySettings:
-        return GatewaySettings(is_loopback=True, auth_mode="open")
+        return GatewaySettings(is_loopback=True, auth_methods=("open",))
 
     async def test_created_keys_change_nothing(self, gateway: Harness) -> None:
         await gateway.store.keys.add("ada", key_digest("tml-ada"), False)
@@ -150,7 +150,7 @@ class TestOpenForGood:
 class TestOnANetworkAddress:
     @pytest.fixture
     def settings(self) -> GatewaySettings:
-        return GatewaySettings(is_loopback=False, auth_mode="open")
+        return GatewaySettings(is_loopback=False, auth_methods=("open",))
 
     async def test_it_is_never_open(self, gateway: Harness) -> None:
         refused(await gateway.get("sessions"), 401)

@@ -81,17 +81,17 @@ def test_a_source_is_a_directory_or_a_hub_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.5.5.5", "::1", "[::1]", "localhost"])
-@pytest.mark.parametrize("mode", ["auto", "open", "keys"])
+@pytest.mark.parametrize("methods", [(), ("open",), ("keys",), ("open", "keys")])
 @pytest.mark.parametrize("any_key_exists", [False, True])
-def test_loopback_is_always_allowed(host: str, mode: str, any_key_exists: bool) -> None:
-    check_bind(host, any_key_exists=any_key_exists, mode=mode)
+def test_loopback_is_always_allowed(host: str, methods: tuple[str, ...], any_key_exists: bool) -> None:
+    check_bind(host, any_key_exists=any_key_exists, methods=methods)
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "example.org", ""])
 def test_other_addresses_need_authentication(host: str) -> None:
-    check_bind(host, any_key_exists=True, mode="auto")
-    check_bind(host, any_key_exists=False, mode="keys")
+    check_bind(host, any_key_exists=True, methods=())
+    check_bind(host, any_key_exists=False, methods=("keys",))
     with pytest.raises(ConfigError, match="treadle keys create USER"):
-        check_bind(host, any_key_exists=False, mode="auto")
+        check_bind(host, any_key_exists=False, methods=())
     with pytest.raises(ConfigError, match=r"set auth\.mode to"):
-        check_bind(host, any_key_exists=True, mode="open")
+        check_bind(host, any_key_exists=True, methods=("open", "keys"))

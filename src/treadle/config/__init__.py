@@ -19,10 +19,12 @@ from treadle.config.sources import (
     tinker_api_key,
 )
 from treadle.config.tree import (
+    AuthMethod,
     AuthSettings,
     EngineSettings,
     LimitSettings,
     LogSettings,
+    ModelScopeSettings,
     ModelSettings,
     SamplerSettings,
     SchedulerSettings,
@@ -32,12 +34,14 @@ from treadle.config.tree import (
 )
 
 __all__ = [
+    "AuthMethod",
     "AuthSettings",
     "BUNDLED_MODEL",
     "EngineSettings",
     "FieldDoc",
     "LimitSettings",
     "LogSettings",
+    "ModelScopeSettings",
     "ModelSettings",
     "NamedModel",
     "Origin",

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Collection
 
 from treadle.errors import ConfigError
 
 
-def check_bind(host: str, *, any_key_exists: bool, mode: str) -> None:
+def check_bind(host: str, *, any_key_exists: bool, methods: Collection[str]) -> None:
     """Raises ConfigError when listening on `host` would let anybody in.
 
-    mode is `auth.mode`. Loopback is always allowed; other addresses need `keys`, or `auto` with a key created.
+    methods is `auth.methods`. Loopback is always allowed; other addresses need methods without `open`, or none named
+    and a key created.
     """
-    if is_loopback(host) or mode == "keys" or (mode == "auto" and any_key_exists):
+    if is_loopback(host) or ("open" not in methods and (methods or any_key_exists)):
         return
-    fix = "set auth.mode to 'auto' or 'keys'" if mode == "open" else "create a key first: treadle keys create USER"
+    fix = "take 'open' out of auth.methods" if methods else "create a key first: treadle keys create USER"
     raise ConfigError(
         f"refusing to listen on {host}: it can be reached from other machines and every key would be accepted. "
         f"Either {fix}, or listen on 127.0.0.1"

@@ -10,12 +10,12 @@ import difflib
 import os
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_settings import EnvSettingsSource, SettingsError
 
@@ -25,6 +25,7 @@ from treadle.errors import ConfigError
 # Variables with our prefix that scripts read and that are no settings.
 SCRIPT_VARIABLES = frozenset({"TREADLE_TORCH_INDEX"})
 
+_LITERAL = re.compile(r"typing\.Literal\[([^\]]*)\]")
 _URL_PASSWORD = re.compile(r"(?<=://)([^:/@\s]*):[^@\s]*@")
 _URL_SECRET = re.compile(r"(?i)([?&][a-z_]*(?:password|secret|token|key)[a-z_]*=)[^&\s]*")
 
@@ -77,14 +78,7 @@ def origin_of_each_value(
 
 def field_docs() -> tuple[FieldDoc, ...]:
     """Every setting with its type, default and documentation, in the order of the tree."""
-    docs: list[FieldDoc] = []
-    for name, info in Settings.model_fields.items():
-        section = info.annotation
-        if isinstance(section, type) and issubclass(section, Section):
-            docs += [_field_doc(f"{name}.{key}", field) for key, field in section.model_fields.items()]
-        else:
-            docs.append(_field_doc(name, info))
-    return tuple(docs)
+    return tuple(_docs_of(Settings, ""))
 
 
 def help_text(key: str) -> str:
@@ -166,20 +160,26 @@ def _read_environment() -> dict[str, Any]:
 
 
 def _refuse_unknown(source: _Source) -> None:
-    for name, value in source.values.items():
-        if name not in Settings.model_fields:
-            raise ConfigError(f"{source.describe(name)}: unknown setting{_nearest(name, Settings.model_fields)}")
-        section = Settings.model_fields[name].annotation
-        if not (isinstance(section, type) and issubclass(section, Section)):
+    _refuse_unknown_in(Settings, source.values, "", source)
+
+
+def _refuse_unknown_in(owner: type[BaseModel], values: Mapping[str, Any], prefix: str, source: _Source) -> None:
+    for name, value in values.items():
+        place = source.describe(prefix + name)
+        if name not in owner.model_fields:
+            raise ConfigError(f"{place}: unknown setting{_nearest(name, owner.model_fields)}")
+        section = _section_of(owner.model_fields[name])
+        if section is None:
             continue
         if not isinstance(value, Mapping):
-            raise ConfigError(
-                f"{source.describe(name)}: is a section, its fields are {', '.join(section.model_fields)}"
-            )
-        for key in value:
-            if key not in section.model_fields:
-                place = source.describe(f"{name}.{key}")
-                raise ConfigError(f"{place}: unknown setting{_nearest(key, section.model_fields)}")
+            raise ConfigError(f"{place}: is a section, its fields are {', '.join(section.model_fields)}")
+        _refuse_unknown_in(section, value, f"{prefix}{name}.", source)
+
+
+def _section_of(info: FieldInfo) -> type[Section] | None:
+    """The section that a field is, None for a plain value."""
+    annotation = info.annotation
+    return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
 
 
 def _resolve(sources: tuple[_Source, ...]) -> Settings:
@@ -197,12 +197,24 @@ def _first_problem(error: ValidationError, sources: tuple[_Source, ...]) -> str:
     """One line for the first invalid value: where it was set, what is wrong, what was given."""
     problem = error.errors()[0]
     parts = [str(part) for part in problem["loc"]]
-    key = ".".join(parts[:2]) if parts[0] != "models" else "models"
+    key = _setting_at(parts)
     places = [source.describe(key) for source in sources if _lookup(source.values, key) is not None]
     where = places[-1] if places else key
     message = problem["msg"].removeprefix("Value error, ")
     shown = "" if problem["type"] == "value_error" else f" (given: {_masked(repr(problem['input'])[:80])})"
     return f"{where}: {message[:1].lower()}{message[1:]}{shown}"
+
+
+def _setting_at(parts: Sequence[str]) -> str:
+    """The setting that a problem is about, without indexes of lists."""
+    owner: type[BaseModel] | None = Settings
+    key: list[str] = []
+    for part in parts:
+        if owner is None or part not in owner.model_fields:
+            break
+        key.append(part)
+        owner = _section_of(owner.model_fields[part])
+    return ".".join(key)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -227,13 +239,13 @@ def _lookup(tree: Mapping[str, Any], key: str) -> Any:
     return value
 
 
-def _leaves(settings: Settings) -> Iterator[tuple[str, object]]:
-    for name in Settings.model_fields:
-        value = getattr(settings, name)
-        if isinstance(value, Section):
-            yield from ((f"{name}.{key}", getattr(value, key)) for key in type(value).model_fields)
+def _leaves(owner: BaseModel, prefix: str = "") -> Iterator[tuple[str, object]]:
+    for name, info in type(owner).model_fields.items():
+        value = getattr(owner, name)
+        if _section_of(info) is None:
+            yield prefix + name, value
         else:
-            yield name, value
+            yield from _leaves(value, f"{prefix}{name}.")
 
 
 def _shown(value: object) -> str:
@@ -255,11 +267,21 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
 
 
+def _docs_of(owner: type[BaseModel], prefix: str) -> Iterator[FieldDoc]:
+    for name, info in owner.model_fields.items():
+        section = _section_of(info)
+        if section is None:
+            yield _field_doc(prefix + name, info)
+        else:
+            yield from _docs_of(section, f"{prefix}{name}.")
+
+
 def _field_doc(key: str, info: FieldInfo) -> FieldDoc:
     annotation = info.annotation
     type_text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
-    if type_text.startswith("typing.Literal["):
-        type_text = "one of " + type_text[len("typing.Literal[") : -1].replace("'", "")
+    type_text = _LITERAL.sub(lambda found: "one of " + found[1].replace("'", ""), type_text)
+    if (listed := re.fullmatch(r"tuple\[one of (.*), \.\.\.\]", type_text)) is not None:
+        type_text = f"list of any of {listed[1]}"
     default = info.get_default()
     default_text = _shown(default) if isinstance(default, tuple) else str(default)
     type_text = "list of models" if key == "models" else type_text.removeprefix("pathlib.")

@@ -8,8 +8,9 @@ Invariant: a Settings is immutable and every value in it was validated.
 from __future__ import annotations
 
 import ipaddress
+import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
@@ -20,6 +21,8 @@ from treadle.domain.fairness import DEFAULT_WEIGHTS, WeightClass
 from treadle.errors import ConfigError
 
 ENV_PREFIX = "TREADLE_"
+
+AuthMethod: TypeAlias = Literal["open", "keys", "modelscope"]
 
 
 class Section(BaseModel):
@@ -262,15 +265,87 @@ class RetentionSettings(Section):
     """A file that nothing names is kept for so long after it was written; no write may take as long."""
 
 
+class ModelScopeSettings(Section):
+    """Members of a ModelScope organisation as users, by their ModelScope access tokens (docs/authentication.md)."""
+
+    organization: str = Field(default="", pattern=r"^[A-Za-z0-9._-]*$", max_length=128)
+    """The organisation whose members may use this server. Needed when `auth.methods` has `modelscope`."""
+    join_url: str = "https://www.modelscope.cn/organization/{organization}"
+    """Where to ask for membership, as people who are refused are told. `{organization}` is replaced."""
+    endpoint: str = Field(default="https://www.modelscope.cn", pattern=r"^https?://[^\s/?#]+$", max_length=300)
+    """ModelScope's address. Redirects are not followed."""
+    login_path: str = Field(default="/api/v1/login", pattern=r"^/[^\s]*$", max_length=300)
+    """Path of the call that checks a token: POST {"AccessToken": TOKEN}, as the modelscope package makes it."""
+    user_json_path: str = "Data.Username"
+    """Where the answer to that call has the user's name: keys joined by dots."""
+    membership_path: str = Field(
+        default="/api/v1/organizations/{organization}/members/{user}", pattern=r"^/[^\s]*$", max_length=300
+    )
+    """Path of the call that tells who is a member: GET, with the user's token. `{organization}` and `{user}` are
+    replaced. Not verified against ModelScope: try it before you rely on it."""
+    member_json_path: str = "Data.IsMember"
+    """Where the answer to that call has what counts: keys joined by dots, `*` for all entries of a list."""
+    member_means: Literal["true", "user", "organization"] = "true"
+    """What is found there for a member: JSON's `true`, the name of the `user` (in a list of members, say), or that of
+    the `organization` (in a list of the user's)."""
+    token_pattern: str = r"[A-Za-z0-9_.-]{16,256}"
+    """A regular expression of what may be a token. Anything else is refused without asking ModelScope."""
+    proxy: str = ""
+    """URL of an HTTP proxy for these calls; empty: none. Variables like HTTPS_PROXY are not read."""
+    timeout_s: float = Field(default=5.0, gt=0, le=30)
+    """Seconds that ModelScope has for each call."""
+    verdict_age_s: float = Field(default=300.0, ge=60, le=3_600)
+    """Seconds for which it is believed that somebody is a member. A token in use is checked again well before."""
+    non_member_age_s: float = Field(default=60.0, ge=1, le=3_600)
+    """The same for somebody who is none: so long a new member waits at most."""
+    stale_age_s: float = Field(default=24 * 3_600.0, ge=0)
+    """While ModelScope does not answer, what it said last is believed for so many seconds after it said it."""
+    max_calls: int = Field(default=8, ge=2, le=256)
+    """Most calls to ModelScope at once. A quarter of them is kept for tokens of known members."""
+    unknown_tokens_per_minute: int = Field(default=30, ge=1)
+    """Unknown tokens of one client address (IPv6: of its /64) that ModelScope is asked about in a minute."""
+
+    @field_validator("token_pattern")
+    @classmethod
+    def _is_an_expression(cls, pattern: str) -> str:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
+        return pattern
+
+    @field_validator("join_url", "membership_path")
+    @classmethod
+    def _names_what_is_replaced(cls, template: str) -> str:
+        try:
+            template.format(organization="o", user="u")
+        except (KeyError, IndexError, ValueError) as error:
+            raise ValueError(f"{template!r} may have {{organization}} and {{user}}, and no other braces") from error
+        return template
+
+
 class AuthSettings(Section):
     """Who may call."""
 
-    mode: Literal["auto", "open", "keys"] = "auto"
-    """`auto`: every `tml-` key is its own tenant until the first key is created, then only created keys count.
-    `open`: always as before the first key. `keys`: only created keys."""
+    methods: tuple[AuthMethod, ...] = ()
+    """How callers are recognised; several at once. `open`: every `tml-` key is a tenant of its own (loopback only).
+    `keys`: keys of `treadle keys create`. `modelscope`: tokens of ModelScope, see `auth.modelscope`. Empty: `open` on a
+    loopback address until the first key is created, then `keys` for good."""
+    bootstrap_key_file: Path | None = None
+    """A file for the first admin key. While no key was ever created, the server registers the key in it, or makes one
+    and writes it there (mode 0600)."""
     jwt: bool = True
     """Let SDKs since 0.18 exchange their key for a token that lives an hour, and send that. `tinker auth whoami` needs
     it. A revoked key ends its tokens as well; without it, tokens that were given out are refused."""
+    modelscope: ModelScopeSettings = ModelScopeSettings()
+
+    @model_validator(mode="after")
+    def _methods_fit(self) -> Self:
+        if len(set(self.methods)) < len(self.methods):
+            raise ValueError("methods names one twice")
+        if "modelscope" in self.methods and not self.modelscope.organization:
+            raise ValueError("methods has modelscope, which needs auth.modelscope.organization")
+        return self
 
 
 class LogSettings(Section):

@@ -9,6 +9,7 @@ revocation.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,12 +90,15 @@ class Authenticator:
         self._clock = clock
         self._signer = signer
         self._known: ConfirmedRows[str, Principal] = ConfirmedRows(
-            capacity=MAX_CACHED_KEYS, lifetime_s=KEY_CACHE_S, clock=clock, ended=store.keys.revoked_among
+            capacity=MAX_CACHED_KEYS, lifetime_s=KEY_CACHE_S, clock=clock, ended=self._ended
         )
         # Verified tokens, by their digest.
         self._logins: RecentRows[str, _Login] = RecentRows(MAX_CACHED_KEYS)
         self._any_key = False
         self._any_key_checked_at = float("-inf")
+
+    async def _ended(self, digests: Sequence[str]) -> set[str]:
+        return set(digests) - set(await self._store.keys.expiries(digests))
 
     async def principal(self, headers: Headers) -> Principal:
         """The caller. Raises Unauthenticated without a key, or with one that nobody holds."""
@@ -175,9 +179,10 @@ class Authenticator:
         return login
 
     async def _is_open(self) -> bool:
-        if not self._settings.is_loopback or self._settings.auth_mode == "keys":
+        methods = self._settings.auth_methods
+        if not self._settings.is_loopback or (methods and "open" not in methods):
             return False
-        if self._settings.auth_mode == "open":
+        if methods:
             return True
         now = self._clock.monotonic()
         if not self._any_key and now - self._any_key_checked_at >= OPEN_CACHE_S:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Protocol
 
 from treadle.blobs import BlobStore
+from treadle.config import AuthMethod, ModelScopeSettings
 from treadle.domain import limits
 from treadle.domain.ids import PoolName
 from treadle.domain.outcome import PoolFacts
@@ -71,14 +72,16 @@ class GatewaySettings:
 
     hold_s: how long a retrieve call waits before it answers 408 (the SDK gives up at 45 s).
     is_loopback: the server listens on a loopback address only. Without it no mode is ever open.
-    auth_mode: "auto" is open until the first key is created, "open" stays so, "keys" never is.
+    auth_methods: how callers are recognised; empty: openly until the first key is created, then by keys.
+    modelscope: how ModelScope is asked, for the method of that name.
     has_jwt: keys may be exchanged for tokens that live an hour.
     root_path: what every path begins with, "" or like "/twinkle".
     public_url: where clients reach this server, prefix included; None: where the request came to.
     """
 
     is_loopback: bool
-    auth_mode: Literal["auto", "open", "keys"] = "auto"
+    auth_methods: tuple[AuthMethod, ...] = ()
+    modelscope: ModelScopeSettings = field(default_factory=ModelScopeSettings)
     has_jwt: bool = True
     root_path: str = ""
     public_url: str | None = None
