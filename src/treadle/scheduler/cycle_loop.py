@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from treadle.blobs import BlobStore
 from treadle.domain import limits
+from treadle.domain.commands import OperatorCommand
 from treadle.domain.ids import ModelId, PoolName, RequestId, TenantId
 from treadle.domain.limits import MAX_HEADS_PER_MODEL
 from treadle.domain.ops import OpKind, phase_of
@@ -27,6 +28,7 @@ from treadle.domain.states import ModelState
 from treadle.errors import Fenced, StoreUnavailable, WorkerDied
 from treadle.executor.base import Executor
 from treadle.scheduler.budget import TokenBudget, guessed_tokens_per_s
+from treadle.scheduler.commands import CommandDesk
 from treadle.scheduler.committing import Committer
 from treadle.scheduler.finishing import CycleLedger, OpTimes
 from treadle.scheduler.outages import Outages
@@ -72,6 +74,10 @@ def _no_weights() -> Mapping[TenantId, float]:
     return {}
 
 
+def _never() -> bool:
+    return False
+
+
 class CycleLoop:
     """Runs the cycles of one worker. One task at a time calls `run`; `stop` ends it after the cycle in flight."""
 
@@ -89,7 +95,9 @@ class CycleLoop:
         outages: Outages,
         weights: Callable[[], Mapping[TenantId, float]] = _no_weights,
         policies: Callable[[], Policies] = Policies,
+        is_paused: Callable[[], bool] = _never,
     ) -> None:
+        """is_paused: an operator wants nothing to be planned. Call `wake_all` when that has changed."""
         self._pool = pool
         self._metrics = metrics
         self._store = store
@@ -101,6 +109,7 @@ class CycleLoop:
         self._outages = outages
         self._weights = weights
         self._policies = policies
+        self._is_paused = is_paused
         self._book = RunBook(store)
         self._committer = Committer(store=store, blobs=blobs, lease=lease, outages=outages)
         self._replayer = Replayer(pool=pool, store=store, blobs=blobs, lease=lease, metrics=metrics)
@@ -120,13 +129,14 @@ class CycleLoop:
         self._cycle = lease.cycle
         self._sent_at: dict[RequestId, float] = {}
         self._cold: set[ModelId] = set()
+        self._desk = CommandDesk(pool=pool, store=store, lease=lease, clock=clock, write=self._write_now)
         self._numerics_profile = ""
         self._has_predecessor = True
         # Cycles that were committed, over all workers.
         self.num_finished = 0
         self._is_stopping = False
         self._is_abandoned = False
-        quarantine.on_change(self._wake_all)
+        quarantine.on_change(self.wake_all)
 
     def wake(self, kind: OpKind) -> None:
         """An op of this kind was queued."""
@@ -137,12 +147,12 @@ class CycleLoop:
     def stop(self) -> None:
         """End `run` once the cycle in flight is committed."""
         self._is_stopping = True
-        self._wake_all()
+        self.wake_all()
 
     def abandon(self) -> None:
         """The executor has died: end `run` after whatever is being committed."""
         self._is_abandoned = True
-        self._wake_all()
+        self.wake_all()
 
     def note_death(self, reason: str) -> None:
         """The worker is gone for this reason, and another one will be given to `run`."""
@@ -156,9 +166,15 @@ class CycleLoop:
     def park_cold(self, model_ids: Iterable[ModelId]) -> None:
         """Nobody will use these runs for a while: write those that the worker holds, and have it forget them."""
         self._cold.update(model_ids)
-        self._wake_all()
+        self.wake_all()
 
-    def _wake_all(self) -> None:
+    def take_commands(self, commands: Collection[OperatorCommand]) -> None:
+        """These are all that operators want of the pool's runs now; they are carried out between cycles."""
+        if self._desk.take(commands):
+            self.wake_all()
+
+    def wake_all(self) -> None:
+        """Look again, whatever is being waited for."""
         self._wake.set()
         self._may_be_settled.set()
 
@@ -244,11 +260,23 @@ class CycleLoop:
         await executor.evict(model_ids)
         log.info("runs put away", pool=self._pool, num_runs=len(model_ids))
 
+    async def _write_now(self, executor: Executor, run: Run) -> None:
+        """Have a registered snapshot of the run's committed state, if it can be written."""
+        await self._snapshotter.settle()
+        await self._commit(self._new_ledger())
+        if not run.is_covered:
+            await self._persist(executor, [run])
+
     async def _run_one(self, executor: Executor) -> bool:
         """Run one cycle if there is anything to do; whether something that was queued before it may be left."""
         if self._cold:
             await self._put_away(executor)
+        await self._desk.obey(executor, self._book)
+        if self._is_paused():
+            return False
         queues = await self._gather()
+        if self._is_paused():
+            return False
         ledger = self._new_ledger()
         runs = await self._book.of(queues)
         is_some_unread = len(runs) < len(queues)
@@ -258,8 +286,10 @@ class CycleLoop:
         if (plan.is_empty and ledger.is_empty) or self._is_abandoned:
             return is_some_unread and not self._is_abandoned
         self._sorter.give_up_gaps(plan, runs, ledger)
-        prepared = await prepare(plan, runs, self._store, self._blobs)
+        revoked = self._policies().revoked_losses
+        prepared = await prepare(plan, runs, self._store, self._blobs, revoked_losses=revoked)
         await self._book_refusals(prepared, runs, ledger)
+        await self._drop_half_done(executor, prepared, runs)
         if prepared.items:
             await self._run_and_commit(executor, prepared, queues, runs, ledger)
         elif not ledger.is_empty:
@@ -341,6 +371,13 @@ class CycleLoop:
             self._replayer.try_again(runs[model_id], f"what it needs cannot be read now: {reason}")
         for model_id, reason in prepared.broken_logs.items():
             await self._replayer.lose(runs[model_id], f"could not be replayed: {reason}", ledger)
+
+    async def _drop_half_done(self, executor: Executor, prepared: Prepared, runs: Mapping[ModelId, Run]) -> None:
+        """Have the worker forget what it did of passes that were refused half-way; their runs are restored."""
+        if prepared.half_done:
+            for model_id in prepared.half_done:
+                runs[model_id].drop_state()
+            await executor.evict(sorted(prepared.half_done))
 
     async def _run_and_commit(
         self,

@@ -46,6 +46,10 @@ class Standby:
         self._is_stopped = True
         self._changed.set()
 
+    def hold_off(self, pause_s: float) -> None:
+        """Leave the lease to others for so long."""
+        self._not_before = max(self._not_before, asyncio.get_running_loop().time() + pause_s)
+
     async def lease(self) -> LeaseRecord | None:
         """The lease, as soon as nobody else holds it; None once stopped. A database that is away is waited for."""
         unsubscribe = self._store.events.on_pool_changed(self._note_change)

@@ -21,6 +21,7 @@ from treadle.domain.policy import Policies
 from treadle.domain.records import LeaseRecord
 from treadle.errors import ConfigError, Fenced, ServerError, StoreUnavailable, WorkerDied
 from treadle.executor.base import DeathCallback, Executor
+from treadle.scheduler.commands import watch_commands
 from treadle.scheduler.cycle_loop import CycleLoop, CycleSettings
 from treadle.scheduler.lease import Standby, keep_lease
 from treadle.scheduler.outages import Outages
@@ -37,21 +38,32 @@ RESTART_PAUSES_S = (0.0, 1.0, 2.0, 5.0, 10.0)
 # A worker that lived this long, or ran a cycle, did not die of starting: the next one gets no pause again. What kills
 # in a cycle is the quarantine's to find.
 STEADY_S = 60.0
+# Before a pool that was added at run time, and whose model could not be loaded, is tried again on this server: each try
+# is a process that imports everything.
+LOAD_PAUSES_S = (10.0, 30.0, 60.0, 300.0)
 # How long a leader waits before it tries again to tell the other servers how its pool is.
 PUBLISH_PAUSE_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class PoolStatus:
-    """What readiness and the gateway see. `reason` says why it is not ready."""
+    """What readiness and the gateway see. `reason` says why it is not ready.
+
+    num_workers: that have loaded the model. num_deaths: of workers since its leader leads.
+    """
 
     facts: PoolFacts | None
     is_ready: bool
     reason: str
+    num_workers: int = 0
+    num_deaths: int = 0
 
 
 class PoolRunner:
-    """Runs one pool. `run` returns after `drain`, or raises what ended the pool for good."""
+    """Runs one pool. `run` returns after `drain`, or raises what ended the pool for good.
+
+    is_essential: a model that cannot be loaded ends it; else any server tries again after a pause.
+    """
 
     def __init__(
         self,
@@ -67,6 +79,7 @@ class PoolRunner:
         clock: Callable[[], float],
         weights: Callable[[], Mapping[TenantId, float]] = dict,
         policies: Callable[[], Policies] = Policies,
+        is_essential: bool = True,
     ) -> None:
         """policies: what operators decided, as it is known now."""
         self.pool = pool
@@ -80,6 +93,13 @@ class PoolRunner:
         self._clock = clock
         self._weights = weights
         self._policies = policies
+        self._is_essential = is_essential
+        self._is_paused = False
+        self._num_workers = 0
+        self._num_deaths = 0
+        # Of this server, since a model was loaded here: how often it could not be, and why.
+        self._num_failed_loads = 0
+        self._load_failure = ""
         self._status = PoolStatus(facts=None, is_ready=False, reason="waiting for the lease")
         self._status_changed = asyncio.Event()
         self._standby = Standby(store, pool, holder=holder, ttl_s=lease_ttl_s, on_report=self._show)
@@ -122,6 +142,16 @@ class PoolRunner:
         if self._cycles is not None:
             self._cycles.park_cold(model_ids)
 
+    def set_paused(self, is_paused: bool) -> None:
+        """Plan nothing, of training and of sampling, until told otherwise; what runs is finished. Idempotent."""
+        if is_paused is self._is_paused:
+            return
+        self._is_paused = is_paused
+        log.info("pool paused" if is_paused else "pool resumed", pool=self.pool)
+        if self._cycles is not None and self._samples is not None:
+            self._cycles.wake_all()
+            self._samples.wake()
+
     def drain(self) -> None:
         """Finish the cycle in flight, persist every run, stop the worker; `run` then returns. Idempotent."""
         self._draining.set()
@@ -131,7 +161,7 @@ class PoolRunner:
                 loop.stop()
 
     async def run(self) -> None:
-        """Stand by and lead, in turn, until drained. Raises ConfigError when the model cannot load."""
+        """Stand by and lead, in turn, until drained. Raises ConfigError when an essential model cannot load."""
         while (lease := await self._standby.lease()) is not None:
             try:
                 await self._lead(lease)
@@ -139,16 +169,29 @@ class PoolRunner:
                 log.warning("lead lost", pool=self.pool, token=lease.token, reason=error.message)
                 self._set_status(self._status.facts, reason="another server leads now")
                 continue
-            except Exception:
+            except Exception as error:
                 # Nobody need wait for it to expire: the worker is gone.
                 await self._store.leases.release(lease)
-                raise
+                if self._is_essential or self._draining.is_set() or not isinstance(error, ConfigError | ServerError):
+                    raise
+                self._note_failed_load(error.message)
+                continue
             await self._store.leases.release(lease)
             return
+
+    def _note_failed_load(self, reason: str) -> None:
+        """Have another server try, or this one after a pause."""
+        pause_s = LOAD_PAUSES_S[min(self._num_failed_loads, len(LOAD_PAUSES_S) - 1)]
+        self._num_failed_loads += 1
+        self._load_failure = f"its model could not be loaded: {reason}"
+        log.error("model not loaded", pool=self.pool, reason=reason, again_in_s=pause_s)
+        self._standby.hold_off(pause_s)
+        self._set_status(self._status.facts, reason=self._load_failure)
 
     async def _lead(self, lease: LeaseRecord) -> None:
         """Serve until drained. Raises Fenced when another leader took over."""
         quarantine, outages = Quarantine(), Outages(self.pool)
+        self._num_workers = self._num_deaths = 0
         self._cycles = CycleLoop(
             pool=self.pool,
             store=self._store,
@@ -161,6 +204,7 @@ class PoolRunner:
             outages=outages,
             weights=self._weights,
             policies=self._policies,
+            is_paused=lambda: self._is_paused,
         )
         self._samples = SamplingLoop(
             pool=self.pool,
@@ -171,25 +215,32 @@ class PoolRunner:
             quarantine=quarantine,
             outages=outages,
             policies=self._policies,
+            is_paused=lambda: self._is_paused,
         )
         keeper = asyncio.create_task(keep_lease(self._store, lease, ttl_s=self._lease_ttl_s))
         publisher = asyncio.create_task(self._publish_forever(lease, outages))
+        commands = asyncio.create_task(
+            watch_commands(self._store, self.pool, outages=outages, take=self._cycles.take_commands)
+        )
         serving = asyncio.create_task(self._serve_workers())
+        tasks = {keeper, publisher, commands, serving}
         try:
-            # Of the three only the last one ends without an error.
-            done, _ = await asyncio.wait({keeper, publisher, serving}, return_when=asyncio.FIRST_COMPLETED)
+            # Of these only the last one ends without an error.
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
         finally:
             self._set_status(self._status.facts, reason="stopped")
-            for task in (keeper, publisher, serving):
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(keeper, publisher, serving, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
             self._cycles = self._samples = None
 
     def _set_status(self, facts: PoolFacts | None, *, reason: str) -> None:
         """reason: why the pool is not ready; "" when it is."""
-        self._status = PoolStatus(facts, is_ready=not reason, reason=reason)
+        self._status = PoolStatus(
+            facts, is_ready=not reason, reason=reason, num_workers=self._num_workers, num_deaths=self._num_deaths
+        )
         self._status_changed.set()
         if not reason:
             self.served.set()
@@ -197,6 +248,9 @@ class PoolRunner:
     def _show(self, report: PoolReport) -> None:
         """What the leader says, while this server stands by."""
         reason = "" if report.is_ready else report.reason or "its leader is starting"
+        if self._load_failure and not report.holder:
+            reason = self._load_failure
+        self._num_workers, self._num_deaths = report.num_workers, report.num_deaths
         self._set_status(report.facts or self._status.facts, reason=reason)
 
     async def _publish_forever(self, lease: LeaseRecord, outages: Outages) -> None:
@@ -206,7 +260,12 @@ class PoolRunner:
             status = self._status
             try:
                 await self._store.pools.publish(
-                    lease, facts=status.facts, is_ready=status.is_ready, reason=status.reason
+                    lease,
+                    facts=status.facts,
+                    is_ready=status.is_ready,
+                    reason=status.reason,
+                    num_workers=status.num_workers,
+                    num_deaths=status.num_deaths,
                 )
             except Fenced:
                 raise
@@ -235,6 +294,7 @@ class PoolRunner:
                 if isinstance(death, Fenced) or not (self.loaded.is_set() or isinstance(death, WorkerDied)):
                     raise
                 self._metrics.worker_deaths.labels(self.pool).inc()
+                self._num_deaths += 1
                 self._cycles.note_death(death.message)
                 self._set_status(self._status.facts, reason=death.message)
                 if self._draining.is_set():
@@ -268,6 +328,7 @@ class PoolRunner:
             facts = await self._started(executor, self._samples, on_death)
             if facts is None:
                 return
+            self._num_workers, self._num_failed_loads, self._load_failure = 1, 0, ""
             self._set_status(facts, reason="")
             self.loaded.set()
             log.info("pool ready", pool=self.pool, revision=facts.revision, device=facts.device, dtype=facts.dtype)
@@ -277,6 +338,7 @@ class PoolRunner:
             self._set_status(self._status.facts, reason=error.message)
             raise
         finally:
+            self._num_workers = 0
             if not died.cancel():
                 died.exception()  # one that came too late for `_feed` shows in what was asked of the worker then
             await executor.stop()

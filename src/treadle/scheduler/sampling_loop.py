@@ -52,7 +52,9 @@ class SamplingLoop:
         quarantine: Quarantine,
         outages: Outages,
         policies: Callable[[], Policies] = Policies,
+        is_paused: Callable[[], bool] = lambda: False,
     ) -> None:
+        """is_paused: an operator wants no sample to be begun. Call `wake` when that has changed."""
         self._pool = pool
         self._metrics = metrics
         self._store = store
@@ -62,6 +64,7 @@ class SamplingLoop:
         self._quarantine = quarantine
         self._outages = outages
         self._policies = policies
+        self._is_paused = is_paused
         self._outcomes: list[SampleOutcome] = []
         self._wake = asyncio.Event()
         self._is_stopping = False
@@ -140,7 +143,7 @@ class SamplingLoop:
 
     async def _hand_over(self, executor: Executor) -> None:
         room = MAX_HANDED_OVER - len(self._running)
-        if room <= 0:
+        if room <= 0 or self._is_paused():
             return
         rows = await self._store.requests.queued_samples(self._pool, MAX_HANDED_OVER + room)
         fresh = self._within_shares(rows)[:room]

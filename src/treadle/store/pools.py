@@ -31,6 +31,7 @@ class PoolReport:
 
     facts: None until some leader's worker has loaded. is_ready: its leader of now said that it can run work; `reason`
     says why not. holder: who leads, "" when nobody does. expires_in_s: how long its lease lasts if it is not renewed.
+    num_workers: that have loaded the model. num_deaths: of workers since this leader leads.
     """
 
     facts: PoolFacts | None = None
@@ -38,6 +39,8 @@ class PoolReport:
     reason: str = "no server leads this pool now"
     holder: str = ""
     expires_in_s: float = 0.0
+    num_workers: int = 0
+    num_deaths: int = 0
 
 
 class Pools:
@@ -73,13 +76,24 @@ class Pools:
             .where(leases.c.pool == sa.bindparam("of_pool"))
         )
 
-    async def publish(self, lease: LeaseRecord, *, facts: PoolFacts | None, is_ready: bool, reason: str) -> None:
+    async def publish(
+        self,
+        lease: LeaseRecord,
+        *,
+        facts: PoolFacts | None,
+        is_ready: bool,
+        reason: str,
+        num_workers: int = 0,
+        num_deaths: int = 0,
+    ) -> None:
         """Say how the pool is, as its leader. Raises Fenced."""
         report = {
             "token": lease.token,
             "facts": None if facts is None else dataclasses.asdict(facts),
             "is_ready": is_ready,
             "reason": reason,
+            "num_workers": num_workers,
+            "num_deaths": num_deaths,
         }
 
         def write(conn: sa.Connection) -> None:
@@ -108,6 +122,8 @@ def _report_of(row: AnyRow) -> PoolReport:
         reason=(said.get("reason") or "") if is_of_leader else "",
         holder=row.holder,
         expires_in_s=row.expires_in_s,
+        num_workers=int(said.get("num_workers", 0)) if is_of_leader else 0,
+        num_deaths=int(said.get("num_deaths", 0)) if is_of_leader else 0,
     )
 
 
