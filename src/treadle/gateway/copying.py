@@ -31,8 +31,10 @@ async def copy_checkpoint(
 ) -> str:
     """The path of the copy: a row that shares the blob, under a run that cannot be trained.
 
-    Raises InvalidRequest when the run's place is taken, NotFound when the source or the session is gone.
+    Raises InvalidRequest when the run's place is taken, NotFound when the source or the session is gone, and Forbidden
+    for a shared project that the caller takes no part in.
     """
+    await gateway.access.check_project(principal, body.destination_project_id)
     if body.session_id is not None:
         assert body.model_seq_id is not None
         session = await gateway.access.active_session(principal, body.session_id)

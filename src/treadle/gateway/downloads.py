@@ -1,10 +1,10 @@
 """Files of checkpoints under URLs that work without a key for a while, and the bytes behind them.
 
 A URL is this server's own, with a token that names the checkpoint, its blob and the file. A blob store that signs URLs
-by itself could take over `file_urls` and `archive_url`; nothing else would change. It refuses to know who may have a
-URL: routes decide that, once, when they hand it out.
+by itself could take over `file_urls` and `archive_url`, but for the end of a sharing; nothing else would change. It
+refuses to know who may have a URL: routes decide that, once, when they hand it out.
 Invariant: a URL serves the bytes that it was made for or nothing: not what took the checkpoint's name later, and
-nothing once the checkpoint is gone.
+nothing once the checkpoint is gone, or is no longer shared with the reader whom a project gave the URL.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from starlette.responses import Response, StreamingResponse
 from treadle.blobs import BlobStore
 from treadle.domain.adapter_file import LazyFile, Span, peft_directory
 from treadle.domain.archive import ARCHIVE_END, ReadRange, list_members, member_head, member_tail
-from treadle.domain.ids import BlobKey, CheckpointKind
+from treadle.domain.ids import BlobKey, CheckpointKind, TenantId
 from treadle.domain.limits import DOWNLOAD_CHUNK_BYTES, SIGNED_URL_LIFE_S
 from treadle.domain.records import CheckpointRecord
 from treadle.errors import Forbidden
@@ -53,24 +53,27 @@ class SignedUrls:
         return datetime.fromtimestamp(self.expires_at, tz=UTC)
 
 
-async def file_urls(gateway: Gateway, request: Request, record: CheckpointRecord) -> SignedUrls:
-    """One URL per file of external weights. Raises InvalidRequest when their archive is damaged."""
+async def file_urls(gateway: Gateway, request: Request, record: CheckpointRecord, *, reader: TenantId) -> SignedUrls:
+    """One URL per file of external weights, for this reader. Raises InvalidRequest when their archive is damaged."""
     assert record.kind is CheckpointKind.EXTERNAL
     members = await asyncio.to_thread(lambda: list_members(_reader(gateway.deps.blobs, record.blob_key)))
     expires_at = _end_of(gateway, record)
     urls = {}
     for member in members:
-        data = _claims(record) | {"file": member.name, "at": [member.offset, member.num_bytes]}
+        data = _claims(record, reader) | {"file": member.name, "at": [member.offset, member.num_bytes]}
         token = await gateway.signer.sign(_FILE, data, expires_at=expires_at)
         urls[member.name] = _url(gateway, request, token, member.name)
     return SignedUrls(urls, expires_at)
 
 
-async def archive_url(gateway: Gateway, request: Request, record: CheckpointRecord) -> SignedUrls:
-    """The URL of an archive of the PEFT directory. Raises InvalidRequest when the checkpoint cannot be exported."""
+async def archive_url(gateway: Gateway, request: Request, record: CheckpointRecord, *, reader: TenantId) -> SignedUrls:
+    """The URL of an archive of the PEFT directory, for this reader.
+
+    Raises InvalidRequest when the checkpoint cannot be exported.
+    """
     await asyncio.to_thread(lambda: _directory(gateway.deps.blobs, record))
     expires_at = _end_of(gateway, record)
-    token = await gateway.signer.sign(_ARCHIVE, _claims(record), expires_at=expires_at)
+    token = await gateway.signer.sign(_ARCHIVE, _claims(record, reader), expires_at=expires_at)
     return SignedUrls({ARCHIVE_NAME: _url(gateway, request, token, ARCHIVE_NAME)}, expires_at)
 
 
@@ -102,6 +105,8 @@ async def _signed_record(gateway: Gateway, claims: dict[str, Any]) -> Checkpoint
     record = await gateway.store.checkpoints.find(claims["path"])
     if record is None or _digest(record.blob_key) != claims["blob"]:
         raise _forbidden()
+    if "reader" in claims and not await gateway.access.may_read_checkpoint(claims["reader"], record):
+        raise _forbidden()
     return record
 
 
@@ -109,8 +114,10 @@ def _forbidden() -> Forbidden:
     return Forbidden("this URL is not valid, or not any more")
 
 
-def _claims(record: CheckpointRecord) -> dict[str, Any]:
-    return {"path": record.tinker_path, "blob": _digest(record.blob_key)}
+def _claims(record: CheckpointRecord, reader: TenantId) -> dict[str, Any]:
+    claims = {"path": record.tinker_path, "blob": _digest(record.blob_key)}
+    # Only where a project lets the reader have it: whoever gets a URL learns nothing else of who asked for it.
+    return claims if record.tenant_id == reader or record.public else claims | {"reader": reader}
 
 
 def _digest(key: BlobKey) -> str:

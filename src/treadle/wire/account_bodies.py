@@ -37,7 +37,7 @@ class AssignProjectBody(Body):
 
 
 class SearchOwner(Body):
-    """Whose sessions. Tenants do not see each other's, so "accessible" is no more than "own"."""
+    """Whose sessions: one's own, also those that shared projects let one read, or of these those of some users."""
 
     type: Literal["own", "accessible", "user"] = "own"
     owner_urns: list[Id] | None = Field(default=None, min_length=1, max_length=_MAX_OWNERS)
@@ -81,12 +81,16 @@ class SearchSessionsBody(Body):
 
 
 class ScopeQuery(Body):
-    """A question that may be about more than the caller's own. Nothing is shared, so both scopes mean the same."""
+    """A question that may be about more than the caller's own."""
 
     model_config = ConfigDict(strict=False, use_attribute_docstrings=True)
 
     access_scope: Literal["owned", "accessible"] = "owned"
-    """`accessible` is no more than `owned`: tenants see their own only."""
+    """`owned`: the caller's own; `accessible`: also what shared projects let the caller read."""
+
+    @property
+    def with_shared(self) -> bool:
+        return self.access_scope == "accessible"
 
 
 class ScopedPageQuery(ScopeQuery):
@@ -102,7 +106,7 @@ class RunsQuery(ScopedPageQuery):
     """A page of the listing of runs."""
 
     project_id: Id | None = None
-    """Only runs of sessions in this project of the caller's."""
+    """Only runs of sessions in this project."""
 
 
 class AuditQuery(Body):

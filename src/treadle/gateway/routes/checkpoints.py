@@ -1,6 +1,6 @@
 """Checkpoints by name: publish, time to live, deletion, copies, and the archive of older SDKs.
 
-Only its owner changes a checkpoint; to anybody else it does not exist, published or not.
+Only its owner changes a checkpoint; to anybody else it does not exist there, published, shared or not.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ async def archive(request: Request, model_id: str, kind: str, name: str) -> Resp
     principal = await gateway.caller(request)
     path = path_of_route(model_id, kind, name)
     record = await readable_checkpoint(gateway.access, principal, str(path), kinds=tuple(CheckpointKind))
-    urls = await archive_url(gateway, request, record)
+    urls = await archive_url(gateway, request, record, reader=principal.tenant_id)
     body = {"url": urls.by_name[ARCHIVE_NAME], "expires": iso_time(urls.expires_at)}
     headers = {"Location": urls.by_name[ARCHIVE_NAME], "Expires": formatdate(urls.expires_at, usegmt=True)}
     return json_response(body, status=302, headers=headers)
@@ -91,8 +91,9 @@ async def delete_checkpoint(request: Request, model_id: str, kind: str, name: st
 async def copy_weights(request: Request) -> Response:
     """A copy of a readable checkpoint under a run of the caller's that cannot be trained; the files are shared.
 
-    Readable are one's own, published ones, and those of the owner whose key is sent as the access token. A copy asked
-    for again with the same X-Idempotency-Key is the first one.
+    Readable are one's own, published ones, those that shared projects let one read, and those of the owner whose key
+    is sent as the access token. A copy asked for again with the same X-Idempotency-Key is the first one. It goes into a
+    project of the caller's own, or into a shared one that it takes part in.
     """
     gateway = gateway_of(request)
     principal = await gateway.submitter(request)

@@ -33,12 +33,12 @@ async def save_weights_external(request: Request) -> Response:
     "/api/v1/training_runs/{model_id}/checkpoints/{kind}/{name}/external_weights_urls", answer=ExternalUrlsAnswer
 )
 async def external_weights_urls(request: Request, model_id: str, kind: str, name: str) -> Response:
-    """URLs of the files of external weights, own or published ones, that work without a key for an hour."""
+    """URLs of the files of external weights, own, shared or published ones, that work without a key for an hour."""
     gateway = gateway_of(request)
     principal = await gateway.caller(request)
     path = path_of_route(model_id, kind, name)
     record = await readable_checkpoint(gateway.access, principal, str(path), kinds=(CheckpointKind.EXTERNAL,))
-    urls = await file_urls(gateway, request, record)
+    urls = await file_urls(gateway, request, record, reader=principal.tenant_id)
     return json_response({"urls": urls.by_name, "expires": urls.expires})
 
 

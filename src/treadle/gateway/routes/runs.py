@@ -38,34 +38,41 @@ UNUSABLE = (ModelState.FAILED, ModelState.LOST)
 
 @router.get("/training_runs", query=RunsQuery, answer=TrainingRunsAnswer)
 async def list_training_runs(request: Request) -> Response:
-    """The caller's runs, newest first: all, or those of sessions in one project."""
+    """The caller's runs, newest first: all, or those of sessions in one project.
+
+    Of `accessible` ones also those of others that shared projects let the caller read.
+    """
     gateway = gateway_of(request)
     principal = await gateway.caller(request)
     page = page_of(request, default_limit=20)
     query = query_of(request, RunsQuery)
     models, total = await gateway.store.models.list(
-        principal.tenant_id, page.limit, page.offset, project_id=query.project_id
+        principal.tenant_id,
+        page.limit,
+        page.offset,
+        project_id=query.project_id,
+        with_shared=query.with_shared,
     )
     return json_response({"training_runs": await _run_bodies(gateway.store, models), "cursor": page.cursor(total)})
 
 
 @router.get("/training_runs/{model_id}", query=ScopeQuery, answer=TrainingRunAnswer)
 async def get_training_run(request: Request, model_id: str) -> Response:
-    """One run of the caller."""
+    """One run of the caller's; if `accessible` is enough, or one that a shared project lets it read."""
     gateway = gateway_of(request)
     principal = await gateway.caller(request)
-    query_of(request, ScopeQuery)
-    model = await gateway.access.model(principal, ModelId(model_id))
+    query = query_of(request, ScopeQuery)
+    model = await gateway.access.model(principal, ModelId(model_id), with_shared=query.with_shared)
     [run] = await _run_bodies(gateway.store, [model])
     return json_response(run)
 
 
 @router.get("/training_runs/{model_id}/checkpoints", answer=CheckpointsAnswer)
 async def list_run_checkpoints(request: Request, model_id: str) -> Response:
-    """All checkpoints of one run, newest first."""
+    """All checkpoints of one run that the caller may read, newest first."""
     gateway = gateway_of(request)
     principal = await gateway.caller(request)
-    model = await gateway.access.model(principal, ModelId(model_id))
+    model = await gateway.access.model(principal, ModelId(model_id), with_shared=True)
     kinds = _listed_kinds(request)
     records = [record for record in await gateway.store.checkpoints.of_model(model.model_id) if record.kind in kinds]
     return json_response({"checkpoints": [_checkpoint_body(record) for record in records]})

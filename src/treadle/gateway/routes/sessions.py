@@ -12,7 +12,7 @@ from typing import assert_never
 from starlette.requests import Request
 from starlette.responses import Response
 
-from treadle.domain.ids import DEFAULT_PROJECT, SessionId, new_session_id
+from treadle.domain.ids import DEFAULT_PROJECT, SessionId, TenantId, new_session_id
 from treadle.domain.limits import SIGNED_URL_LIFE_S
 from treadle.domain.records import SessionRecord
 from treadle.domain.states import SessionState
@@ -27,6 +27,7 @@ from treadle.gateway.routing import Resource
 from treadle.gateway.signing import BadToken
 from treadle.gateway.stability import objective_notice
 from treadle.gateway.traces import chrome_trace
+from treadle.gateway.user_names import tenant_of_urn
 from treadle.store.session_search import FoundSession, Place, SessionQuery
 from treadle.wire.account_bodies import (
     AssignProjectBody,
@@ -54,15 +55,19 @@ MAX_IDEMPOTENCY_KEY_CHARS = 256
 _TRACE = "trace"
 
 
-@router.post("/create_session", body=CreateSessionBody, answer=CreateSessionAnswer)
+@router.post("/create_session", body=CreateSessionBody, answer=CreateSessionAnswer, others={403: ErrorAnswer})
 async def create_session(request: Request) -> Response:
-    """A session; the same one again for the same X-Idempotency-Key of the same tenant."""
+    """A session; the same one again for the same X-Idempotency-Key of the same tenant.
+
+    A project_id is a name of the caller's own, or the id of a shared project that it takes part in.
+    """
     gateway = gateway_of(request)
     principal = await gateway.submitter(request)
     body = parse_body(CreateSessionBody, await read_body(request, limit_bytes=MAX_JSON_BYTES))
     key = request.headers.get("x-idempotency-key") or None
     if key is not None and len(key) > MAX_IDEMPOTENCY_KEY_CHARS:
         raise InvalidRequest(f"X-Idempotency-Key is longer than {MAX_IDEMPOTENCY_KEY_CHARS} characters")
+    await gateway.access.check_project(principal, body.project_id)
     now = gateway.deps.clock.now()
     record = SessionRecord(
         session_id=new_session_id(),
@@ -107,20 +112,23 @@ async def finish_session(request: Request, session_id: str) -> Response:
 
 @router.get("/sessions", query=ScopedPageQuery, answer=SessionsAnswer)
 async def list_sessions(request: Request) -> Response:
-    """The caller's session ids, newest first."""
+    """The caller's session ids, newest first; of `accessible` ones also those that shared projects let it read."""
     gateway = gateway_of(request)
     principal = await gateway.caller(request)
     page = page_of(request, default_limit=20)
-    query_of(request, ScopeQuery)
-    sessions, _total = await gateway.store.sessions.list(principal.tenant_id, page.limit, page.offset)
+    query = query_of(request, ScopeQuery)
+    sessions, _total = await gateway.store.sessions.list(
+        principal.tenant_id, page.limit, page.offset, with_shared=query.with_shared
+    )
     return json_response({"sessions": [session.session_id for session in sessions]})
 
 
 @router.post("/sessions/search", body=SearchSessionsBody, answer=SearchAnswer)
 async def search_sessions(request: Request) -> Response:
-    """The caller's sessions that fit every filter, newest first; a page and where the next one begins.
+    """The sessions that the caller may read and that fit every filter, newest first; and where the next page begins.
 
-    A project that none of them is in does not exist. Sessions of others are never found, whichever owner is asked for.
+    Those of others are found, for the owners `accessible` and `user`, as far as shared projects let the caller read
+    them. A project that no session of the caller's is in, and that it takes no part in, does not exist.
     """
     gateway = gateway_of(request)
     principal = await gateway.caller(request)
@@ -130,9 +138,6 @@ async def search_sessions(request: Request) -> Response:
         for project_id in body.project_ids:
             if project_id not in known:
                 raise NotFound(f"project {project_id[:200]!r} does not exist: no session of yours is in it")
-    owners = body.owner.owner_urns
-    if owners is not None and principal.user_urn not in owners:
-        return json_response({"sessions": [], "next_cursor": None})
     # One more than the page, to see whether there is a next one.
     found = await gateway.store.session_search.find(_session_query(principal, body, limit=body.limit + 1))
     page = found[: body.limit]
@@ -145,8 +150,8 @@ async def get_session(request: Request, session_id: str) -> Response:
     """What a session made: its runs and its sampling sessions."""
     gateway = gateway_of(request)
     principal = await gateway.caller(request)
-    query_of(request, ScopeQuery)
-    session = await gateway.access.session(principal, SessionId(session_id))
+    query = query_of(request, ScopeQuery)
+    session = await gateway.access.session(principal, SessionId(session_id), with_shared=query.with_shared)
     models = await gateway.store.models.of_session(session.session_id)
     samplers = await gateway.store.sampling.of_session(session.session_id)
     return json_response(
@@ -161,15 +166,21 @@ async def get_session(request: Request, session_id: str) -> Response:
     )
 
 
-@router.put("/sessions/{session_id}/project", body=AssignProjectBody, answer=EmptyAnswer)
+@router.put("/sessions/{session_id}/project", body=AssignProjectBody, answer=EmptyAnswer, others={403: ErrorAnswer})
 async def assign_session_project(request: Request, session_id: str) -> Response:
-    """Move a session, and all that it made, into a project of the caller's; one that is not there yet comes to be."""
+    """Move a session of the caller's, and all that it made, into a project.
+
+    That is a name of the caller's own, which comes to be with its first session, or the id of a shared project that it
+    takes part in; from then on its members read the session, and what shared it before ends.
+    """
     gateway = gateway_of(request)
     principal = await gateway.caller(request)
     body = parse_body(AssignProjectBody, await read_body(request, limit_bytes=MAX_JSON_BYTES))
     session = await gateway.access.session(principal, SessionId(session_id))
+    await gateway.access.check_project(principal, body.project_id)
     await gateway.store.sessions.assign_project(session.session_id, body.project_id, by=principal.tenant_id)
     gateway.access.session_changed(session.session_id)
+    gateway.access.sharing_changed()
     return json_response({})
 
 
@@ -178,9 +189,13 @@ async def export_trace(request: Request, session_id: str) -> Response:
     """A URL of the session's trace in Chrome's format. The trace is made when it is fetched, so it is ready at once."""
     gateway = gateway_of(request)
     principal = await gateway.caller(request)
-    session = await gateway.access.session(principal, SessionId(session_id))
+    session = await gateway.access.session(principal, SessionId(session_id), with_shared=True)
     expires_at = gateway.deps.clock.now() + SIGNED_URL_LIFE_S
-    token = await gateway.signer.sign(_TRACE, {"session": session.session_id}, expires_at=expires_at)
+    claims: dict[str, str] = {"session": session.session_id}
+    if session.tenant_id != principal.tenant_id:
+        # It ends with the sharing.
+        claims["reader"] = principal.tenant_id
+    token = await gateway.signer.sign(_TRACE, claims, expires_at=expires_at)
     base = gateway.settings.public_url or str(request.base_url)
     return json_response({"status": "ready", "url": f"{base.rstrip('/')}/api/v1/traces/{token}"})
 
@@ -192,18 +207,27 @@ async def get_trace(request: Request, token: str) -> Response:
     try:
         claims = await gateway.signer.verify(_TRACE, token)
     except BadToken:
-        raise Forbidden("this URL is not valid, or not any more") from None
+        raise _bad_url() from None
     session_id = SessionId(claims["session"])
+    if "reader" in claims and not await gateway.access.is_shared(TenantId(claims["reader"]), session_id):
+        raise _bad_url()
     trace = await gateway.store.traces.of_session(session_id)
     now = gateway.deps.clock.now()
     # Ten megabytes, at most.
     return await asyncio.to_thread(lambda: json_response(chrome_trace(session_id, trace, now=now)))
 
 
+def _bad_url() -> Forbidden:
+    return Forbidden("this URL is not valid, or not any more")
+
+
 def _session_query(principal: Principal, body: SearchSessionsBody, *, limit: int) -> SessionQuery:
+    owners = body.owner.owner_urns
     return SessionQuery(
         tenant_id=principal.tenant_id,
         limit=limit,
+        with_shared=body.owner.type != "own",
+        owners=None if owners is None else [tenant for urn in owners if (tenant := tenant_of_urn(urn)) is not None],
         session_id=body.session_id,
         display_name=body.display_name,
         project_ids=body.project_ids,
