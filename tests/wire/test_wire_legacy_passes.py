@@ -76,7 +76,7 @@ def test_json_and_protobuf_are_the_same_op(seed: int, num_datums: int, num_token
 
     sent = read_json_pass(raw, input_field=FIELD, forward_only=False)
 
-    assert sent.head == PassHead(MODEL_ID, 3)
+    assert sent.head == PassHead(MODEL_ID, 3, "ppo")
     assert encode_pass(decode_pass(sent.body, limits=LIMITS)) == encode_pass(
         decode_pass(encode_pass(op), limits=LIMITS)
     )

@@ -84,7 +84,7 @@ def test_the_sdks_cross_entropy_request_is_read_exactly():
     ]
     body = sdk_body(data, seq_id=7)
 
-    assert read_pass_head(body) == PassHead(MODEL_ID, 7)
+    assert read_pass_head(body) == PassHead(MODEL_ID, 7, "cross_entropy")
     op = decode_pass(body, limits=LIMITS)
 
     assert (op.model_id, op.seq_id, op.forward_only, op.loss.name) == (MODEL_ID, 7, False, "cross_entropy")

@@ -34,7 +34,7 @@ from treadle.scheduler.finishing import CycleLedger, OpTimes
 from treadle.scheduler.outages import Outages
 from treadle.scheduler.outcomes import Booked, book_outcomes, take_states
 from treadle.scheduler.policy import plan_cycle
-from treadle.scheduler.preparing import Prepared, prepare
+from treadle.scheduler.preparing import Prepared, drop_half_done, prepare
 from treadle.scheduler.quarantine import Quarantine
 from treadle.scheduler.replay import RecoveryWatch, Replayer
 from treadle.scheduler.runs import Run, RunBook, is_over
@@ -289,7 +289,7 @@ class CycleLoop:
         revoked = self._policies().revoked_losses
         prepared = await prepare(plan, runs, self._store, self._blobs, revoked_losses=revoked)
         await self._book_refusals(prepared, runs, ledger)
-        await self._drop_half_done(executor, prepared, runs)
+        await drop_half_done(executor, prepared, runs)
         if prepared.items:
             await self._run_and_commit(executor, prepared, queues, runs, ledger)
         elif not ledger.is_empty:
@@ -371,13 +371,6 @@ class CycleLoop:
             self._replayer.try_again(runs[model_id], f"what it needs cannot be read now: {reason}")
         for model_id, reason in prepared.broken_logs.items():
             await self._replayer.lose(runs[model_id], f"could not be replayed: {reason}", ledger)
-
-    async def _drop_half_done(self, executor: Executor, prepared: Prepared, runs: Mapping[ModelId, Run]) -> None:
-        """Have the worker forget what it did of passes that were refused half-way; their runs are restored."""
-        if prepared.half_done:
-            for model_id in prepared.half_done:
-                runs[model_id].drop_state()
-            await executor.evict(sorted(prepared.half_done))
 
     async def _run_and_commit(
         self,

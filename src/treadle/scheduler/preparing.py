@@ -1,6 +1,7 @@
 """From a plan to the work a worker gets: payloads, state tags, blob keys, restores, and refusals that need the store.
 
-Refused here, before anything runs: a save whose name exists, and an op whose payload is gone. Whatever is wrong with
+Refused here, before anything runs: a save whose name exists, an op whose payload is gone, and a pass whose named loss
+was revoked since it was admitted; a replay computes with it all the same, as it did. Whatever is wrong with
 one op ends that op or holds its run up, and leaves the others alone: a plan that could not be prepared would come again
 for ever, and with it everybody's ops. It knows replayed ops only by their numbers; they become ordinary work.
 """
@@ -9,25 +10,28 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from treadle.blobs import BlobStore
 from treadle.domain.ids import BlobKey, CheckpointKind, ModelId, RequestId, TinkerPath
-from treadle.domain.ops import OpKind, SampleOp, SaveExternalOp, SaveForSamplerOp, SaveWeightsOp, TrainingOp
+from treadle.domain.ops import OpKind, PassOp, SampleOp, SaveExternalOp, SaveForSamplerOp, SaveWeightsOp, TrainingOp
 from treadle.domain.outcome import Failure
 from treadle.domain.plan import FIRST_INCARNATION, CyclePlan, PlannedOp, RestoreItem, StateTag, WorkItem
 from treadle.domain.states import Category
 from treadle.errors import NotFound, TreadleError
+from treadle.executor.base import Executor
 from treadle.scheduler.runs import Run
 from treadle.store import Store
 from treadle.telemetry.logs import get_logger
+from treadle.wire.passes import named_loss_sha256
 from treadle.wire.payloads import decode_payload
 
 log = get_logger(__name__)
 
 SAVE_KINDS = frozenset({OpKind.SAVE_WEIGHTS, OpKind.SAVE_FOR_SAMPLER, OpKind.SAVE_EXTERNAL})
 NAMED_KINDS = SAVE_KINDS | {OpKind.LOAD_WEIGHTS}
+PASS_KINDS = frozenset({OpKind.FORWARD_BACKWARD, OpKind.FORWARD})
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +47,8 @@ class Prepared:
     """What goes to the worker, what was refused on the way, and the ops whose names finishing needs.
 
     postponed: why nothing more of a run is in this cycle: an op of it could not be read now. broken_logs: why a run
-    cannot be replayed: an op of it is gone.
+    cannot be replayed: an op of it is gone. half_done: runs of which a pass was refused when the worker had begun it;
+    the worker must forget them, and nothing more of them is in this cycle.
     """
 
     items: list[WorkItem] = field(default_factory=list)
@@ -52,21 +57,41 @@ class Prepared:
     named_ops: dict[RequestId, TrainingOp] = field(default_factory=dict)
     postponed: dict[ModelId, str] = field(default_factory=dict)
     broken_logs: dict[ModelId, str] = field(default_factory=dict)
+    half_done: set[ModelId] = field(default_factory=set)
+
+    def is_out(self, model_id: ModelId) -> bool:
+        """Nothing more of this run is in the cycle."""
+        return model_id in self.postponed or model_id in self.broken_logs or model_id in self.half_done
 
 
-async def prepare(plan: CyclePlan, runs: Mapping[ModelId, Run], store: Store, blobs: BlobStore) -> Prepared:
-    """Everything the plan's ops need. Each run of the plan is in `runs` and can run."""
+async def prepare(
+    plan: CyclePlan,
+    runs: Mapping[ModelId, Run],
+    store: Store,
+    blobs: BlobStore,
+    *,
+    revoked_losses: Collection[str] = (),
+) -> Prepared:
+    """Everything the plan's ops need. Each run of the plan is in `runs` and can run.
+
+    revoked_losses: SHA-256 of definitions of named losses that no longer run.
+    """
     prepared = Prepared()
     payloads = await read_payloads([op.request_id for op in plan.ops], store, blobs)
     names_taken: set[str] = set()
     for planned in plan.ops:
         run = runs[planned.model_id]
-        if planned.model_id in prepared.postponed or planned.model_id in prepared.broken_logs:
+        if prepared.is_out(planned.model_id):
             continue
         payload = payloads[planned.request_id]
         if isinstance(payload, Unread):
             _set_aside(planned, payload, run, prepared)
             continue
+        if revoked_losses and planned.kind in PASS_KINDS and not run.is_replayed(planned.seq_id):
+            sha256 = named_loss_sha256(payload)
+            if sha256 is not None and sha256 in revoked_losses:
+                _refuse_pass(planned, await _revoked(planned, payload, sha256, store), run, prepared)
+                continue
         if planned.kind in NAMED_KINDS:
             failure = await _refused_name(planned, payload, store, names_taken, prepared)
             if failure is not None:
@@ -84,9 +109,26 @@ def _set_aside(planned: PlannedOp, unread: Unread, run: Run, prepared: Prepared)
         prepared.broken_logs[planned.model_id] = f"request {planned.seq_id} of its log is gone"
     else:
         message = f"the stored content of request {planned.request_id} could not be read; send it again"
-        prepared.refused.append((planned, Failure(message, Category.SERVER)))
-        if planned.kind is OpKind.FORWARD_BACKWARD:
-            run.refused_passes.add(planned.seq_id)
+        _refuse_pass(planned, Failure(message, Category.SERVER), run, prepared)
+
+
+def _refuse_pass(planned: PlannedOp, failure: Failure, run: Run, prepared: Prepared) -> None:
+    """End a pass, or another op that has no name, without running it; the next step tells of it."""
+    prepared.refused.append((planned, failure))
+    if planned.kind is OpKind.FORWARD_BACKWARD:
+        run.refused_passes.add(planned.seq_id)
+    if run.num_quanta_done(planned.request_id):
+        prepared.half_done.add(planned.model_id)
+
+
+async def _revoked(planned: PlannedOp, payload: bytes, sha256: str, store: Store) -> Failure:
+    """Why a pass with this named loss does not run any more."""
+    op = decode_payload(planned.kind, payload)
+    assert isinstance(op, PassOp)
+    assert op.loss.custom is not None
+    reason = await store.named_losses.reason_of(sha256)
+    message = f"loss {op.loss.custom.name!r} was revoked before this pass ran: {reason or 'ask the operators why'}"
+    return Failure(f"{message}; GET /api/v1/losses lists those that are enabled", Category.USER)
 
 
 async def read_payloads(
@@ -111,6 +153,14 @@ def _read(blobs: BlobStore, key: BlobKey) -> bytes | Unread:
         return Unread(error.message, is_gone=True)
     except TreadleError as error:
         return Unread(error.message, is_gone=False)
+
+
+async def drop_half_done(executor: Executor, prepared: Prepared, runs: Mapping[ModelId, Run]) -> None:
+    """Have the worker forget what it did of passes that were refused half-way; their runs are restored."""
+    if prepared.half_done:
+        for model_id in prepared.half_done:
+            runs[model_id].drop_state()
+        await executor.evict(sorted(prepared.half_done))
 
 
 async def drop_blobs(blobs: BlobStore, keys: Sequence[BlobKey]) -> None:

@@ -65,6 +65,12 @@ _APPROVED = sa.select(
 ).join_from(named_losses, loss_definitions)
 _APPROVED_BY_NAME = _APPROVED.where(_N.name == sa.bindparam("of_name"), IS_APPROVED)
 _ALL_APPROVED = _APPROVED.where(IS_APPROVED).order_by(_N.name).limit(MAX_UNPAGED_ROWS)
+_REVOKED_FOR = (
+    sa.select(_N.reason)
+    .where(_N.definition_sha256 == sa.bindparam("of_definition"), _N.status == LossStatus.REVOKED.value)
+    .order_by(_N.decided_at.desc())
+    .limit(1)
+)
 _PENDING = sa.select(_N.name).where(_N.tenant_id == sa.bindparam("of_tenant"), _N.status == LossStatus.PENDING.value)
 # Locked, so that operators on other gateways wait; SQLite has one writer anyway.
 _LOCKED = sa.select(*_LISTED).where(_N.named_loss_id == sa.bindparam("id")).with_for_update()
@@ -136,6 +142,11 @@ class NamedLosses:
         values = {"of_name": name, "of_tenant": tenant_id}
         row = await self._database.read(lambda conn: conn.execute(_NEWEST, values).one_or_none())
         return None if row is None else self._submission_of(row)
+
+    async def reason_of(self, definition_sha256: str) -> str | None:
+        """Why the loss with this definition was revoked, as its operator said; None when nobody said."""
+        values = {"of_definition": definition_sha256}
+        return await self._database.read(lambda conn: conn.execute(_REVOKED_FOR, values).scalar_one_or_none())
 
     async def listing(
         self,
