@@ -7,6 +7,7 @@
     |   +-- BodyTooLarge          over the size limit             413  user
     |   +-- Unauthenticated       no or unknown key               401  user
     |   |   +-- InvalidToken      an expired or foreign JWT       401  user
+    |   +-- TooManyFailedLogins   many unknown keys before      429  user, retryable
     |   +-- Forbidden             known key, not allowed          403  user
     |   +-- NotFound              unknown or foreign id           404  user
     |   +-- SessionFinished       the session was closed          410  user
@@ -85,6 +86,13 @@ class Unauthenticated(UserError):
 
 class InvalidToken(Unauthenticated):
     """A JWT that is not believed (any more). The SDK gets a new one and asks once again."""
+
+
+class TooManyFailedLogins(UserError):
+    """So many unknown keys came from this address that the next one is not looked up for now."""
+
+    status = 429
+    retryable = True
 
 
 class Forbidden(UserError):

@@ -26,6 +26,7 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from treadle.config.tree import ServerSettings
+from treadle.domain.addresses import forwarded_address, network_of, parsed_address
 from treadle.domain.limits import (
     BODY_WINDOW_S,
     LINGER_BYTES,
@@ -124,7 +125,7 @@ class Connections:
         """
         forwarded = b",".join(value for name, value in headers if name == b"x-forwarded-for").decode("latin-1")
         for hop in reversed(forwarded.split(",")):
-            address = _address_in(hop.strip())
+            address = forwarded_address(hop)
             if address is None:
                 return peer
             if not self._is_proxy(address):
@@ -134,7 +135,7 @@ class Connections:
     def _is_proxy(self, address: str) -> bool:
         if not self._proxies:
             return False
-        parsed = _parsed(address)
+        parsed = parsed_address(address)
         return parsed is not None and any(parsed in network for network in self._proxies)
 
     def _look(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -378,34 +379,6 @@ def http_config(app: ASGIApp, connections: Connections, **options: Any) -> uvico
         timeout_keep_alive=int(connections.settings.keep_alive_s),
         **options,
     )
-
-
-def network_of(address: str) -> str:
-    """Whose connections are counted together: an IPv4 address, or a /64 network of IPv6, which is one customer's."""
-    parsed = _parsed(address)
-    if isinstance(parsed, ipaddress.IPv6Address):
-        return str(ipaddress.ip_network((parsed, 64), strict=False))
-    return address if parsed is None else str(parsed)
-
-
-def _parsed(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    try:
-        parsed = ipaddress.ip_address(address)
-    except ValueError:
-        return None
-    if isinstance(parsed, ipaddress.IPv6Address) and parsed.ipv4_mapped is not None:
-        return parsed.ipv4_mapped
-    return parsed
-
-
-def _address_in(hop: str) -> str | None:
-    """The address of an entry of X-Forwarded-For, which some proxies write with a port."""
-    if hop.startswith("["):
-        hop = hop[1:].partition("]")[0]
-    elif hop.count(":") == 1:
-        hop = hop.partition(":")[0]
-    parsed = _parsed(hop)
-    return None if parsed is None else str(parsed)
 
 
 def _granted(max_connections: int) -> int:

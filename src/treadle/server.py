@@ -344,6 +344,7 @@ class Server:
                 max_queued_tokens=settings.limits.max_queued_tokens,
                 max_queued_bytes=settings.limits.max_queued_bytes,
                 max_body_bytes_in_memory=settings.limits.max_body_bytes_in_memory,
+                max_failed_logins_per_minute=settings.server.max_failed_logins_per_minute,
             ),
             readiness=readiness,
             is_draining=lambda: self._is_draining,

@@ -17,9 +17,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from treadle import http_server
 from treadle.config.tree import ServerSettings
+from treadle.domain.addresses import network_of
 from treadle.domain.keys import key_digest
 from treadle.domain.limits import LINGER_BYTES, MAX_HEADERS, MAX_PIPELINED
-from treadle.http_server import Connections, http_config, network_of
+from treadle.http_server import Connections, http_config
 from treadle.telemetry.metrics import Metrics
 
 # Ticks and windows of these tests, in seconds: bounds are reached at once, and nothing depends on how soon.
@@ -137,6 +138,13 @@ async def serving(app: ASGIApp, **settings: Any) -> AsyncIterator[tuple[int, Con
         for task in server.server_state.tasks:
             task.cancel()
         await server.shutdown()
+
+
+async def until(is_so: Callable[[], bool]) -> None:
+    """Return when it is."""
+    async with asyncio.timeout(PATIENCE_S):
+        while not is_so():  # noqa: ASYNC110 (nobody tells)
+            await asyncio.sleep(TICK_S)
 
 
 @pytest.fixture
@@ -364,9 +372,7 @@ async def test_who_does_not_read_its_answer_is_given_up(make: Make) -> None:
     async with make() as server:
         client = await server.open(b"GET /large HTTP/1.1\r\nhost: x\r\n\r\n")
         client.writer.transport.pause_reading()  # type: ignore[attr-defined]
-        async with asyncio.timeout(PATIENCE_S):
-            while not server.refused("unread_answer"):
-                await asyncio.sleep(TICK_S)
+        await until(lambda: server.refused("unread_answer") == 1)
         assert await server.is_well()
 
 
@@ -378,9 +384,7 @@ async def test_connections_of_one_address_are_bounded(make: Make) -> None:
         assert await late.is_closed()
         assert await server.is_well()
         held.pop().writer.close()
-        async with asyncio.timeout(PATIENCE_S):
-            while len(server.connections) > 4:
-                await asyncio.sleep(TICK_S)
+        await until(lambda: len(server.connections) <= 4)
         again = await server.open(b"GET /echo HTTP/1.1\r\nhost: x\r\n\r\n", source="127.0.0.2")
         assert (await again.answer())[0] == 200
 
@@ -434,9 +438,7 @@ def test_a_network_of_ipv6_is_one_client() -> None:
 async def test_no_timer_runs_without_connections(make: Make) -> None:
     async with make() as server:
         assert await server.is_well()
-        async with asyncio.timeout(PATIENCE_S):
-            while server.connections._timer is not None:
-                await asyncio.sleep(TICK_S)
+        await until(lambda: server.connections._timer is None)
         assert await server.is_well()
 
 

@@ -7,13 +7,15 @@ It holds the parts and owns the decoding threads; it decides nothing. Invariant:
 from __future__ import annotations
 
 import asyncio
-from typing import cast
+from collections.abc import Awaitable, Callable
+from typing import TypeVar, cast
 
+from starlette.datastructures import Headers
 from starlette.requests import Request
 
 from treadle.domain.ids import RequestId
 from treadle.domain.outcome import PoolFacts
-from treadle.errors import Draining, Forbidden, NotFound, PoolLoading
+from treadle.errors import Draining, Forbidden, NotFound, PoolLoading, Unauthenticated
 from treadle.gateway.access import Access
 from treadle.gateway.admission import Admission
 from treadle.gateway.auth import Authenticator, Principal
@@ -22,10 +24,13 @@ from treadle.gateway.bodies import BodyRoom, room_of
 from treadle.gateway.chat.sessions import TextSessions
 from treadle.gateway.chat.tokenizers import Tokenizers
 from treadle.gateway.deps import GatewayDeps, GatewaySettings, PoolView
+from treadle.gateway.failed_logins import FailedLogins
 from treadle.gateway.futures import FuturesHub
 from treadle.gateway.losses import LossDesk
 from treadle.gateway.signing import Signer
 from treadle.store.policy_watch import PolicyWatch
+
+T = TypeVar("T")
 
 
 class Gateway:
@@ -38,6 +43,11 @@ class Gateway:
         self.policies = deps.policies or PolicyWatch(deps.store)
         self.signer = Signer(store=deps.store, clock=deps.clock)
         self.auth = Authenticator(store=deps.store, settings=deps.settings, clock=deps.clock, signer=self.signer)
+        self.failed_logins = FailedLogins(
+            max_per_minute=deps.settings.max_failed_logins_per_minute,
+            monotonic=deps.clock.monotonic,
+            metrics=deps.metrics,
+        )
         self.access = Access(store=deps.store, clock=deps.clock)
         self.losses = LossDesk(store=deps.store, policies=self.policies, access=self.access)
         self.hub = FuturesHub(store=deps.store, is_draining=deps.is_draining, metrics=deps.metrics)
@@ -66,9 +76,23 @@ class Gateway:
 
     async def caller(self, request: Request) -> Principal:
         """Who sent a request that reads. Raises Unauthenticated."""
-        principal = await self.auth.principal(request.headers)
+        principal = await self.logged_in(request, self.auth.principal)
         room_of(request.scope).owner = principal.tenant_id
         return principal
+
+    async def logged_in(self, request: Request, ask: Callable[[Headers], Awaitable[T]]) -> T:
+        """What the authenticator answers about the credential of a request, unless too many failed before it.
+
+        Raises Unauthenticated and TooManyFailedLogins.
+        """
+        self.failed_logins.check(request)
+        try:
+            answer = await ask(request.headers)
+        except Unauthenticated:
+            self.failed_logins.failed(request)
+            raise
+        self.failed_logins.succeeded(request)
+        return answer
 
     async def admin(self, request: Request) -> Principal:
         """Who sent a request of an operator. Raises Unauthenticated, and Forbidden for a key without that scope."""

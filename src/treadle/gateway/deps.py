@@ -98,6 +98,7 @@ class GatewaySettings:
     max_queued_tokens: int = limits.MAX_QUEUED_TOKENS
     max_queued_bytes: int = limits.MAX_QUEUED_BYTES
     max_body_bytes_in_memory: int = limits.MAX_BODY_BYTES_IN_MEMORY
+    max_failed_logins_per_minute: int = limits.MAX_FAILED_LOGINS_PER_MINUTE
 
 
 @dataclass(frozen=True, slots=True)

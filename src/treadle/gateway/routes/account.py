@@ -39,7 +39,7 @@ DAY_S = 24 * HOUR_S
 async def auth_token(request: Request) -> Response:
     """A token in exchange for a key; it lives an hour, or as long as the token that asks for it."""
     gateway = gateway_of(request)
-    token = await gateway.auth.token_for(request.headers)
+    token = await gateway.logged_in(request, gateway.auth.token_for)
     await read_body(request, limit_bytes=MAX_JSON_BYTES)
     return json_response({"jwt": token})
 
