@@ -6,8 +6,10 @@ It refuses to know what is committed. Invariant: blobs that nobody names any mor
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 from treadle.blobs import BlobStore
+from treadle.domain.policy import Policies
 from treadle.domain.records import FinishedCycle, LeaseRecord
 from treadle.errors import StoreUnavailable
 from treadle.scheduler.outages import Outages
@@ -23,7 +25,16 @@ COMMIT_PAUSE_S = 0.25
 class Committer:
     """Commits cycles under one lease."""
 
-    def __init__(self, *, store: Store, blobs: BlobStore, lease: LeaseRecord, outages: Outages) -> None:
+    def __init__(
+        self,
+        *,
+        store: Store,
+        blobs: BlobStore,
+        lease: LeaseRecord,
+        outages: Outages,
+        policies: Callable[[], Policies] = Policies,
+    ) -> None:
+        self._policies = policies
         self._store = store
         self._blobs = blobs
         self._lease = lease
@@ -37,7 +48,7 @@ class Committer:
         deadline = asyncio.get_running_loop().time() + COMMIT_PATIENCE_S
         while True:
             try:
-                unused = await self._store.cycles.finish(self._lease, finished)
+                unused = await self._store.cycles.finish(self._lease, finished, policies=self._policies())
             except StoreUnavailable as error:
                 if asyncio.get_running_loop().time() >= deadline:
                     raise

@@ -15,6 +15,8 @@ import sqlalchemy as sa
 from treadle.domain.ids import BlobKey, ModelId, RequestId, TenantId, op_request_id
 from treadle.domain.ops import OpKind
 from treadle.domain.outcome import Failure
+from treadle.domain.policy import Policies
+from treadle.domain.rates import Spent
 from treadle.domain.records import (
     CheckpointRecord,
     FinishedCycle,
@@ -29,6 +31,8 @@ from treadle.store.checkpoints import CheckpointUpserts, event_of
 from treadle.store.engine import Database
 from treadle.store.events import Events
 from treadle.store.leases import Leases, fence
+from treadle.store.quotas import judge_saves
+from treadle.store.rates import RateCounter, Rates
 from treadle.store.recent import RecentFutures
 from treadle.store.request_rows import FinishedRow, RequestRows, checked_new
 from treadle.store.runlog import RunLogInserts
@@ -38,6 +42,9 @@ from treadle.store.stability import RecordUpserts
 from treadle.store.tables import IS_IN_LINE, IS_QUEUED, IS_SAMPLE, models, requests, usage
 from treadle.store.usage import UsageCounter
 from treadle.store.writer import Writer
+
+# Nothing was decided by anybody.
+NO_POLICIES = Policies()
 
 _new_state = sa.bindparam("new_state", type_=sa.Text)
 
@@ -78,10 +85,16 @@ _USAGE = sa.select(usage.c.trained_tokens).where(usage.c.tenant_id == sa.bindpar
 
 @dataclass(frozen=True, slots=True)
 class _Committed:
-    """What a commit made final, and the blobs that nobody names since."""
+    """What a commit made final, the blobs that nobody names since, and what it took of rates.
+
+    outcomes: as they were stored. at: when, on the store's clock.
+    """
 
     request_ids: tuple[RequestId, ...]
     unused_keys: tuple[BlobKey, ...]
+    outcomes: Sequence[FinishedRequest] = ()
+    spent: tuple[Spent, ...] = ()
+    at: float = 0.0
 
 
 class Cycles:
@@ -98,6 +111,7 @@ class Cycles:
         recent: RecentFutures,
         sampling: SamplingInserts,
         snapshots: SnapshotRows,
+        rates: Rates,
         clock: Callable[[], float],
     ) -> None:
         self._database = database
@@ -108,10 +122,12 @@ class Cycles:
         self._recent = recent
         self._sampling = sampling
         self._snapshots = snapshots
+        self._rates = rates
         self._clock = clock
         self._checkpoints = CheckpointUpserts(database.dialect)
         self._run_log = RunLogInserts(database.dialect)
         self._usage = UsageCounter(database.dialect)
+        self._rate_counter = RateCounter(database.dialect)
         self._records = RecordUpserts(database.dialect)
         insert_usage = database.dialect.insert(usage)
         self._add_usage = insert_usage.on_conflict_do_update(
@@ -123,20 +139,26 @@ class Cycles:
         """Note in the lease row what a worker is about to get. Raises Fenced."""
         await self._leases.begin_cycle(lease, cycle, request_ids)
 
-    async def finish(self, lease: LeaseRecord, cycle: FinishedCycle) -> tuple[BlobKey, ...]:
+    async def finish(
+        self, lease: LeaseRecord, cycle: FinishedCycle, *, policies: Policies = NO_POLICIES
+    ) -> tuple[BlobKey, ...]:
         """Commit a cycle whole; the keys of blobs that nobody names any more, for the caller to delete.
 
         Raises Fenced, with nothing written, when another leader took the pool. Rows that are final already are left
         alone, so that a commit whose answer was lost can be repeated. A request that arrived after planning gave it
-        up as never received becomes FAILED like the others.
+        up as never received becomes FAILED like the others. A save for which its tenant's quotas have no room fails,
+        whatever else was decided before.
         """
-        for request in cycle.never_received:
+        sent = cycle
+        for request in sent.never_received:
             assert request.failure is not None, "a request that never came has failed"
             checked_new(request)
 
         def write(conn: sa.Connection) -> _Committed:
             fence(conn, lease, ends_cycle=True)
             now = self._clock()
+            judged = judge_saves(conn, self._database.dialect, sent, policies, now)
+            cycle = judged.cycle
             added = self._rows.insert(conn, cycle.never_received, now)
             late = [_failed(request) for request in cycle.never_received if request.request_id not in added]
             finished = self._rows.finish(conn, [*cycle.finished, *late], now)
@@ -149,12 +171,20 @@ class Cycles:
             self._count_usage(conn, finished)
             self._usage.count(conn, finished, saved=cycle.checkpoints, now=now)
             never_came = (r.request_id for r in cycle.never_received if r.request_id in added)
-            return _Committed((*(row.request_id for row in finished), *never_came), (*_dropped(finished), *unused))
+            return _Committed(
+                request_ids=(*(row.request_id for row in finished), *never_came),
+                unused_keys=(*_dropped(finished), *unused, *judged.unused_keys),
+                outcomes=cycle.finished,
+                spent=self._rate_counter.count(conn, finished, policies, now),
+                at=now,
+            )
 
-        committed = await self._writer.run(write, after_commit=lambda done: self._announce(cycle.finished, done))
+        committed = await self._writer.run(write, after_commit=self._announce)
         return committed.unused_keys
 
-    async def finish_samples(self, lease: LeaseRecord, finished: Sequence[FinishedRequest]) -> tuple[BlobKey, ...]:
+    async def finish_samples(
+        self, lease: LeaseRecord, finished: Sequence[FinishedRequest], *, policies: Policies = NO_POLICIES
+    ) -> tuple[BlobKey, ...]:
         """Commit finished samples and what they recorded; blobs to delete as for `finish`. Final rows are left alone.
 
         Raises Fenced.
@@ -166,9 +196,10 @@ class Cycles:
             rows = self._rows.finish(conn, finished, now)
             self._records.upsert(conn, rows, now)
             self._usage.count(conn, rows, now=now)
-            return _Committed(tuple(row.request_id for row in rows), _dropped(rows))
+            spent = self._rate_counter.count(conn, rows, policies, now)
+            return _Committed(tuple(row.request_id for row in rows), _dropped(rows), finished, spent, now)
 
-        committed = await self._writer.run(write, after_commit=lambda done: self._announce(finished, done))
+        committed = await self._writer.run(write, after_commit=self._announce)
         return committed.unused_keys
 
     async def cancel_sample(self, request_id: RequestId) -> tuple[BlobKey, ...]:
@@ -182,9 +213,9 @@ class Cycles:
         def write(conn: sa.Connection) -> _Committed:
             is_sample = conn.execute(_QUEUED_SAMPLE, {"id": request_id}).one_or_none() is not None
             rows = self._rows.finish(conn, cancelled if is_sample else [], self._clock())
-            return _Committed(tuple(row.request_id for row in rows), _dropped(rows))
+            return _Committed(tuple(row.request_id for row in rows), _dropped(rows), cancelled)
 
-        committed = await self._writer.run(write, after_commit=lambda done: self._announce(cancelled, done))
+        committed = await self._writer.run(write, after_commit=self._announce)
         return committed.unused_keys
 
     async def trained_tokens(self, tenant_id: TenantId) -> int:
@@ -193,8 +224,9 @@ class Cycles:
         total = await self._database.read(lambda conn: conn.execute(_USAGE, values).scalar_one_or_none())
         return total or 0
 
-    def _announce(self, outcomes: Sequence[FinishedRequest], committed: _Committed) -> None:
-        self._recent.finished(outcomes, committed.request_ids)
+    def _announce(self, committed: _Committed) -> None:
+        self._rates.note(committed.spent, committed.at)
+        self._recent.finished(committed.outcomes, committed.request_ids)
         self._events.announce_finished(committed.request_ids)
 
     def _advance(self, conn: sa.Connection, lease: LeaseRecord, advances: Sequence[ModelAdvance], now: float) -> None:

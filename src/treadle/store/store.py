@@ -37,6 +37,8 @@ from treadle.store.policies import PolicyReads
 from treadle.store.pool_settings import PoolSettings
 from treadle.store.pools import Pools
 from treadle.store.projects import Projects
+from treadle.store.quotas import Quotas
+from treadle.store.rates import Rates
 from treadle.store.recent import RecentFutures
 from treadle.store.request_rows import RequestRows
 from treadle.store.requests import Requests
@@ -75,6 +77,8 @@ class Store:
         self.secrets = Secrets(database=database, writer=writer, clock=clock)
         self.sessions = Sessions(database=database, writer=writer, clock=clock)
         recent = RecentFutures()
+        self.rates = Rates(database=database, writer=writer, clock=clock)
+        self.quotas = Quotas(database=database, writer=writer, clock=clock)
         self.requests = Requests(
             database=database, writer=writer, events=self.events, rows=rows, recent=recent, clock=clock
         )
@@ -95,6 +99,7 @@ class Store:
             recent=recent,
             sampling=sampling_inserts,
             snapshots=snapshot_rows,
+            rates=self.rates,
             clock=clock,
         )
         self.snapshots = Snapshots(database=database, writer=writer, rows=snapshot_rows)
