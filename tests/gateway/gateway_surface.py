@@ -11,13 +11,21 @@ from functools import partial
 from typing import Any
 
 import httpx
-from gateway_support import KEY, POOL, Harness, facts, ok, sample_body
+from gateway_support import KEY, POOL, Harness, facts, ok, open_tenant, sample_body
 from test_gateway_custom_losses import body_of as loss_body
 from test_gateway_legacy import json_pass
 from test_gateway_openai import BUNDLED, HELLO, result_of
 
 from treadle.domain.archive import pack_files
-from treadle.domain.ids import CheckpointKind, ModelId, SessionId, custom_loss_id, sampler_id, training_model_id
+from treadle.domain.ids import (
+    PROJECT_PREFIX,
+    CheckpointKind,
+    ModelId,
+    SessionId,
+    custom_loss_id,
+    sampler_id,
+    training_model_id,
+)
 from treadle.gateway import PoolView
 from treadle.testing.builders import datum, pass_op
 from treadle.wire import treadle_pb2 as pb
@@ -61,6 +69,11 @@ class Estate:
     @property
     def project(self) -> str:
         return f"project-{self.session_id}-{self.number}"
+
+    @property
+    def shared_project(self) -> str:
+        """A shared project that nobody else is in; the session is not in it."""
+        return f"{PROJECT_PREFIX}{self.session_id}-{self.number}"
 
     def name(self, kind: CheckpointKind) -> str:
         """Of a checkpoint of this kind."""
@@ -106,6 +119,7 @@ async def new_estate(gateway: Harness, *, key: str = KEY, public: bool = False) 
     headers = {"X-API-Key": key}
     project = {"project_id": estate.project}
     ok(await gateway.client.put(f"/api/v1/sessions/{session_id}/project", json=project, headers=headers))
+    await gateway.store.projects.create(estate.shared_project, open_tenant(key), name="ours")
     assert await gateway.new_model(session_id, key=key) == estate.model_id
     assert await gateway.new_sampler(session_id, key=key) == estate.sampler_id
     ok(await gateway.post("optim_step", {"model_id": estate.model_id, "seq_id": 1}, key=key))
@@ -212,7 +226,13 @@ def _completions_of(mine: Estate, theirs: Estate) -> list[Call]:
 
 
 def _searches(mine: Estate, theirs: Estate) -> list[Call]:
-    filters: list[dict[str, object]] = [{"session_id": theirs.session_id}, {"project_ids": [theirs.project]}]
+    accessible = {"owner": {"type": "accessible"}}
+    filters: list[dict[str, object]] = [
+        {"session_id": theirs.session_id},
+        {"project_ids": [theirs.project]},
+        {"session_id": theirs.session_id, **accessible},
+        {"project_ids": [theirs.shared_project], **accessible},
+    ]
     return [Call("POST", "/api/v1/sessions/search", one) for one in filters]
 
 
@@ -222,7 +242,31 @@ def _copies(mine: Estate, theirs: Estate) -> list[Call]:
         copy({"source_path": theirs.path(), "destination_project_id": "p"}),
         copy({"source_path": theirs.path(CheckpointKind.EXTERNAL), "destination_project_id": "p"}),
         copy({"source_path": mine.path(), "session_id": theirs.session_id, "model_seq_id": theirs.seq_id}),
+        copy({"source_path": mine.path(), "destination_project_id": theirs.shared_project}),
     ]
+
+
+def _moves(mine: Estate, theirs: Estate) -> list[Call]:
+    return [
+        Call("PUT", f"/api/v1/sessions/{session_id}/project", {"project_id": project_id})
+        for session_id, project_id in ((theirs.session_id, "stolen"), (mine.session_id, theirs.shared_project))
+    ]
+
+
+def _scoped(template: str, make: Callable[[Estate], str]) -> tuple[str, Calls]:
+    """A GET of one's own, and of what one may read."""
+    return f"GET {template}", lambda mine, theirs: [
+        Call("GET", make(theirs)),
+        Call("GET", make(theirs) + "?access_scope=accessible"),
+    ]
+
+
+def _project(method: str, member: str = "") -> tuple[str, Calls]:
+    """A call about a shared project, or a member of it."""
+    path, end = ("/members/{user_or_tenant}", f"/members/{member}") if member else ("", "")
+    return _on(
+        method, f"/api/v1/projects/{{project_id}}{path}", lambda their: f"/api/v1/projects/{their.shared_project}{end}"
+    )
 
 
 def _texts(prefix: str, path: str, body: dict[str, object], *, is_sampled: bool = True) -> tuple[str, Calls]:
@@ -265,20 +309,21 @@ CALLS: dict[str, Calls] = dict(
         _post("retrieve_future", lambda their: {"request_id": their.sample_id}),
         ("POST /api/v1/retrieve_futures", _completions_of),
         _post("cancel_future", lambda their: {"request_id": their.sample_id}),
-        _plain("POST", "/api/v1/create_session", {"tags": ["a"], "sdk_version": "0.38.0"}),
+        (
+            "POST /api/v1/create_session",
+            lambda mine, theirs: [
+                Call("POST", "/api/v1/create_session", {"tags": ["a"], "sdk_version": "0.38.0"}),
+                Call("POST", "/api/v1/create_session", {"project_id": theirs.shared_project}),
+            ],
+        ),
         _post("session_heartbeat", lambda their: {"session_id": their.session_id}),
         _on(
             "POST", "/api/v1/sessions/{session_id}/finish", lambda their: f"/api/v1/sessions/{their.session_id}/finish"
         ),
         _plain("GET", "/api/v1/sessions"),
         ("POST /api/v1/sessions/search", _searches),
-        _on("GET", "/api/v1/sessions/{session_id}", lambda their: f"/api/v1/sessions/{their.session_id}"),
-        _on(
-            "PUT",
-            "/api/v1/sessions/{session_id}/project",
-            lambda their: f"/api/v1/sessions/{their.session_id}/project",
-            {"project_id": "stolen"},
-        ),
+        _scoped("/api/v1/sessions/{session_id}", lambda their: f"/api/v1/sessions/{their.session_id}"),
+        ("PUT /api/v1/sessions/{session_id}/project", _moves),
         _on(
             "GET",
             "/api/v1/sessions/{session_id}/trace_export",
@@ -309,8 +354,15 @@ CALLS: dict[str, Calls] = dict(
             lambda mine, theirs: [Call("GET", f"{theirs.url(CheckpointKind.EXTERNAL)}/external_weights_urls")],
         ),
         ("POST /api/v1/copy_weights", _copies),
-        _on("GET", "/api/v1/training_runs", lambda their: f"/api/v1/training_runs?project_id={their.project}"),
-        _on("GET", "/api/v1/training_runs/{model_id}", lambda their: f"/api/v1/training_runs/{their.model_id}"),
+        (
+            "GET /api/v1/training_runs",
+            lambda mine, theirs: [
+                Call("GET", f"/api/v1/training_runs?access_scope={scope}&project_id={project}")
+                for scope in ("owned", "accessible")
+                for project in (theirs.project, theirs.shared_project)
+            ],
+        ),
+        _scoped("/api/v1/training_runs/{model_id}", lambda their: f"/api/v1/training_runs/{their.model_id}"),
         _on(
             "GET",
             "/api/v1/training_runs/{model_id}/checkpoints",
@@ -322,6 +374,21 @@ CALLS: dict[str, Calls] = dict(
             lambda mine, theirs: [
                 Call("POST", "/api/v1/weights_info", {"tinker_path": theirs.path(kind)}) for kind in CheckpointKind
             ],
+        ),
+        _plain("POST", "/api/v1/projects", {"name": "ours"}),
+        _plain("GET", "/api/v1/projects"),
+        _project("GET"),
+        _project("PUT", open_tenant(KEY)),
+        _project("DELETE", "user:nobody"),
+        _project("DELETE"),
+        _plain("GET", "/admin/v1/projects"),
+        *(
+            _on(
+                method,
+                "/admin/v1/projects/{project_id}",
+                lambda their: f"/admin/v1/projects/{their.shared_project}",
+            )
+            for method in ("GET", "DELETE")
         ),
         _plain("POST", "/api/v1/auth/token"),
         _plain("GET", "/api/v1/auth/apikey/me"),

@@ -95,6 +95,14 @@ class ProjectPlace:
     project_id: str
 
 
+@dataclass(frozen=True, slots=True)
+class ProjectPage:
+    """Projects, newest first. is_last: whether there are none behind them."""
+
+    projects: Sequence[ProjectRecord]
+    is_last: bool
+
+
 class Projects:
     """See the module."""
 
@@ -133,16 +141,12 @@ class Projects:
         rows = await self._database.read(lambda conn: conn.execute(_MEMBERS, {"id": project_id}).all())
         return [MemberRecord(TenantId(row.tenant_id), row.added_at, bool(row.is_effective)) for row in rows]
 
-    async def of_member(
-        self, tenant_id: TenantId, limit: int, *, behind: ProjectPlace | None = None
-    ) -> list[ProjectRecord]:
+    async def of_member(self, tenant_id: TenantId, limit: int, *, behind: ProjectPlace | None = None) -> ProjectPage:
         """The next projects that a tenant takes part in, its own and others', newest first."""
         own = sa.select(_members_now.c.project_id).where(_members_now.c.tenant_id == tenant_id)
         return await self._page(_LIST.where(_p.project_id.in_(own)), limit, behind)
 
-    async def of_owner(
-        self, owner: TenantId | None, limit: int, *, behind: ProjectPlace | None = None
-    ) -> list[ProjectRecord]:
+    async def of_owner(self, owner: TenantId | None, limit: int, *, behind: ProjectPlace | None = None) -> ProjectPage:
         """The next projects of an owner (of all for None), newest first."""
         return await self._page(_LIST if owner is None else _LIST.where(_p.tenant_id == owner), limit, behind)
 
@@ -242,7 +246,7 @@ class Projects:
 
         await self._writer.run(write)
 
-    async def _page(self, query: sa.Select[Any], limit: int, behind: ProjectPlace | None) -> list[ProjectRecord]:
+    async def _page(self, query: sa.Select[Any], limit: int, behind: ProjectPlace | None) -> ProjectPage:
         if behind is not None:
             query = query.where(
                 sa.or_(
@@ -250,9 +254,10 @@ class Projects:
                     sa.and_(_p.created_at == behind.created_at, _p.project_id < behind.project_id),
                 )
             )
-        page = query.limit(checked_limit(limit))
-        rows = await self._database.read(lambda conn: conn.execute(page).all())
-        return [_record_of(row) for row in rows]
+        # One more than the page, to see whether there is a next one.
+        query = query.limit(checked_limit(limit) + 1)
+        rows = await self._database.read(lambda conn: conn.execute(query).all())
+        return ProjectPage([_record_of(row) for row in rows[:limit]], is_last=len(rows) <= limit)
 
 
 def _locked(conn: sa.Connection, project_id: str, *, owner: TenantId | None) -> AnyRow:
