@@ -29,12 +29,15 @@
 
 `status` is used for synchronous answers, `category` in the body of a failed future
 ({"error", "category"}); `retryable` says that the same request may succeed later.
-This file imports nothing of ours. A ValueError never leaves a layer untranslated.
+This file imports nothing of ours but `masked`: a message may repeat what a client wrote, and clients write keys where
+none belong. A ValueError never leaves a layer untranslated.
 """
 
 from __future__ import annotations
 
 from typing import ClassVar
+
+from treadle.masking import masked
 
 
 class TreadleError(Exception):
@@ -45,8 +48,8 @@ class TreadleError(Exception):
     retryable: ClassVar[bool] = False
 
     def __init__(self, message: str) -> None:
-        super().__init__(message)
-        self.message = message
+        self.message = masked(message)
+        super().__init__(self.message)
 
 
 class UserError(TreadleError):

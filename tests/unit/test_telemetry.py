@@ -7,13 +7,23 @@ import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from prometheus_client import CollectorRegistry
 
+from treadle.errors import InvalidRequest
+from treadle.masking import masked
 from treadle.telemetry.logs import configure_logging, get_logger, log_context
 from treadle.telemetry.metrics import METRICS_CONTENT_TYPE, Metrics
 
+SECRETS = (
+    "tml-" + "Ab0_-" * 8,
+    "tml-short",
+    "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiJhIn0.c2lnbmF0dXJl",
+    "ms-0f1e2d3c-4b5a-6978-8796-a5b4c3d2e1f0",
+    "hf_AbCdEfGhIjKlMnOpQrStUvWx",
+)
 REPOSITORY = Path(__file__).parents[2]
 
 
@@ -63,6 +73,30 @@ def test_levels_are_ours_and_other_libraries_only_warn() -> None:
     assert len(lines) == 2
     assert "debug   seen" in lines[0]
     assert "warning seen too" in lines[1]
+
+
+@pytest.mark.parametrize("style", ["console", "json"])
+def test_no_line_has_a_key_or_a_token(style: Literal["console", "json"]) -> None:
+    """Wherever it comes from: an event's fields, a traceback, another library."""
+    stream = io.StringIO()
+    configure_logging(style=style, level="debug", stream=stream)
+    for secret in SECRETS:
+        try:
+            raise RuntimeError(f"no {secret}")
+        except RuntimeError as error:
+            get_logger("treadle.x").error(f"failed {secret}", exc=error, path=f"/a/{secret}?b={secret}", a=secret)
+        logging.getLogger("other").warning("GET %s", secret)
+    text = stream.getvalue()
+    assert [secret for secret in SECRETS if secret[5:] in text] == []
+    assert text.count("***") >= 5 * len(SECRETS)
+
+
+def test_masking_leaves_everything_else_alone() -> None:
+    for text in ("keys start with 'tml-'", "tml:user:alice", "12 ms-ish", "a.b.c", "hf_hub", "eyJust a word", ""):
+        assert masked(text) == text
+    assert masked("X-API-Key 'tml-abc' is unknown") == "X-API-Key 'tml-***' is unknown"
+    assert InvalidRequest("base model 'tml-abc' is not served").message == "base model 'tml-***' is not served"
+    assert str(InvalidRequest("tml-abc")) == "tml-***"
 
 
 def test_metrics_are_rendered_for_prometheus() -> None:

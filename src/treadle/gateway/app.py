@@ -53,6 +53,7 @@ from treadle.gateway.routes.admin import quotas as admin_quotas
 from treadle.gateway.routes.admin import records as admin_records
 from treadle.gateway.routes.admin import runs as admin_runs
 from treadle.gateway.routes.admin import tenants as admin_tenants
+from treadle.masking import masked
 
 # Routes are tried in order; the busy ones come first.
 RESOURCES = (
@@ -140,5 +141,5 @@ async def _http_error(request: Request, error: Exception) -> Response:
         detail = f"{request.method} {request.url.path[:200]} is not an endpoint of this server (treadle {__version__})"
     elif error.status_code == 405:
         detail = f"{request.url.path[:200]} does not take {request.method}"
-    body = {"detail": detail, "category": "user"}
+    body = {"detail": masked(detail), "category": "user"}
     return json_response(body, status=error.status_code, headers=error.headers)

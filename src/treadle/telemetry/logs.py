@@ -4,7 +4,8 @@
     log.info("cycle finished", cycle=1, tokens=2)
 
 It refuses to know what is logged, and configures nothing at import: `configure_logging` is called once, by the process
-that owns standard error. Invariant: an event without a traceback is exactly one line, whatever its fields contain.
+that owns standard error. Invariants: an event without a traceback is exactly one line, whatever its fields contain; and
+no line has more than the prefix of what looks like a key or a token, tracebacks and other libraries' lines included.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from types import MappingProxyType
 from typing import Literal, TextIO
+
+from treadle.masking import masked
 
 _CONTEXT: ContextVar[Mapping[str, object]] = ContextVar("treadle_log_context", default=MappingProxyType({}))
 _ROOT = "treadle"
@@ -97,7 +100,7 @@ class _JsonFormatter(logging.Formatter):
         event.update(getattr(record, _FIELDS, {}))
         if record.exc_info:
             event["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(event, default=str)
+        return masked(json.dumps(event, default=str))
 
 
 class _ConsoleFormatter(logging.Formatter):
@@ -108,7 +111,7 @@ class _ConsoleFormatter(logging.Formatter):
         parts = [_timestamp(record), f"{record.levelname.lower():<7}", " ".join(record.getMessage().splitlines())]
         parts += [f"{key}={_plain(value)}" for key, value in fields.items()]
         line = " ".join(parts)
-        return line + "\n" + self.formatException(record.exc_info) if record.exc_info else line
+        return masked(line + "\n" + self.formatException(record.exc_info) if record.exc_info else line)
 
 
 def _timestamp(record: logging.LogRecord) -> str:
