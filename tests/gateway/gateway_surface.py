@@ -390,6 +390,21 @@ CALLS: dict[str, Calls] = dict(
             )
             for method in ("GET", "DELETE")
         ),
+        _plain("GET", "/api/v1/losses"),
+        _plain("GET", "/admin/v1/losses"),
+        _on(
+            "PUT",
+            "/admin/v1/losses/rules/{scope}/{loss}",
+            lambda their: "/admin/v1/losses/rules/default/dro",
+            {"bounds": {"beta": [0, 1]}},
+        ),
+        _on(
+            "DELETE",
+            "/admin/v1/losses/rules/{scope}/{loss}",
+            lambda their: "/admin/v1/losses/rules/default/dro",
+        ),
+        _plain("GET", "/admin/v1/losses/operations"),
+        _plain("PUT", "/admin/v1/losses/operations", {"disabled": ["torch.sort"]}),
         _plain("POST", "/api/v1/auth/token"),
         _plain("GET", "/api/v1/auth/apikey/me"),
         _plain("DELETE", "/api/v1/auth/apikey/me"),
