@@ -17,7 +17,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, TypeAlias
 
@@ -28,22 +28,23 @@ from prometheus_client import CollectorRegistry
 from treadle.blobs import BlobStore, open_blobs
 from treadle.config import ModelSettings, Settings, check_bind, is_loopback
 from treadle.domain.ids import PoolName
-from treadle.domain.ops import OpKind
 from treadle.errors import ConfigError, StoreUnavailable, TreadleError
 from treadle.executor.local import LocalExecutor
 from treadle.executor.messages import WorkerConfig
 from treadle.executor.spare import WORKER_COMMAND, Spare
 from treadle.gateway.app import create_app
 from treadle.gateway.chat.live import LiveSamples
-from treadle.gateway.deps import GatewayDeps, GatewaySettings, PoolDirectory, PoolView, Readiness
+from treadle.gateway.deps import GatewayDeps, GatewaySettings, PoolDirectory, Readiness
 from treadle.http_server import Connections, http_config
 from treadle.scheduler.cycle_loop import CycleSettings
 from treadle.scheduler.holders import this_process
 from treadle.scheduler.pool import PoolRunner
 from treadle.scheduler.sweeps import Sweeper
 from treadle.scheduler.weights import TenantWeights
+from treadle.server_pools import ServedPools
 from treadle.store import Store
 from treadle.store.policy_watch import PolicyWatch
+from treadle.store.pool_watch import PoolWatch
 from treadle.telemetry.logs import configure_logging, get_logger
 from treadle.telemetry.metrics import Metrics
 
@@ -111,15 +112,15 @@ class Server:
     """One server process from start to stop."""
 
     def __init__(self, settings: Settings, *, make_executor: MakeExecutor = LocalExecutor) -> None:
+        """Raises ConfigError when a directory of a model holds none."""
         self._settings = settings
         self._make_executor = make_executor
         self._metrics = Metrics(CollectorRegistry())
         self._live = LiveSamples()
         self._spare = Spare() if settings.worker.spare else None
-        self._pools: list[PoolRunner] = []
         self._policies: PolicyWatch | None = None
-        # Looked up once: views of the pools are asked for with every request, and these are questions to a disk.
-        self._model_dirs = [model.local_dir() for model in settings.models]
+        for model in settings.models:
+            model.local_dir()
         self._is_draining = False
         self._stop = asyncio.Event()
 
@@ -147,21 +148,35 @@ class Server:
             log.warning("open mode: every tml- key is accepted as a tenant of its own; treadle keys create ends it")
         blobs = open_blobs(settings.blobs_url)
         await check_blobs(store, blobs, place=settings.blobs_url)
-        self._policies = PolicyWatch(store)
+        self._policies, watch = PolicyWatch(store), PoolWatch(store)
         await self._policies.start()
         try:
-            return await self._serve_pools(store, blobs, launched)
+            await watch.start()
+            try:
+                return await self._serve_pools(store, blobs, watch, launched)
+            finally:
+                await watch.stop()
         finally:
             await self._policies.stop()
 
-    async def _serve_pools(self, store: Store, blobs: BlobStore, launched: Mapping[str, LocalExecutor]) -> int:
+    async def _serve_pools(
+        self, store: Store, blobs: BlobStore, watch: PoolWatch, launched: Mapping[str, LocalExecutor]
+    ) -> int:
         settings = self._settings
-        self._pools = [self._pool(model, store, blobs, launched.get(model.name)) for model in settings.models]
-        for directory, runner in zip(self._model_dirs, self._pools, strict=True):
-            await runner.recall(None if directory is None else str(directory))
-        store.events.on_enqueued(self._wake)
+        unused = dict(launched)
+
+        def make_runner(model: ModelSettings, is_essential: bool) -> PoolRunner:
+            first = unused.pop(model.name, None) if is_essential else None
+            return self._runner(model, store, blobs, first, is_essential=is_essential)
+
+        pools = ServedPools(models=settings.models, watch=watch, make_runner=make_runner)
+        await pools.open()
+        # Launched for what operators have removed meanwhile.
+        await asyncio.gather(*(executor.stop() for executor in unused.values()))
+        unused.clear()
+        store.events.on_enqueued(pools.wake)
         with _listening(settings.server.host, settings.server.port) as listener:
-            return await self._serve_http(store, blobs, listener)
+            return await self._serve_http(store, blobs, pools, PoolDirectory(pools.views, watch), listener)
 
     def _launch_early(self) -> dict[str, LocalExecutor]:
         """Start worker processes; they import and load while this one opens its store.
@@ -204,7 +219,16 @@ class Server:
             on_parts=self._live.publish,
         )
 
-    def _pool(self, model: ModelSettings, store: Store, blobs: BlobStore, first: LocalExecutor | None) -> PoolRunner:
+    def _runner(
+        self,
+        model: ModelSettings,
+        store: Store,
+        blobs: BlobStore,
+        first: LocalExecutor | None,
+        *,
+        is_essential: bool,
+    ) -> PoolRunner:
+        """first: its first worker, if that was launched already."""
         scheduler = self._settings.scheduler
         launched = [] if first is None else [first]
         policies = self._policies
@@ -232,30 +256,28 @@ class Server:
             weights=TenantWeights(store, scheduler.weight_of, monotonic=time.monotonic),
             metrics=self._metrics,
             clock=time.time,
+            is_essential=is_essential,
         )
 
-    def _wake(self, pool: PoolName, kind: OpKind) -> None:
-        for runner in self._pools:
-            if runner.pool == pool:
-                runner.wake(kind)
-
-    async def _serve_http(self, store: Store, blobs: BlobStore, listener: socket.socket) -> int:
+    async def _serve_http(
+        self, store: Store, blobs: BlobStore, pools: ServedPools, directory: PoolDirectory, listener: socket.socket
+    ) -> int:
         settings = self._settings
         http = _QuietServer(
             http_config(
-                create_app(self._gateway_deps(store, blobs)),
+                create_app(self._gateway_deps(store, blobs, pools, directory)),
                 Connections(settings.server, self._metrics),
                 timeout_graceful_shutdown=CLOSE_S,
                 lifespan="on",
             )
         )
         serving = asyncio.create_task(http.serve(sockets=[listener]), name="http")
-        leading = [asyncio.create_task(runner.run(), name=f"pool {runner.pool}") for runner in self._pools]
-        announcing = asyncio.create_task(self._announce(listener))
+        leading = asyncio.create_task(pools.run(), name="pools")
+        announcing = asyncio.create_task(self._announce(pools, listener))
         sweeper = Sweeper(
             store=store,
             blobs=blobs,
-            pools=self._pools,
+            pools=[pools],
             settings=settings.retention,
             clock=time.time,
             metrics=self._metrics,
@@ -263,19 +285,20 @@ class Server:
         sweeping = asyncio.create_task(sweeper.run(), name="sweeps")
         try:
             stopping = asyncio.create_task(self._stop.wait())
-            await asyncio.wait({serving, stopping, *leading}, return_when=asyncio.FIRST_COMPLETED)
+            failing = asyncio.create_task(pools.failed.wait())
+            await asyncio.wait({serving, stopping, failing, leading}, return_when=asyncio.FIRST_COMPLETED)
             is_asked = self._stop.is_set()
-            is_clean = await self._drain(leading)
-            for task in leading:
-                if not is_asked and task.done() and not task.cancelled():
-                    task.result()  # what ended a pool for good is the reason to stop, and is raised here
+            is_clean = await self._drain(pools, leading)
+            if not is_asked and not leading.cancelled():
+                leading.result()  # what ended a pool for good is the reason to stop, and is raised here
             return 0 if is_asked and is_clean else 1
         finally:
             announcing.cancel()
             stopping.cancel()
+            failing.cancel()
             sweeping.cancel()
             http.should_exit = True
-            await asyncio.gather(serving, announcing, stopping, sweeping, return_exceptions=True)
+            await asyncio.gather(serving, announcing, stopping, failing, sweeping, return_exceptions=True)
 
     def _handle_signals(self) -> None:
         loop = asyncio.get_running_loop()
@@ -290,41 +313,41 @@ class Server:
                     task.cancel()
         self._stop.set()
 
-    async def _drain(self, leading: Sequence[asyncio.Task[None]]) -> bool:
+    async def _drain(self, pools: ServedPools, leading: asyncio.Task[bool]) -> bool:
         """Finish what runs, within the bound; False when a pool had to be cut off or failed."""
         self._is_draining = True
         log.info("draining", bound_s=self._settings.server.drain_s)
-        for runner in self._pools:
-            runner.drain()
-        _, late = await asyncio.wait(leading, timeout=self._settings.server.drain_s)
-        for task in late:
-            log.warning("drain took too long", pool=task.get_name())
-            task.cancel()
-        results = await asyncio.gather(*leading, return_exceptions=True)
+        pools.drain()
+        _, late = await asyncio.wait({leading}, timeout=self._settings.server.drain_s)
+        if late:
+            log.warning("drain took too long", pools=pools.running())
+            leading.cancel()
+        [result] = await asyncio.gather(leading, return_exceptions=True)
         log.info("drained", in_time=not late)
-        return not late and not any(isinstance(result, BaseException) for result in results)
+        return result is True
 
-    async def _announce(self, listener: socket.socket) -> None:
+    async def _announce(self, pools: ServedPools, listener: socket.socket) -> None:
         """The one line on stdout: where the server is, once every pool serves."""
-        for runner in self._pools:
-            await runner.served.wait()
+        await pools.wait_served()
         _settle_garbage()
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         sys.stdout.write(f"treadle ready: http://{shown}:{port}{self._settings.server.root_path}\n")
         sys.stdout.flush()
 
-    def _gateway_deps(self, store: Store, blobs: BlobStore) -> GatewayDeps:
+    def _gateway_deps(
+        self, store: Store, blobs: BlobStore, pools: ServedPools, directory: PoolDirectory
+    ) -> GatewayDeps:
         settings = self._settings
 
         async def readiness() -> Readiness:
-            return await self._readiness(store)
+            return await self._readiness(store, pools)
 
         return GatewayDeps(
             store=store,
             blobs=blobs,
             clock=Clock(),
-            pools=PoolDirectory(self._pool_views),
+            pools=directory,
             settings=GatewaySettings(
                 is_loopback=is_loopback(settings.server.host),
                 auth_methods=settings.auth.methods,
@@ -354,22 +377,7 @@ class Server:
             policies=self._policies,
         )
 
-    def _pool_views(self) -> list[PoolView]:
-        views = []
-        for directory, runner in zip(self._model_dirs, self._pools, strict=True):
-            status = runner.status
-            views.append(
-                PoolView(
-                    name=runner.pool,
-                    aliases=() if directory is None else (str(directory),),
-                    facts=status.facts,
-                    is_ready=status.is_ready,
-                    reason=status.reason,
-                )
-            )
-        return views
-
-    async def _readiness(self, store: Store) -> Readiness:
+    async def _readiness(self, store: Store, pools: ServedPools) -> Readiness:
         reasons = []
         try:
             if not await store.schema_is_current():
@@ -378,9 +386,7 @@ class Server:
             reasons.append(error.message)
         if self._is_draining:
             reasons.append("the server is stopping")
-        reasons += [
-            f"pool {runner.pool}: {runner.status.reason}" for runner in self._pools if not runner.status.is_ready
-        ]
+        reasons += pools.unready()
         return Readiness(is_ready=not reasons, reasons=tuple(reasons))
 
 

@@ -20,6 +20,7 @@ from treadle.domain.records import CheckpointRecord, FinishedCycle, FinishedRequ
 from treadle.domain.states import Category
 from treadle.gateway import GatewayDeps, GatewaySettings, PoolDirectory, PoolView, Readiness
 from treadle.store import Store
+from treadle.store.pool_watch import PoolWatch
 from treadle.telemetry.metrics import Metrics
 from treadle.testing.clock import ManualClock
 from treadle.wire.payloads import decode_payload
@@ -77,7 +78,7 @@ class Harness:
             store=self.store,
             blobs=self.blobs,
             clock=self.clock,
-            pools=PoolDirectory(lambda: self.pools),
+            pools=PoolDirectory(lambda: self.pools, PoolWatch(self.store)),
             settings=self.settings,
             readiness=readiness,
             is_draining=lambda: self.is_draining,

@@ -13,9 +13,10 @@ from typing import TypeVar, cast
 from starlette.datastructures import Headers
 from starlette.requests import Request
 
-from treadle.domain.ids import RequestId
+from treadle.domain.ids import PoolName, RequestId
 from treadle.domain.outcome import PoolFacts
-from treadle.errors import Draining, Forbidden, NotFound, PoolLoading, Unauthenticated
+from treadle.domain.pool_decisions import PoolState
+from treadle.errors import Draining, Forbidden, InvalidRequest, NotFound, PoolLoading, Unauthenticated
 from treadle.gateway.access import Access
 from treadle.gateway.admission import Admission
 from treadle.gateway.auth import Authenticator, Principal
@@ -117,8 +118,23 @@ class Gateway:
         pool = self.deps.pools.by_base_model(base_model)
         if pool is None:
             served = ", ".join(view.name for view in self.deps.pools.all())
-            raise NotFound(f"base model {base_model[:200]!r} is not served here; served: {served}")
+            decision = self.deps.pools.decision(PoolName(base_model))
+            why = "" if decision is None or not decision.reason else f" ({decision.reason})"
+            raise NotFound(f"base model {base_model[:200]!r} is not served here{why}; served: {served}")
         return pool
+
+    def pool_for_new(self, base_model: str) -> PoolView:
+        """Like `pool_for`, for a new run or sampling session. Raises InvalidRequest too, while the pool takes none."""
+        pool = self.pool_for(base_model)
+        check_takes_new(pool)
+        return pool
+
+
+def check_takes_new(pool: PoolView) -> None:
+    """Raises InvalidRequest when operators let no run and no sampling session begin in the pool."""
+    if pool.state is PoolState.DRAINING:
+        why = f": {pool.state_reason}" if pool.state_reason else ""
+        raise InvalidRequest(f"base model {pool.name} takes no new runs and sampling sessions now{why}")
 
 
 def loaded_facts(pool: PoolView) -> PoolFacts:

@@ -6,18 +6,20 @@ Invariant: a `GatewayDeps` never changes; what moves (pools loading, draining) i
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from treadle.blobs import BlobStore
 from treadle.config import AuthMethod, ModelScopeSettings
 from treadle.domain import limits
-from treadle.domain.ids import PoolName
+from treadle.domain.ids import ModelId, PoolName
 from treadle.domain.outcome import PoolFacts
+from treadle.domain.pool_decisions import PoolDecision, PoolDecisions, PoolState
 from treadle.gateway.chat.live import LiveSamples
 from treadle.store import Store
 from treadle.store.policy_watch import PolicyWatch
+from treadle.store.pool_watch import PoolWatch
 from treadle.telemetry.metrics import Metrics
 
 
@@ -34,7 +36,9 @@ class PoolView:
     """One pool as a gateway sees it.
 
     aliases: other accepted values of base_model (the absolute directory of a local model).
-    facts: None until its first worker has loaded the base model. reason: why it is not ready.
+    facts: None until its first worker has loaded the base model. reason: why it is not ready. source, revision: where
+    its base model comes from. state, state_reason: what operators decided. resident_runs: those that its worker holds,
+    None when another server leads it.
     """
 
     name: PoolName
@@ -42,13 +46,42 @@ class PoolView:
     facts: PoolFacts | None = None
     is_ready: bool = False
     reason: str = ""
+    source: str = ""
+    revision: str | None = None
+    state: PoolState = PoolState.SERVING
+    state_reason: str = ""
+    resident_runs: Callable[[], Collection[ModelId]] | None = field(default=None, compare=False)
 
 
 class PoolDirectory:
-    """The pools of this server, looked up by name or by a client's base_model."""
+    """The pools of this server, looked up by name or by a client's base_model. Those that operators removed are not
+    there, from the moment on at which `watch` knows."""
 
-    def __init__(self, views: Callable[[], Sequence[PoolView]]) -> None:
-        self._views = views
+    def __init__(self, views: Callable[[], Sequence[PoolView]], watch: PoolWatch | None = None) -> None:
+        """views: all that this server has. watch: what operators decided about them, kept up to date by its owner."""
+        self._all_views = views
+        self._watch = watch
+
+    @property
+    def decisions(self) -> PoolDecisions:
+        """What operators decided, as it is known now."""
+        return PoolDecisions() if self._watch is None else self._watch.now
+
+    def decision(self, name: PoolName) -> PoolDecision | None:
+        """What operators decided about the pool, which need not be served here."""
+        return self.decisions.pools.get(name)
+
+    async def refresh(self) -> None:
+        """Know what was decided until now. Raises StoreUnavailable."""
+        if self._watch is not None:
+            await self._watch.refresh()
+
+    def _views(self) -> Sequence[PoolView]:
+        decided = self.decisions.pools
+        if not decided:
+            return self._all_views()
+        views = [_as_decided(view, decided.get(view.name)) for view in self._all_views()]
+        return [view for view in views if view.state is not PoolState.REMOVED]
 
     def all(self) -> tuple[PoolView, ...]:
         """All pools, in the order in which the operator named them."""
@@ -64,6 +97,10 @@ class PoolDirectory:
     def by_name(self, name: PoolName) -> PoolView | None:
         """The pool called `name`, or None when this server does not have it."""
         return next((view for view in self._views() if view.name == name), None)
+
+
+def _as_decided(view: PoolView, decision: PoolDecision | None) -> PoolView:
+    return view if decision is None else replace(view, state=decision.state, state_reason=decision.reason)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from treadle.domain.backlog import Place
+from treadle.domain.pool_decisions import PoolDecision, PoolState
 from treadle.domain.records import RequestRecord
 from treadle.domain.states import QueueState
 from treadle.gateway.context import Gateway
@@ -27,6 +28,8 @@ async def why_queued(gateway: Gateway, row: RequestRecord) -> Wait:
     """Why the request of this queued row waits. The first of several reasons is given."""
     place = await gateway.store.backlog.place_of(row)
     pool = gateway.deps.pools.by_name(row.pool)
+    if (stopped := _stopped(gateway.deps.pools.decision(row.pool))) is not None:
+        return Wait(QueueState.PAUSED_CAPACITY, stopped, place)
     if pool is None:
         return Wait(QueueState.PAUSED_CAPACITY, f"base model {row.pool} is not served by this server now", place)
     if not pool.is_ready:
@@ -40,6 +43,16 @@ async def why_queued(gateway: Gateway, row: RequestRecord) -> Wait:
     if (excess := gateway.backlog.excess(row.tenant_id, is_sample=is_sample)) is not None:
         return Wait(excess.state, excess.words, place)
     return Wait(QueueState.ACTIVE, _in_line(gateway, row, place), place)
+
+
+def _stopped(decision: PoolDecision | None) -> str | None:
+    """What an operator stopped, and why; None when nothing."""
+    if decision is None or decision.state not in (PoolState.PAUSED, PoolState.REMOVED):
+        return None
+    why = f": {decision.reason}" if decision.reason else ""
+    if decision.state is PoolState.PAUSED:
+        return f"base model {decision.pool} is paused by an operator{why}"
+    return f"base model {decision.pool} is not served now, an operator removed it{why}"
 
 
 def _in_line(gateway: Gateway, row: RequestRecord, place: Place) -> str:

@@ -27,7 +27,9 @@ from treadle.scheduler.lease import Standby, keep_lease
 from treadle.scheduler.outages import Outages
 from treadle.scheduler.quarantine import Quarantine
 from treadle.scheduler.sampling_loop import SamplingLoop
+from treadle.scheduler.slot_report import report_slots
 from treadle.store import PoolReport, Store
+from treadle.store.slots import Slots
 from treadle.telemetry.logs import get_logger
 from treadle.telemetry.metrics import Metrics
 
@@ -115,6 +117,11 @@ class PoolRunner:
     def status(self) -> PoolStatus:
         return self._status
 
+    @property
+    def is_leading(self) -> bool:
+        """Whether this server leads the pool now."""
+        return self._cycles is not None
+
     async def recall(self, source_dir: str | None) -> None:
         """Show what the last leader reported of the base model, so that requests can be admitted before it is loaded.
 
@@ -136,6 +143,11 @@ class PoolRunner:
     def resident_runs(self) -> Collection[ModelId]:
         """Runs that the worker of this server holds."""
         return () if self._cycles is None else self._cycles.resident_runs()
+
+    def _slots(self) -> Slots:
+        """What the worker of this server holds."""
+        running = {} if self._samples is None else self._samples.num_running()
+        return Slots(sorted(self.resident_runs()), running)
 
     def park_cold(self, model_ids: Iterable[ModelId]) -> None:
         """Have these runs leave the worker between cycles, each once its state is durable."""
@@ -219,11 +231,12 @@ class PoolRunner:
         )
         keeper = asyncio.create_task(keep_lease(self._store, lease, ttl_s=self._lease_ttl_s))
         publisher = asyncio.create_task(self._publish_forever(lease, outages))
+        reporter = asyncio.create_task(report_slots(self._store, lease, self._slots))
         commands = asyncio.create_task(
             watch_commands(self._store, self.pool, outages=outages, take=self._cycles.take_commands)
         )
         serving = asyncio.create_task(self._serve_workers())
-        tasks = {keeper, publisher, commands, serving}
+        tasks = {keeper, publisher, reporter, commands, serving}
         try:
             # Of these only the last one ends without an error.
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

@@ -17,7 +17,7 @@ from treadle.domain.states import SessionState
 from treadle.errors import InvalidRequest, NotFound, ServerError, SessionFinished
 from treadle.gateway.auth import Principal
 from treadle.gateway.checkpoints import readable_checkpoint
-from treadle.gateway.context import Gateway, loaded_facts
+from treadle.gateway.context import Gateway, check_takes_new, loaded_facts
 from treadle.gateway.deps import PoolView
 
 # Tells these sessions from those that clients make; a later one is made when a client has finished the ones before.
@@ -67,6 +67,7 @@ async def sampling_session_of(gateway: Gateway, principal: Principal, weights: W
         try:
             record = await gateway.access.sampling_session(principal, sampling_session_id)
         except NotFound:
+            check_takes_new(weights.pool)
             record = await gateway.store.sampling.create(
                 SamplingSessionRecord(
                     sampling_session_id=sampling_session_id,

@@ -65,7 +65,7 @@ async def create_model(request: Request) -> Response:
     try:
         body = parse_body(CreateModelBody, raw)
         await gateway.losses.check_metadata(principal.tenant_id, body.user_metadata)
-        pool = gateway.pool_for(body.base_model)
+        pool = gateway.pool_for_new(body.base_model)
         op = create_model_op(
             body,
             base_model=pool.name,
@@ -97,7 +97,7 @@ async def load_weights(request: Request) -> Response:
         body = parse_body(LoadWeightsBody, raw)
         await gateway.losses.check_metadata(principal.tenant_id, body.user_metadata)
         checkpoint = await _loadable(gateway, principal, body)
-        pool = gateway.pool_for(checkpoint.base_model)
+        pool = gateway.pool_for_new(checkpoint.base_model)
         if body.base_model is not None and gateway.pool_for(body.base_model) != pool:
             raise InvalidRequest(f"{body.path} belongs to base model {pool.name}, not to {body.base_model!r}")
         op = _load_op(body, checkpoint)

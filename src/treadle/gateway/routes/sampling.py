@@ -21,7 +21,7 @@ from treadle.gateway.answers import json_response
 from treadle.gateway.auth import Principal
 from treadle.gateway.bodies import MAX_JSON_BYTES, read_body
 from treadle.gateway.checkpoints import readable_checkpoint
-from treadle.gateway.context import Gateway, gateway_of
+from treadle.gateway.context import Gateway, check_takes_new, gateway_of
 from treadle.gateway.deps import PoolView
 from treadle.gateway.intake import future_of, pool_limits, read_plain_body
 from treadle.gateway.routing import Resource
@@ -54,8 +54,11 @@ async def create_sampling_session(request: Request) -> Response:
     body = parse_body(CreateSamplingSessionBody, await read_body(request, limit_bytes=MAX_JSON_BYTES))
     session = await gateway.access.active_session(principal, body.session_id)
     pool, checkpoint = await _weights_of(gateway, principal, body)
+    sampling_session_id = sampler_id(session.session_id, body.sampling_session_seq_id)
+    if await gateway.store.sampling.get(sampling_session_id) is None:
+        check_takes_new(pool)
     record = SamplingSessionRecord(
-        sampling_session_id=sampler_id(session.session_id, body.sampling_session_seq_id),
+        sampling_session_id=sampling_session_id,
         session_id=session.session_id,
         tenant_id=session.tenant_id,
         pool=pool.name,
