@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from treadle.blobs import BlobStore
 from treadle.domain.ids import PoolName, RequestId, TenantId
 from treadle.domain.outcome import Failure, SampleOutcome
 from treadle.domain.plan import SampleWork
 from treadle.domain.policy import Policies
+from treadle.domain.rates import RateKind
 from treadle.domain.records import FinishedRequest, LeaseRecord, RequestRecord
 from treadle.domain.states import Category
 from treadle.domain.usage import SampleUsage
@@ -24,6 +25,7 @@ from treadle.executor.base import Executor
 from treadle.scheduler.outages import Outages
 from treadle.scheduler.preparing import Unread, drop_blobs, read_payloads
 from treadle.scheduler.quarantine import MAX_DEATHS, Quarantine
+from treadle.scheduler.rates import RateGate, SampleMeter, most_sampled
 from treadle.store import Store
 from treadle.telemetry.logs import get_logger
 from treadle.telemetry.metrics import Metrics
@@ -61,6 +63,9 @@ class SamplingLoop:
         self._blobs = blobs
         self._lease = lease
         self._running: dict[RequestId, TenantId] = {}
+        # Tokens that each of them may still draw.
+        self._most_sampled: dict[RequestId, int] = {}
+        self._rates = RateGate(store, policies)
         self._quarantine = quarantine
         self._outages = outages
         self._policies = policies
@@ -82,6 +87,10 @@ class SamplingLoop:
         self._outcomes.extend(outcomes)
         self._wake.set()
 
+    def num_running(self) -> Mapping[TenantId, int]:
+        """Samples that the sampler has, by tenant."""
+        return dict(sorted(Counter(self._running.values()).items()))
+
     def stop(self) -> None:
         """End `run`; samples in flight stay queued for the next start."""
         self._is_stopping = True
@@ -96,6 +105,7 @@ class SamplingLoop:
         """Feed `executor` until stopped or abandoned. Raises WorkerDied when it is dead, Fenced without the lease."""
         self._outcomes.clear()
         self._running.clear()
+        self._most_sampled.clear()
         self._is_abandoned = False
         unsubscribe = self._store.events.on_finished(lambda ids: self._drop_cancelled(executor, ids))
         try:
@@ -131,6 +141,7 @@ class SamplingLoop:
         executor.cancel_samples(cancelled)
         for request_id in cancelled:
             del self._running[request_id]
+            self._most_sampled.pop(request_id, None)
             self._quarantine.sample_ended(request_id)
         self.wake()
 
@@ -146,7 +157,7 @@ class SamplingLoop:
         if room <= 0 or self._is_paused():
             return
         rows = await self._store.requests.queued_samples(self._pool, MAX_HANDED_OVER + room)
-        fresh = self._within_shares(rows)[:room]
+        fresh = await self._within_rates(self._within_shares(rows)[:room])
         if condemned := [row for row in fresh if self._quarantine.is_condemned(row.request_id)]:
             await self._give_up(condemned)
         admitted = set(self._quarantine.admit_samples([row.request_id for row in fresh if row not in condemned]))
@@ -166,7 +177,17 @@ class SamplingLoop:
                 self._running[row.request_id] = row.tenant_id
         executor.submit_samples(works)
         self._running.update((work.request_id, work.tenant_id) for work in works)
+        self._most_sampled.update(
+            (row.request_id, most_sampled(row)) for row in ready if row.request_id in self._running
+        )
         self._quarantine.samples_begin(work.request_id for work in works)
+
+    async def _within_rates(self, rows: Sequence[RequestRecord]) -> list[RequestRecord]:
+        """Those of `rows` that may start: a tenant's oldest ones, until what it has in flight may fill its rates."""
+        rooms = await self._rates.rooms(RateKind.SAMPLING, {row.tenant_id for row in rows})
+        in_flight = {id_: (tenant_id, self._most_sampled.get(id_, 0)) for id_, tenant_id in self._running.items()}
+        meter = SampleMeter(rooms, in_flight)
+        return [row for row in rows if meter.takes(row)]
 
     def _within_shares(self, rows: Sequence[RequestRecord]) -> list[RequestRecord]:
         """The rows that are not with the sampler yet, in their order, as far as their tenants' shares go."""
@@ -225,10 +246,11 @@ class SamplingLoop:
             for outcome in outcomes
         ]
         self._committing = frozenset(outcome.request_id for outcome in outcomes)
-        unused = await self._store.cycles.finish_samples(self._lease, finished)
+        unused = await self._store.cycles.finish_samples(self._lease, finished, policies=self._policies())
         self._outages.over()
         for outcome in outcomes:
             self._running.pop(outcome.request_id, None)
+            self._most_sampled.pop(outcome.request_id, None)
             self._quarantine.sample_ended(outcome.request_id)
             self._metrics.sampled_tokens.labels(self._pool).inc(outcome.num_sampled_tokens)
             self._metrics.prompt_tokens.labels(self._pool).inc(outcome.num_prompt_tokens)

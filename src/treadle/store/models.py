@@ -49,6 +49,11 @@ _OF_SESSION = (
     .order_by(models.c.created_at, models.c.model_id)
     .limit(MAX_UNPAGED_ROWS)
 )
+_OF_IDS = (
+    sa.select(*_COLUMNS)
+    .where(models.c.model_id.in_(sa.bindparam("ids", expanding=True)))
+    .order_by(models.c.model_id)
+)
 _OF_POOL = (
     sa.select(*_COLUMNS)
     .where(
@@ -128,6 +133,12 @@ class Models:
     async def of_session(self, session_id: SessionId) -> list[ModelRecord]:
         """A session's runs, oldest first, at most MAX_UNPAGED_ROWS."""
         rows = await self._database.read(lambda conn: conn.execute(_OF_SESSION, {"of_session": session_id}).all())
+        return [_record_of(row) for row in rows]
+
+    async def of_ids(self, model_ids: Sequence[ModelId]) -> list[ModelRecord]:
+        """Those of these runs (a page of them) that exist, by id."""
+        checked_limit(len(model_ids))
+        rows = await self._database.read(lambda conn: conn.execute(_OF_IDS, {"ids": list(model_ids)}).all())
         return [_record_of(row) for row in rows]
 
     async def of_pool(

@@ -48,6 +48,7 @@ from treadle.store.sampling import Sampling, SamplingInserts
 from treadle.store.secrets import Secrets
 from treadle.store.session_search import SessionSearch
 from treadle.store.sessions import Sessions
+from treadle.store.slots import SlotReports
 from treadle.store.snapshots import SnapshotRows, Snapshots
 from treadle.store.stability import StabilityRecords
 from treadle.store.tenant_listing import TenantListing
@@ -119,6 +120,7 @@ class Store:
         self.tenants = Tenants(database=database, writer=writer, clock=clock)
         self.tenant_listing = TenantListing(database=database, clock=clock)
         self.organizations = Organizations(database=database, writer=writer, clock=clock)
+        self.slots = SlotReports(database=database, writer=writer, clock=clock)
         self.admin_audit = AdminAudit(database)
         self.admin_usage = AdminUsage(database=database, clock=clock)
         self.admin_checkpoints = AdminCheckpoints(database=database, writer=writer, clock=clock)

@@ -1,29 +1,32 @@
 """Who the caller is, what was used, and what was done: tokens, keys, billing, audit.
 
-Everything here is about the caller's own tenant, whichever of its keys asks. Costs are null: prices are not treadle's.
+It is about the caller's own tenant, whichever of its keys asks; with an admin key, usage and audit are about all
+tenants, as the SDK's AdminClient expects. Costs are null: prices are not treadle's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, date, datetime, time
 from typing import assert_never
 
 from starlette.requests import Request
 from starlette.responses import Response
 
+from treadle.config import AuthMethod
 from treadle.domain.ids import DEFAULT_PROJECT, SessionId
-from treadle.domain.limits import MAX_AUDIT_ROWS, MAX_UNPAGED_ROWS, MAX_USAGE_WINDOW_S
+from treadle.domain.limits import MAX_ADMIN_USAGE_ROWS, MAX_AUDIT_ROWS, MAX_UNPAGED_ROWS, MAX_USAGE_WINDOW_S
 from treadle.domain.records import SessionRecord
+from treadle.domain.tenants import user_of
 from treadle.domain.usage import HOUR_S, StorageRecord, UsageKind, UsageRecord, hour_of
 from treadle.errors import InvalidRequest
 from treadle.gateway.answers import iso_time, json_response
-from treadle.gateway.auth import Principal
+from treadle.gateway.auth import urn_of
 from treadle.gateway.bodies import MAX_JSON_BYTES, read_body
 from treadle.gateway.context import gateway_of
 from treadle.gateway.queries import query_of
 from treadle.gateway.routing import Resource
-from treadle.store.audit import AuditEvent
+from treadle.store.audit import AuditEvent, Author
 from treadle.wire.account_bodies import AuditQuery, StorageQuery, UsageQuery
 from treadle.wire.answers import EmptyAnswer
 from treadle.wire.answers_account import ApiKeyAnswer, AuditAnswer, AuthTokenAnswer, StorageAnswer, UsageAnswer
@@ -33,6 +36,12 @@ router = Resource("/api/v1")
 # The unit of storage in the API's answers.
 GIGABYTE = 10**9
 DAY_S = 24 * HOUR_S
+# What there is to say about keys that are recognised in each way.
+_NOTES: dict[AuthMethod, str] = {
+    "keys": "",
+    "open": "open mode: every tml- key is a tenant of its own",
+    "modelscope": "a token of ModelScope, where it is made and ended",
+}
 
 
 @router.post("/auth/token", answer=AuthTokenAnswer)
@@ -47,14 +56,17 @@ async def auth_token(request: Request) -> Response:
 @router.get("/auth/apikey/me", answer=ApiKeyAnswer)
 async def get_own_key(request: Request) -> Response:
     """What the server knows of the key that was sent. It has names and no addresses: `email` is the user's name."""
-    principal = await gateway_of(request).caller(request)
-    is_created = principal.key_id is not None
+    gateway = gateway_of(request)
+    principal = await gateway.caller(request)
+    record = None if principal.key_id is None else await gateway.store.keys.get(principal.key_id)
+    name = principal.user if record is None else record.name or f"{principal.user}-{record.key_id}"
+    organization = principal.organization or principal.tenant_id
     return json_response(
         {
             "key_id": principal.key_id or 0,
-            "name": f"{principal.user}-{principal.key_id}" if is_created else principal.user,
-            "note": "" if is_created else "open mode: every tml- key is a tenant of its own",
-            "details": {"org_details": {"name": principal.tenant_id}, "user_details": {"email": principal.user}},
+            "name": name,
+            "note": _NOTES[principal.method],
+            "details": {"org_details": {"name": organization}, "user_details": {"email": principal.user}},
         }
     )
 
@@ -65,45 +77,54 @@ async def revoke_own_key(request: Request) -> Response:
     gateway = gateway_of(request)
     principal = await gateway.caller(request)
     if principal.key_id is None:
-        raise InvalidRequest("this key was not created here, so it cannot be ended: the server is in open mode")
-    await gateway.store.keys.revoke(principal.key_id)
+        raise InvalidRequest(f"this key was not created here, so it cannot be ended: {_NOTES[principal.method]}")
+    await gateway.store.keys.revoke(principal.key_id, author=Author(principal.tenant_id, principal.actor))
     gateway.auth.forget(principal)
     return json_response({})
 
 
 @router.get("/audit", query=AuditQuery, answer=AuditAnswer)
 async def read_audit_log(request: Request) -> Response:
-    """What was done to the caller's checkpoints and projects on one day of UTC, by time. Teams do not exist here."""
+    """What was done to the caller's checkpoints and projects on one day of UTC, by time. Teams do not exist here.
+
+    With an admin key: what was done by all tenants and operators, with who did it among the details.
+    """
     gateway = gateway_of(request)
     principal = await gateway.caller(request)
     query = query_of(request, AuditQuery)
     since = _midnight(query.day or datetime.fromtimestamp(gateway.deps.clock.now(), tz=UTC).date())
-    events = await gateway.store.audit.read(
-        principal.tenant_id,
-        since=since,
-        before=since + DAY_S,
-        event_type=None if query.event_type == "all" else query.event_type,
-    )
+    wanted = None if query.event_type == "all" else query.event_type
+    events: Sequence[AuditEvent] | None
+    if principal.is_admin:
+        events = await gateway.store.admin_audit.of_day(since=since, before=since + DAY_S, event_type=wanted)
+    else:
+        events = await gateway.store.audit.read(
+            principal.tenant_id, since=since, before=since + DAY_S, event_type=wanted
+        )
     if events is None:
         raise InvalidRequest(f"that day has over {MAX_AUDIT_ROWS} events; ask for one event_type")
-    return json_response({"entries": [_entry(event) for event in events]})
+    return json_response({"entries": [_entry(event, with_user=principal.is_admin) for event in events]})
 
 
 @router.get("/billing/usage/events", query=UsageQuery, answer=UsageAnswer)
 async def list_usage(request: Request) -> Response:
     """What the caller's sessions used in a window of whole hours: tokens, named saves, and storage of hours that are
-    over. A key of any user may ask, about that user."""
+    over. A key of any user may ask, about that user; an admin key asks about all tenants."""
     gateway = gateway_of(request)
     principal = await gateway.caller(request)
     query = query_of(request, UsageQuery)
     since, before = _window(query, gateway.deps.clock.now())
-    records = await gateway.store.usage.events(principal.tenant_id, since=since, before=before)
+    if principal.is_admin:
+        records, limit = await gateway.store.admin_usage.events(since=since, before=before), MAX_ADMIN_USAGE_ROWS
+    else:
+        records = await gateway.store.usage.events(principal.tenant_id, since=since, before=before)
+        limit = MAX_UNPAGED_ROWS
     if records is None:
-        raise InvalidRequest(f"that window has over {MAX_UNPAGED_ROWS} rows of usage; ask for a shorter one")
+        raise InvalidRequest(f"that window has over {limit} rows of usage; ask for a shorter one")
     sessions = await gateway.store.sessions.of_ids({record.session_id for record in records})
     return json_response(
         {
-            "data": [_usage(record, sessions, principal) for record in records],
+            "data": [_usage(record, sessions) for record in records],
             "sessions": {name: {"user_metadata": session.user_metadata} for name, session in sessions.items()},
             "cost_data_through": None,
         }
@@ -112,12 +133,19 @@ async def list_usage(request: Request) -> Response:
 
 @router.get("/billing/usage/checkpoints/current", query=StorageQuery, answer=StorageAnswer)
 async def show_storage(request: Request) -> Response:
-    """What the caller's checkpoints take now, by project. A copy counts like what it was copied from."""
+    """What the caller's checkpoints take now, by project. A copy counts like what it was copied from. With an admin
+    key: of all tenants, by tenant and project."""
     gateway = gateway_of(request)
     principal = await gateway.caller(request)
     query = query_of(request, StorageQuery)
-    records = await gateway.store.usage.storage(principal.tenant_id, query.project_id)
-    data = [_storage(record, principal) for record in records]
+    records: Sequence[StorageRecord] | None
+    if principal.is_admin:
+        records = await gateway.store.admin_usage.storage(query.project_id)
+        if records is None:
+            raise InvalidRequest(f"there are over {MAX_ADMIN_USAGE_ROWS} projects with checkpoints; ask for one")
+    else:
+        records = await gateway.store.usage.storage(principal.tenant_id, query.project_id)
+    data = [_storage(record) for record in records]
     return json_response({"effective_rate_usd_per_gigabyte_month": None, "data": data})
 
 
@@ -125,11 +153,16 @@ def _midnight(day: date) -> float:
     return datetime.combine(day, time(), tzinfo=UTC).timestamp()
 
 
-def _entry(event: AuditEvent) -> dict[str, object]:
+def _entry(event: AuditEvent, *, with_user: bool) -> dict[str, object]:
+    details = dict(event.details)
+    if with_user:
+        details |= {"user_id": urn_of(event.tenant_id), "user_name": user_of(event.tenant_id)}
+    if with_user and event.subject is not None:
+        details |= {"actor": event.actor, "subject": event.subject}
     return {
         "timestamp": iso_time(event.created_at),
         "event": event.event,
-        "event_details": event.details,
+        "event_details": details,
         "model_id": event.model_id,
         "tinker_path": event.tinker_path,
         "purpose": event.purpose,
@@ -150,14 +183,14 @@ def _window(query: UsageQuery, now: float) -> tuple[int, int]:
     return int(since), int(before)
 
 
-def _usage(record: UsageRecord, sessions: Mapping[SessionId, SessionRecord], principal: Principal) -> dict[str, object]:
+def _usage(record: UsageRecord, sessions: Mapping[SessionId, SessionRecord]) -> dict[str, object]:
     session = sessions.get(record.session_id)
     return {
         "bucket_start": iso_time(record.bucket_start),
         "bucket_end": iso_time(record.bucket_start + HOUR_S),
         "base_model": record.base_model,
-        "user_id": principal.user_urn,
-        "user_name": principal.user,
+        "user_id": urn_of(record.tenant_id),
+        "user_name": user_of(record.tenant_id),
         "session_id": record.session_id,
         "project_id": None if session is None else session.project_id or DEFAULT_PROJECT,
         "estimated_cost_usd": None,
@@ -183,12 +216,12 @@ def _event_info(record: UsageRecord) -> dict[str, object]:
             assert_never(record.kind)
 
 
-def _storage(record: StorageRecord, principal: Principal) -> dict[str, object]:
+def _storage(record: StorageRecord) -> dict[str, object]:
     return {
         "project_id": record.project_id,
-        "org_user_urn": principal.user_urn,
+        "org_user_urn": urn_of(record.tenant_id),
         "user_email": None,
-        "user_name": principal.user,
+        "user_name": user_of(record.tenant_id),
         "checkpoint_count": record.num_checkpoints,
         "size_bytes": record.num_bytes,
         "size_gigabytes": record.num_bytes / GIGABYTE,
