@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import secrets
 
 KEY_PREFIX = "tml-"
+_KEY_BYTES = 32
+# What new_key makes: so many bytes in base64.
+_OWN_FORM = re.compile(re.escape(KEY_PREFIX) + r"[A-Za-z0-9_-]{43}")
 
 
 def new_key() -> str:
     """A fresh key with 256 random bits and the prefix that the SDK insists on."""
-    return KEY_PREFIX + secrets.token_urlsafe(32)
+    return KEY_PREFIX + secrets.token_urlsafe(_KEY_BYTES)
+
+
+def is_own_form(text: str) -> bool:
+    """Whether this can only be a key of a server like this one, whether or not anybody made it."""
+    return _OWN_FORM.fullmatch(text) is not None
 
 
 def key_digest(raw_key: str) -> str:

@@ -81,6 +81,14 @@ class ConfirmedRows(Generic[K, V]):
         """Believe a row from `read_at` on, the monotonic time before it was read."""
         self._rows.put(key, _Belief(value, read_at))
 
+    def holds(self, key: K) -> bool:
+        """Whether there is such a row, confirmed or not."""
+        return self._rows.get(key) is not None
+
+    def believed(self) -> list[tuple[K, V]]:
+        """All rows, as they were confirmed last."""
+        return [(key, belief.value) for key, belief in self._rows.items()]
+
     def forget(self, key: K) -> None:
         self._rows.forget(key)
 

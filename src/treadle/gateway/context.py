@@ -43,7 +43,9 @@ class Gateway:
         self.store = deps.store
         self.policies = deps.policies or PolicyWatch(deps.store)
         self.signer = Signer(store=deps.store, clock=deps.clock)
-        self.auth = Authenticator(store=deps.store, settings=deps.settings, clock=deps.clock, signer=self.signer)
+        self.auth = Authenticator(
+            store=deps.store, settings=deps.settings, clock=deps.clock, signer=self.signer, policies=self.policies
+        )
         self.failed_logins = FailedLogins(
             max_per_minute=deps.settings.max_failed_logins_per_minute,
             monotonic=deps.clock.monotonic,
@@ -71,6 +73,7 @@ class Gateway:
         """Let every waiter go and end the threads. Idempotent."""
         await self.backlog.stop()
         await self.hub.stop()
+        await self.auth.close()
         if self.deps.policies is None:
             await self.policies.stop()
         self.admission.close()
@@ -81,14 +84,16 @@ class Gateway:
         room_of(request.scope).owner = principal.tenant_id
         return principal
 
-    async def logged_in(self, request: Request, ask: Callable[[Headers], Awaitable[T]]) -> T:
+    async def logged_in(self, request: Request, ask: Callable[[Headers, str], Awaitable[T]]) -> T:
         """What the authenticator answers about the credential of a request, unless too many failed before it.
+
+        ask: with the request's headers and the client's address.
 
         Raises Unauthenticated and TooManyFailedLogins.
         """
         self.failed_logins.check(request)
         try:
-            answer = await ask(request.headers)
+            answer = await ask(request.headers, "" if request.client is None else request.client.host)
         except Unauthenticated:
             self.failed_logins.failed(request)
             raise
