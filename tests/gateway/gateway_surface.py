@@ -391,6 +391,31 @@ CALLS: dict[str, Calls] = dict(
             for method in ("GET", "DELETE")
         ),
         _plain("GET", "/api/v1/losses"),
+        _plain("GET", "/admin/v1/tenants"),
+        _on("GET", "/admin/v1/tenants/{tenant_id}", lambda their: f"/admin/v1/tenants/{open_tenant()}"),
+        _on(
+            "PUT", "/admin/v1/tenants/{tenant_id}", lambda their: "/admin/v1/tenants/user:new", {"weight_class": "bulk"}
+        ),
+        _plain("GET", "/admin/v1/organizations"),
+        _on(
+            "PUT", "/admin/v1/organizations/{name}", lambda their: "/admin/v1/organizations/acme", {"description": "d"}
+        ),
+        _on("GET", "/admin/v1/organizations/{name}", lambda their: "/admin/v1/organizations/acme"),
+        _on("DELETE", "/admin/v1/organizations/{name}", lambda their: "/admin/v1/organizations/acme"),
+        _plain("GET", "/admin/v1/audit"),
+        _plain("GET", "/admin/v1/usage"),
+        _plain("GET", "/admin/v1/usage.csv"),
+        _plain("GET", "/admin/v1/queue"),
+        _plain("GET", "/admin/v1/slots"),
+        _plain("GET", "/admin/v1/checkpoints"),
+        (
+            "POST /admin/v1/checkpoints/unpublish",
+            lambda mine, theirs: [Call("POST", "/admin/v1/checkpoints/unpublish", {"path": theirs.path()})],
+        ),
+        (
+            "POST /admin/v1/checkpoints/delete",
+            lambda mine, theirs: [Call("POST", "/admin/v1/checkpoints/delete", {"path": theirs.path()})],
+        ),
         _plain("GET", "/admin/v1/losses"),
         _on(
             "PUT",
