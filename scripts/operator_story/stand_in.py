@@ -33,7 +33,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         """Whether a user is a member of the organisation."""
         is_member = self.path.rstrip("/").endswith(f"/{_NAMES[MEMBER]}") and f"/{ORGANIZATION}/" in self.path
-        self._answer(200 if is_member else 404, {"Success": is_member})
+        self._answer(200, {"Code": 200, "Success": True, "Data": {"IsMember": is_member}})
 
     def log_message(self, *args: object) -> None:
         """Quiet."""
