@@ -15,6 +15,7 @@ from treadle.domain.ids import TenantId, TinkerPath
 from treadle.domain.records import CheckpointRecord
 from treadle.store.audit import Author, add_change
 from treadle.store.checkpoints import record_of
+from treadle.store.ended_checkpoints import end_checkpoints
 from treadle.store.engine import Database
 from treadle.store.pages import checked_limit
 from treadle.store.tables import checkpoints
@@ -71,7 +72,7 @@ class AdminCheckpoints:
             record = self._find(conn, path)
             if record is None:
                 return False
-            conn.execute(_DELETE, {"path": str(path)})
+            end_checkpoints(conn, _DELETE, {"path": str(path)}, now=self._clock())
             self._note(conn, author, "checkpoint.deleted", record, after=None)
             return True
 

@@ -17,6 +17,7 @@ from treadle.domain.records import CheckpointRecord
 from treadle.store import audit
 from treadle.store.audit import AuditEvent
 from treadle.store.dialect import Dialect
+from treadle.store.ended_checkpoints import ENDED, end_checkpoints, note_ended
 from treadle.store.engine import Database
 from treadle.store.lora_json import lora_from_json, lora_to_json
 from treadle.store.pages import checked_limit, checked_page, read_page
@@ -50,10 +51,18 @@ _of_owner = (
 _SET_PUBLIC = checkpoints.update().where(*_of_owner).values(public=sa.bindparam("new_public"))
 _SET_EXPIRY = checkpoints.update().where(*_of_owner).values(expires_at=sa.bindparam("new_expiry", type_=sa.Double))
 _DELETE_OWN = checkpoints.delete().where(*_of_owner)
+_REPLACED = (
+    checkpoints.delete()
+    .where(
+        checkpoints.c.tinker_path.in_(sa.bindparam("paths", expanding=True)),
+        checkpoints.c.blob_key.not_in(sa.bindparam("keys", expanding=True)),
+    )
+    .returning(*ENDED)
+)
 
 
 class CheckpointUpserts:
-    """Publish checkpoints inside a write transaction; one under the same path is replaced."""
+    """Publish checkpoints inside a write transaction; one under the same path is replaced, and ends."""
 
     def __init__(self, dialect: Dialect) -> None:
         insert = dialect.insert(checkpoints)
@@ -61,9 +70,15 @@ class CheckpointUpserts:
         self._statement = insert.on_conflict_do_update(index_elements=[checkpoints.c.tinker_path], set_=replaced)
 
     def upsert(self, conn: sa.Connection, records: tuple[CheckpointRecord, ...]) -> None:
-        """The last record of a path stays."""
-        if records:
-            conn.execute(self._statement, [row_of(record) for record in records])
+        """The last record of a path stays. Repeated, it changes nothing."""
+        if not records:
+            return
+        came = {record.tinker_path: record.created_at for record in records}
+        # Blobs are never written twice, so one with the same key is the same checkpoint.
+        values = {"paths": list(came), "keys": [record.blob_key for record in records]}
+        for row in conn.execute(_REPLACED, values).all():
+            note_ended(conn, [row], now=max(came[row.tinker_path], row.created_at))
+        conn.execute(self._statement, [row_of(record) for record in records])
 
 
 class Checkpoints:
@@ -118,7 +133,9 @@ class Checkpoints:
 
     async def delete(self, tinker_path: str) -> bool:
         """Whether there was such a checkpoint. Its blob stays for whoever still names it, until a sweep."""
-        return await self._writer.run(lambda conn: conn.execute(_DELETE, {"path": tinker_path}).rowcount == 1)
+        now = self._clock()
+        values = {"path": tinker_path}
+        return await self._writer.run(lambda conn: len(end_checkpoints(conn, _DELETE, values, now=now)) == 1)
 
     async def set_public(self, path: TinkerPath, owner: TenantId, *, public: bool) -> bool:
         """Let everybody read it, or its owner alone; whether the owner has such a live checkpoint. Idempotent."""
@@ -149,7 +166,11 @@ class Checkpoints:
 
         def change(conn: sa.Connection) -> bool:
             keys = {"path": str(path), "of_tenant": owner, "now": now}
-            if conn.execute(statement, keys | values).rowcount != 1:
+            if isinstance(statement, sa.Delete):
+                num_changed = len(end_checkpoints(conn, statement, keys | values, now=now))
+            else:
+                num_changed = conn.execute(statement, keys | values).rowcount
+            if num_changed != 1:
                 return False
             audit.add(conn, [event_of(event, owner, path=str(path), model_id=path.model_id, now=now, **details)])
             return True

@@ -19,6 +19,7 @@ from treadle.domain.limits import MAX_PAGE_ROWS, MAX_ROWS_PER_SWEEP
 from treadle.domain.ops import OpKind
 from treadle.domain.states import ModelState, RequestState, SessionState
 from treadle.store.blob_names import named_among
+from treadle.store.ended_checkpoints import end_checkpoints
 from treadle.store.engine import Database
 from treadle.store.request_rows import chunks
 from treadle.store.tables import (
@@ -173,14 +174,10 @@ _FORGET_SAMPLING_SESSIONS = sampling_sessions.delete().where(
 )
 
 _is_over = sa.and_(checkpoints.c.expires_at.is_not(None), checkpoints.c.expires_at < _before)
-_DROP_CHECKPOINTS = (
-    checkpoints.delete()
-    .where(
-        # Twice: a save that takes the name again at this moment is looked at once more, but by the outer one alone.
-        _is_over,
-        checkpoints.c.tinker_path.in_(sa.select(checkpoints.c.tinker_path).where(_is_over).limit(MAX_ROWS_PER_SWEEP)),
-    )
-    .returning(checkpoints.c.blob_key)
+_DROP_CHECKPOINTS = checkpoints.delete().where(
+    # Twice: a save that takes the name again at this moment is looked at once more, but by the outer one alone.
+    _is_over,
+    checkpoints.c.tinker_path.in_(sa.select(checkpoints.c.tinker_path).where(_is_over).limit(MAX_ROWS_PER_SWEEP)),
 )
 _QUEUED_LOADS = (
     sa.select(requests.c.row_id, payloads.c.body)
@@ -355,8 +352,9 @@ class Retention:
         """Remove checkpoints whose time was up before then; how many, and blobs that nobody names any more."""
 
         def drop(conn: sa.Connection) -> tuple[int, tuple[BlobKey, ...]]:
-            keys = conn.execute(_DROP_CHECKPOINTS, {"before": expired_before}).scalars().all()
-            return len(keys), _unnamed(conn, sorted(set(keys)))
+            # Their time was up before then, which is when they ended.
+            ended = end_checkpoints(conn, _DROP_CHECKPOINTS, {"before": expired_before}, now=expired_before)
+            return len(ended), _unnamed(conn, sorted({row.blob_key for row in ended}))
 
         return await self._writer.run(drop)
 

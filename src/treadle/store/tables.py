@@ -532,6 +532,20 @@ sa.Index("ix_audit_log_tenant", audit_log.c.tenant_id, audit_log.c.created_at)
 sa.Index("ix_audit_log_subject", audit_log.c.subject, audit_log.c.created_at)
 sa.Index("ix_audit_log_event", audit_log.c.event, audit_log.c.created_at)
 
+# Checkpoints that were deleted, expired or replaced, until the storage of their last hour is counted.
+ended_checkpoints = sa.Table(
+    "ended_checkpoints",
+    metadata,
+    sa.Column("ended_checkpoint_id", _RowId, primary_key=True, autoincrement=True),
+    sa.Column("tenant_id", sa.Text, nullable=False),
+    sa.Column("model_id", sa.Text, sa.ForeignKey(models.c.model_id), nullable=False),
+    sa.Column("base_model", sa.Text, nullable=False),
+    sa.Column("size_bytes", sa.BigInteger, nullable=False),
+    sa.Column("created_at", sa.Double, nullable=False),
+    sa.Column("ended_at", sa.Double, nullable=False),
+    sqlite_autoincrement=True,
+)
+
 # What was used, summed per hour.
 usage_events = sa.Table(
     "usage_events",

@@ -2,7 +2,7 @@
 
 It refuses to know prices and who may read. Invariants: work is counted in the transaction that makes its row final,
 and a row becomes final once, so neither a replay nor a repeated commit counts twice; an hour's storage is written once,
-whoever does it.
+whoever does it, and holds every checkpoint that was there for any part of it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from treadle.store.dialect import Dialect
 from treadle.store.engine import Database
 from treadle.store.request_rows import FinishedRow, chunks
 from treadle.store.sessions import session_project
-from treadle.store.tables import checkpoints, models, sampling_sessions, sessions, usage_events
+from treadle.store.tables import checkpoints, ended_checkpoints, models, sampling_sessions, sessions, usage_events
 from treadle.store.writer import Writer
 
 _PASSES = frozenset({OpKind.FORWARD, OpKind.FORWARD_BACKWARD})
@@ -55,6 +55,7 @@ _EVENTS = (
 _NEWEST_STORAGE = sa.select(sa.func.max(_u.bucket_start)).where(_u.kind == UsageKind.STORAGE.value)
 _OLDEST = sa.select(sa.func.min(_u.bucket_start))
 _OLDEST_CHECKPOINT = sa.select(sa.func.min(checkpoints.c.created_at))
+_FORGET_ENDED = ended_checkpoints.delete().where(ended_checkpoints.c.ended_at <= sa.bindparam("end", type_=sa.Double))
 _FORGET = usage_events.delete().where(_u.bucket_start < sa.bindparam("before"))
 
 
@@ -200,12 +201,18 @@ class Usage:
     async def accrue_storage(self, hour: int) -> None:
         """Write what checkpoints took in the hour that begins at `hour` and is over. Idempotent.
 
-        One that was deleted meanwhile is not counted, neither the hour's part before its end.
+        Hours come in their order: what ended before this one's end is forgotten.
         """
         assert hour == hour_of(hour), hour
         assert hour + HOUR_S <= self._clock(), "the hour is not over"
         values = {"hour": hour, "begin": float(hour), "end": float(hour + HOUR_S)}
-        await self._writer.run(lambda conn: conn.execute(self._accrue, values).rowcount)
+
+        def write(conn: sa.Connection) -> None:
+            # One statement, so that a checkpoint that ends at this moment is seen either live or ended.
+            conn.execute(self._accrue, values)
+            conn.execute(_FORGET_ENDED, {"end": values["end"]})
+
+        await self._writer.run(write)
 
     async def forget(self) -> int:
         """Delete a day of what is older than USAGE_KEPT_S: how many rows."""
@@ -222,21 +229,34 @@ class Usage:
 
 def _stored_in_an_hour() -> sa.Select[tuple[object, ...]]:
     """Rows of usage_events for the hour [begin, end): each checkpoint's bytes times the seconds that it was there."""
-    c = checkpoints.c
     begin, end = (sa.bindparam(name, type_=sa.Double) for name in ("begin", "end"))
-    came = sa.case((c.created_at > begin, c.created_at), else_=begin)
-    went = sa.case((c.expires_at < end, c.expires_at), else_=end)
+    there = sa.union_all(
+        _there_between(checkpoints, checkpoints.c.expires_at, begin, end),
+        _there_between(ended_checkpoints, ended_checkpoints.c.ended_at, begin, end),
+    ).subquery()
+    t = there.c
     return (
         sa.select(
-            c.tenant_id,
+            t.tenant_id,
             sa.bindparam("hour", type_=sa.BigInteger),
             models.c.session_id,
-            c.model_id,
-            c.base_model,
+            t.model_id,
+            t.base_model,
             sa.literal_column(f"'{UsageKind.STORAGE.value}'"),
-            sa.func.sum(c.size_bytes * (went - came)),
+            sa.func.sum(t.byte_seconds),
         )
-        .join_from(checkpoints, models)
-        .where(c.created_at < end, c.size_bytes > 0, sa.or_(c.expires_at.is_(None), c.expires_at > begin))
-        .group_by(c.tenant_id, models.c.session_id, c.model_id, c.base_model)
+        .join_from(there, models, models.c.model_id == t.model_id)
+        .group_by(t.tenant_id, models.c.session_id, t.model_id, t.base_model)
+    )
+
+
+def _there_between(
+    table: sa.Table, gone_at: sa.ColumnElement[float], begin: sa.BindParameter[float], end: sa.BindParameter[float]
+) -> sa.Select[tuple[object, ...]]:
+    """The checkpoints of `table` that were there for a part of [begin, end), and their bytes times its seconds."""
+    c = table.c
+    came = sa.case((c.created_at > begin, c.created_at), else_=begin)
+    went = sa.case((gone_at < end, gone_at), else_=end)
+    return sa.select(c.tenant_id, c.model_id, c.base_model, (c.size_bytes * (went - came)).label("byte_seconds")).where(
+        c.created_at < end, c.size_bytes > 0, sa.or_(gone_at.is_(None), gone_at > begin)
     )

@@ -20,6 +20,7 @@ def upgrade() -> None:
     _create_policy_tables()
     _create_loss_tables()
     _create_pool_tables()
+    _create_ended_checkpoints()
 
 
 def _add_columns() -> None:
@@ -197,6 +198,22 @@ def _create_loss_tables() -> None:
         unique=True,
         sqlite_where=is_approved,
         postgresql_where=is_approved,
+    )
+
+
+def _create_ended_checkpoints() -> None:
+    op.create_table(
+        "ended_checkpoints",
+        sa.Column("ended_checkpoint_id", _ROW_ID, autoincrement=True, nullable=False),
+        sa.Column("tenant_id", sa.Text(), nullable=False),
+        sa.Column("model_id", sa.Text(), nullable=False),
+        sa.Column("base_model", sa.Text(), nullable=False),
+        sa.Column("size_bytes", sa.BigInteger(), nullable=False),
+        sa.Column("created_at", sa.Double(), nullable=False),
+        sa.Column("ended_at", sa.Double(), nullable=False),
+        sa.ForeignKeyConstraint(["model_id"], ["models.model_id"], name="fk_ended_checkpoints_model_id"),
+        sa.PrimaryKeyConstraint("ended_checkpoint_id", name="pk_ended_checkpoints"),
+        sqlite_autoincrement=True,
     )
 
 
