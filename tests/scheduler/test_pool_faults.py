@@ -48,7 +48,7 @@ def break_commits(cluster: Cluster, monkeypatch: pytest.MonkeyPatch, *errors: Ex
     """The next commits fail with these."""
     real, left = cluster.store.cycles.finish, list(errors)
 
-    async def finish(lease: LeaseRecord, cycle: FinishedCycle) -> tuple[BlobKey, ...]:
+    async def finish(lease: LeaseRecord, cycle: FinishedCycle, **_: object) -> tuple[BlobKey, ...]:
         if left:
             raise left.pop(0)
         return await real(lease, cycle)
@@ -73,7 +73,7 @@ async def test_an_outcome_that_cannot_be_stored_fails_alone(cluster: Cluster, mo
     monkeypatch.setattr(cycle_loop, "ERROR_PAUSE_S", 0.0)
     real = cluster.store.cycles.finish
 
-    async def finish(lease: LeaseRecord, cycle: FinishedCycle) -> tuple[BlobKey, ...]:
+    async def finish(lease: LeaseRecord, cycle: FinishedCycle, **_: object) -> tuple[BlobKey, ...]:
         if any(outcome.request_id == f"{RUN}:1" and outcome.result for outcome in cycle.finished):
             raise ServerError("the database refused a statement")
         return await real(lease, cycle)
@@ -351,7 +351,7 @@ async def test_samples_that_cannot_be_stored_do_not_keep_a_drain_from_persisting
     await cluster.create(RUN)
     await cluster.run(backward(1))
 
-    async def finish_samples(*_args: object) -> None:
+    async def finish_samples(*_args: object, **_: object) -> None:
         cluster.runner.drain()
         raise StoreUnavailable("locked")
 

@@ -73,7 +73,9 @@ async def test_a_sample_that_cannot_be_stored_fails_alone(cluster: Cluster, monk
     monkeypatch.setattr(sampling_loop, "ERROR_PAUSE_S", 0.0)
     real = cluster.store.cycles.finish_samples
 
-    async def finish_samples(lease: LeaseRecord, finished: Sequence[FinishedRequest]) -> tuple[BlobKey, ...]:
+    async def finish_samples(
+        lease: LeaseRecord, finished: Sequence[FinishedRequest], **_: object
+    ) -> tuple[BlobKey, ...]:
         if any(outcome.request_id.endswith(":2") and outcome.result for outcome in finished):
             raise ServerError("the database refused a statement")
         return await real(lease, finished)

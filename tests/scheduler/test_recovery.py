@@ -312,7 +312,7 @@ async def test_a_commit_whose_answer_was_lost_is_not_made_again(
     await both(cluster)
     real, errors = cluster.store.cycles.finish, [ServerError("the answer was lost")]
 
-    async def finish(lease: LeaseRecord, cycle: FinishedCycle) -> tuple[BlobKey, ...]:
+    async def finish(lease: LeaseRecord, cycle: FinishedCycle, **_: object) -> tuple[BlobKey, ...]:
         unused = await real(lease, cycle)
         if errors and cycle.finished:
             raise errors.pop()

@@ -36,8 +36,10 @@ from treadle.scheduler.outcomes import Booked, book_outcomes, take_states
 from treadle.scheduler.policy import plan_cycle
 from treadle.scheduler.preparing import Prepared, drop_half_done, prepare
 from treadle.scheduler.quarantine import Quarantine
+from treadle.scheduler.rates import RateGate
 from treadle.scheduler.replay import RecoveryWatch, Replayer
 from treadle.scheduler.runs import Run, RunBook, is_over
+from treadle.scheduler.save_quotas import SaveGate
 from treadle.scheduler.snapshots import RUNS_PER_CALL, SnapshotBudget, Snapshotter, write_snapshots
 from treadle.scheduler.sorting import Queues, QueueSorter, is_settled, is_something_left, model_queue
 from treadle.store import Store
@@ -111,7 +113,10 @@ class CycleLoop:
         self._policies = policies
         self._is_paused = is_paused
         self._book = RunBook(store)
-        self._committer = Committer(store=store, blobs=blobs, lease=lease, outages=outages)
+        self._committer = Committer(store=store, blobs=blobs, lease=lease, outages=outages, policies=policies)
+        self._rates = RateGate(store, policies)
+        # Runs of which nothing may run until their tenant is below its rate: nobody waits for their company.
+        self._held_back: set[ModelId] = set()
         self._replayer = Replayer(pool=pool, store=store, blobs=blobs, lease=lease, metrics=metrics)
         self._recovery = RecoveryWatch(pool=pool, metrics=metrics)
         self._sorter = QueueSorter(pool=pool, quarantine=quarantine, replayer=self._replayer, recovery=self._recovery)
@@ -282,12 +287,19 @@ class CycleLoop:
         is_some_unread = len(runs) < len(queues)
         queues = {model_id: queues[model_id] for model_id in runs}
         runnable = await self._sorter.sort_out(queues, runs, ledger)
-        plan, policy_state = self._plan(runnable, runs)
+        plan, policy_state = self._plan(runnable, runs, await self._models(runnable, runs))
         if (plan.is_empty and ledger.is_empty) or self._is_abandoned:
             return is_some_unread and not self._is_abandoned
         self._sorter.give_up_gaps(plan, runs, ledger)
-        revoked = self._policies().revoked_losses
-        prepared = await prepare(plan, runs, self._store, self._blobs, revoked_losses=revoked)
+        policies = self._policies()
+        prepared = await prepare(
+            plan,
+            runs,
+            self._store,
+            self._blobs,
+            revoked_losses=policies.revoked_losses,
+            saves=SaveGate(self._store, policies),
+        )
         await self._book_refusals(prepared, runs, ledger)
         await drop_half_done(executor, prepared, runs)
         if prepared.items:
@@ -316,7 +328,7 @@ class CycleLoop:
             remaining_s = deadline - asyncio.get_running_loop().time()
             if remaining_s <= 0 or self._is_stopping or self._is_abandoned:
                 return queues
-            if all(is_settled(rows) for rows in queues.values()):
+            if all(is_settled(rows) for model_id, rows in queues.items() if model_id not in self._held_back):
                 return queues
             await _wait(self._may_be_settled, remaining_s)
 
@@ -324,13 +336,21 @@ class CycleLoop:
         rows = await self._store.requests.heads(self._pool, MAX_HEADS_PER_MODEL)
         return {row[0].model_id: row for row in rows if row and row[0].model_id is not None}
 
-    def _plan(self, queues: Queues, runs: Mapping[ModelId, Run]) -> tuple[CyclePlan, PolicyState]:
+    async def _models(self, queues: Queues, runs: Mapping[ModelId, Run]) -> Mapping[ModelId, ModelQueue]:
+        """What planning sees of these queues: not the passes of tenants that are over a rate."""
+        now = self._clock()
+        models = {model_id: model_queue(runs[model_id], rows, now) for model_id, rows in queues.items()}
+        within = await self._rates.within(models, [model_id for model_id in models if runs[model_id].needs_replay])
+        self._held_back = {model_id for model_id, queue in within.items() if not queue.ops and models[model_id].ops}
+        return within
+
+    def _plan(
+        self, queues: Queues, runs: Mapping[ModelId, Run], models: Mapping[ModelId, ModelQueue]
+    ) -> tuple[CyclePlan, PolicyState]:
         """The next cycle, of one run alone while the quarantine wants that; empty while a sample runs alone."""
         alone = self._isolated(queues, runs)
         if not self._quarantine.may_train:
             return CyclePlan(), self._policy_state
-        now = self._clock()
-        models = {model_id: model_queue(runs[model_id], rows, now) for model_id, rows in queues.items()}
         if alone is not None:
             plan, _ = self._plan_of([models[alone]])
             if not plan.is_empty:

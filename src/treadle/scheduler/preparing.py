@@ -22,6 +22,7 @@ from treadle.domain.states import Category
 from treadle.errors import NotFound, TreadleError
 from treadle.executor.base import Executor
 from treadle.scheduler.runs import Run
+from treadle.scheduler.save_quotas import SaveGate
 from treadle.store import Store
 from treadle.telemetry.logs import get_logger
 from treadle.wire.passes import named_loss_sha256
@@ -71,10 +72,12 @@ async def prepare(
     blobs: BlobStore,
     *,
     revoked_losses: Collection[str] = (),
+    saves: SaveGate | None = None,
 ) -> Prepared:
     """Everything the plan's ops need. Each run of the plan is in `runs` and can run.
 
-    revoked_losses: SHA-256 of definitions of named losses that no longer run.
+    revoked_losses: SHA-256 of definitions of named losses that no longer run. saves: who has room for more checkpoints;
+    None: everybody.
     """
     prepared = Prepared()
     payloads = await read_payloads([op.request_id for op in plan.ops], store, blobs)
@@ -94,6 +97,8 @@ async def prepare(
                 continue
         if planned.kind in NAMED_KINDS:
             failure = await _refused_name(planned, payload, store, names_taken, prepared)
+            if failure is None and saves is not None:
+                failure = await saves.refusal(run.record, prepared.named_ops[planned.request_id])
             if failure is not None:
                 prepared.refused.append((planned, failure))
                 continue

@@ -66,6 +66,8 @@ class SamplingLoop:
         # Tokens that each of them may still draw.
         self._most_sampled: dict[RequestId, int] = {}
         self._rates = RateGate(store, policies)
+        # Tenants that are over a rate.
+        self._held_back: set[TenantId] = set()
         self._quarantine = quarantine
         self._outages = outages
         self._policies = policies
@@ -156,8 +158,10 @@ class SamplingLoop:
         room = MAX_HANDED_OVER - len(self._running)
         if room <= 0 or self._is_paused():
             return
-        rows = await self._store.requests.queued_samples(self._pool, MAX_HANDED_OVER + room)
-        fresh = await self._within_rates(self._within_shares(rows)[:room])
+        rooms = await self._rates.rooms(RateKind.SAMPLING, self._held_back)
+        self._held_back = {tenant_id for tenant_id in self._held_back if rooms.get(tenant_id, 1) <= 0}
+        rows = await self._store.requests.queued_samples(self._pool, MAX_HANDED_OVER + room, besides=self._held_back)
+        fresh = (await self._within_rates(self._within_shares(rows)))[:room]
         if condemned := [row for row in fresh if self._quarantine.is_condemned(row.request_id)]:
             await self._give_up(condemned)
         admitted = set(self._quarantine.admit_samples([row.request_id for row in fresh if row not in condemned]))
@@ -186,6 +190,8 @@ class SamplingLoop:
         """Those of `rows` that may start: a tenant's oldest ones, until what it has in flight may fill its rates."""
         rooms = await self._rates.rooms(RateKind.SAMPLING, {row.tenant_id for row in rows})
         in_flight = {id_: (tenant_id, self._most_sampled.get(id_, 0)) for id_, tenant_id in self._running.items()}
+        # Not read again until they have room: however many they are, they hide nobody.
+        self._held_back |= {tenant_id for tenant_id, left in rooms.items() if left <= 0}
         meter = SampleMeter(rooms, in_flight)
         return [row for row in rows if meter.takes(row)]
 

@@ -6,12 +6,12 @@ the request is durable and is answered one day, whoever dies.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import sqlalchemy as sa
 
 from treadle.domain.ids import BlobKey, ModelId, PoolName, RequestId, SamplingSessionId, TenantId
-from treadle.domain.limits import MAX_HEADS_PER_MODEL, MAX_PAGE_ROWS, MAX_ROWS_PER_SWEEP
+from treadle.domain.limits import MAX_HEADS_PER_MODEL, MAX_IDS_PER_QUERY, MAX_PAGE_ROWS, MAX_ROWS_PER_SWEEP
 from treadle.domain.ops import OpKind
 from treadle.domain.outcome import EncodedResult, Failure
 from treadle.domain.records import FutureRecord, NewRequest, RequestRecord
@@ -43,14 +43,14 @@ _NARROW = (
 _IDS = requests.c.request_id.in_(sa.bindparam("ids", expanding=True))
 
 
-def _queued_samples_statement() -> sa.Select[tuple[object, ...]]:
+def _queued_samples_statement(*conditions: sa.ColumnElement[bool]) -> sa.Select[tuple[object, ...]]:
     # Everybody's first, then everybody's second: a tenant with thousands waiting does not hide the others.
     ranked = (
         sa.select(
             requests.c.row_id,
             sa.func.row_number().over(partition_by=requests.c.tenant_id, order_by=requests.c.row_id).label("place"),
         )
-        .where(requests.c.pool == sa.bindparam("of_pool"), IS_QUEUED, IS_SAMPLE)
+        .where(requests.c.pool == sa.bindparam("of_pool"), IS_QUEUED, IS_SAMPLE, *conditions)
         .subquery()
     )
     return (
@@ -62,6 +62,9 @@ def _queued_samples_statement() -> sa.Select[tuple[object, ...]]:
 
 
 QUEUED_SAMPLES = _queued_samples_statement()
+_QUEUED_SAMPLES_OF_OTHERS = _queued_samples_statement(
+    requests.c.tenant_id.not_in(sa.bindparam("besides", expanding=True))
+)
 _GET = sa.select(*_NARROW).where(requests.c.request_id == sa.bindparam("id"))
 _FUTURE = (
     sa.select(
@@ -238,13 +241,18 @@ class Requests:
         """
         return await self._heads.read(pool, per_model)
 
-    async def queued_samples(self, pool: PoolName, limit: int = MAX_PAGE_ROWS) -> list[RequestRecord]:
+    async def queued_samples(
+        self, pool: PoolName, limit: int = MAX_PAGE_ROWS, *, besides: Collection[TenantId] = ()
+    ) -> list[RequestRecord]:
         """Queued samples, tenants taking turns, each in arrival order; running ones included.
 
-        The caller knows which it handed out.
+        The caller knows which it handed out. besides: tenants whose samples are left out, MAX_IDS_PER_QUERY at most.
         """
-        values = {"of_pool": pool, "max_rows": checked_limit(limit)}
-        rows = await self._database.read(lambda conn: conn.execute(QUEUED_SAMPLES, values).all())
+        values: dict[str, object] = {"of_pool": pool, "max_rows": checked_limit(limit)}
+        statement = QUEUED_SAMPLES
+        if besides:
+            statement, values["besides"] = _QUEUED_SAMPLES_OF_OTHERS, sorted(besides)[:MAX_IDS_PER_QUERY]
+        rows = await self._database.read(lambda conn: conn.execute(statement, values).all())
         return [_record_of(row) for row in rows]
 
     async def known_seq_ids(self, model_id: ModelId, lo: int, hi: int) -> set[int]:
