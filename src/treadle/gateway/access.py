@@ -169,8 +169,8 @@ class Access:
             return
         if not await self._store.projects.takes_part(principal.tenant_id, project_id):
             raise Forbidden(
-                f"you have no access to project {project_id[:200]!r}: ask its owner to add you "
-                f"(names that begin with {PROJECT_PREFIX!r} are ids of shared projects)"
+                f"you have no access to project {project_id[:200]!r}: ask its owner to add you, or choose a name that "
+                "does not begin like the id of a shared project"
             )
 
     async def _may_read(

@@ -6,6 +6,8 @@ from treadle.domain.ids import TenantId
 from treadle.gateway.auth import urn_of
 
 _URN = urn_of(TenantId(""))
+# What ids of tenants that are users begin with: those with a key of this server, and those of ModelScope.
+_OF_USERS = ("user", "ms")
 
 
 def tenant_of_urn(urn: str) -> TenantId | None:
@@ -13,9 +15,10 @@ def tenant_of_urn(urn: str) -> TenantId | None:
     return TenantId(urn.removeprefix(_URN)) if urn.startswith(_URN) and urn != _URN else None
 
 
-def tenant_named(text: str) -> TenantId:
-    """The tenant that a person means: by its name in answers, its id ("user:alice"), or a bare user name ("alice")."""
+def tenants_named(text: str) -> tuple[TenantId, ...]:
+    """Whom a person may mean: one by its name in answers or by its id ("user:alice"); by a bare user name ("alice")
+    whoever has it, wherever users come from."""
     named = tenant_of_urn(text)
     if named is not None:
-        return named
-    return TenantId(text if ":" in text else f"user:{text}")
+        return (named,)
+    return (TenantId(text),) if ":" in text else tuple(TenantId(f"{kind}:{text}") for kind in _OF_USERS)

@@ -175,47 +175,50 @@ class Projects:
 
         return set(pairs) - await self._database.read(shared)
 
-    async def add_member(self, project_id: str, owner: TenantId, member: TenantId) -> bool:
-        """Let a tenant into the owner's project; whether it was not in it before.
+    async def add_member(self, project_id: str, owner: TenantId, named: Sequence[TenantId]) -> tuple[TenantId, bool]:
+        """Let the one of these tenants who can be into the owner's project; and whether it was not in it before.
 
-        Raises NotFound when the owner has no such project, in the same words when the tenant was never here and when it
-        is in another organisation, and InvalidRequest when the project is full.
+        Raises NotFound when the owner has no such project; in the same words when none of the tenants was ever here and
+        when they are in another organisation; InvalidRequest when several can be, or when the project is full.
         """
         now = self._clock()
 
-        def write(conn: sa.Connection) -> bool:
+        def write(conn: sa.Connection) -> tuple[TenantId, bool]:
             _locked(conn, project_id, owner=owner)
-            if not _may_join(conn, owner, member):
-                raise NotFound(f"user {member[:200]!r} does not exist here, or is not in your organization")
-            if conn.execute(_IS_MEMBER, {"id": project_id, "of_tenant": member}).first() is not None:
-                return False
+            member = _the_only([tenant_id for tenant_id in named if _may_join(conn, owner, tenant_id)])
+            if member is None:
+                raise NotFound(f"user {named[0][:200]!r} does not exist here, or is not in your organization")
+            if _is_member(conn, project_id, member):
+                return member, False
             if conn.execute(_COUNT_MEMBERS, {"id": project_id}).scalar_one() >= MAX_MEMBERS_PER_PROJECT:
                 raise InvalidRequest(f"project {project_id} has {MAX_MEMBERS_PER_PROJECT} members, which is the limit")
             conn.execute(self._add_member, {"project_id": project_id, "tenant_id": member, "added_at": now})
             audit.add(conn, [_event(owner, now, "project_member_add", project_id, member=member)])
-            return True
+            return member, True
 
         return await self._writer.run(write)
 
-    async def remove_member(self, project_id: str, member: TenantId, *, by: TenantId) -> bool:
-        """End a membership, which its owner and the member itself may; whether there was one.
+    async def remove_member(self, project_id: str, named: Sequence[TenantId], *, by: TenantId) -> tuple[TenantId, bool]:
+        """End the membership of the one of these tenants who is in the project, which its owner and the member itself
+        may; and whether there was one.
 
-        Raises NotFound when there is no such project of the caller's, or that it takes part in; InvalidRequest for its
-        owner, who stays.
+        Raises NotFound when there is no such project of the caller's, or that it is in; InvalidRequest for the owner,
+        who stays, and when several of the tenants are in it.
         """
         now = self._clock()
 
-        def write(conn: sa.Connection) -> bool:
+        def write(conn: sa.Connection) -> tuple[TenantId, bool]:
+            member = _the_only([tenant_id for tenant_id in named if _is_member(conn, project_id, tenant_id)])
             project = _locked(conn, project_id, owner=None if by == member else by)
+            if member is None:
+                return named[0], False
             if member == project.tenant_id:
                 raise InvalidRequest(f"the owner of project {project_id} cannot leave it; delete it instead")
             is_removed = conn.execute(_REMOVE, {"id": project_id, "of_tenant": member}).rowcount == 1
-            if by == member and not is_removed:
-                raise _missing(project_id)
             if is_removed:
                 event = _event(project.tenant_id, now, "project_member_remove", project_id, member=member, by=by)
                 audit.add(conn, [event])
-            return is_removed
+            return member, is_removed
 
         return await self._writer.run(write)
 
@@ -266,6 +269,17 @@ def _locked(conn: sa.Connection, project_id: str, *, owner: TenantId | None) -> 
     if row is None or owner not in (None, row.tenant_id):
         raise _missing(project_id)
     return row
+
+
+def _is_member(conn: sa.Connection, project_id: str, tenant_id: TenantId) -> bool:
+    return conn.execute(_IS_MEMBER, {"id": project_id, "of_tenant": tenant_id}).first() is not None
+
+
+def _the_only(tenant_ids: Sequence[TenantId]) -> TenantId | None:
+    """Raises InvalidRequest when there are several."""
+    if len(tenant_ids) > 1:
+        raise InvalidRequest(f"several users have that name: say {' or '.join(map(repr, tenant_ids))}")
+    return tenant_ids[0] if tenant_ids else None
 
 
 def _may_join(conn: sa.Connection, owner: TenantId, member: TenantId) -> bool:

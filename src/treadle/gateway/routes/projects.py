@@ -19,7 +19,7 @@ from treadle.gateway.context import Gateway, gateway_of
 from treadle.gateway.project_pages import next_of, place_of
 from treadle.gateway.queries import query_of
 from treadle.gateway.routing import Resource
-from treadle.gateway.user_names import tenant_named
+from treadle.gateway.user_names import tenants_named
 from treadle.store.projects import MemberRecord, ProjectRecord
 from treadle.wire.answers import EmptyAnswer, ErrorAnswer
 from treadle.wire.answers_projects import MemberAnswer, ProjectAnswer, ProjectsAnswer
@@ -80,8 +80,8 @@ async def add_member(request: Request, project_id: str, user_or_tenant: str) -> 
     gateway = gateway_of(request)
     principal = await gateway.caller(request)
     project = await _own_project(gateway, principal, project_id)
-    member = tenant_named(user_or_tenant)
-    is_new = await gateway.store.projects.add_member(project.project_id, principal.tenant_id, member)
+    named = tenants_named(user_or_tenant)
+    member, is_new = await gateway.store.projects.add_member(project.project_id, principal.tenant_id, named)
     return _membership(project, member, is_member=True, changed=is_new)
 
 
@@ -91,10 +91,10 @@ async def remove_member(request: Request, project_id: str, user_or_tenant: str) 
     gateway = gateway_of(request)
     principal = await gateway.caller(request)
     project = await _project(gateway, principal, project_id)
-    member = tenant_named(user_or_tenant)
-    if principal.tenant_id not in (member, project.tenant_id):
+    named = tenants_named(user_or_tenant)
+    if principal.tenant_id not in (*named, project.tenant_id):
         raise _not_owner(project)
-    removed = await gateway.store.projects.remove_member(project.project_id, member, by=principal.tenant_id)
+    member, removed = await gateway.store.projects.remove_member(project.project_id, named, by=principal.tenant_id)
     gateway.access.sharing_changed()
     return _membership(project, member, is_member=False, changed=removed)
 
