@@ -148,7 +148,6 @@ class ServedPools:
                 reason=served.runner.status.reason,
                 source=served.model.source,
                 revision=served.model.revision,
-                resident_runs=served.runner.resident_runs if served.runner.is_leading else None,
             )
             for pool, served in self._served.items()
         ]

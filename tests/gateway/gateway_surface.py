@@ -416,6 +416,17 @@ CALLS: dict[str, Calls] = dict(
             "POST /admin/v1/checkpoints/delete",
             lambda mine, theirs: [Call("POST", "/admin/v1/checkpoints/delete", {"path": theirs.path()})],
         ),
+        _plain("GET", "/admin/v1/pools"),
+        _plain("POST", "/admin/v1/pools", {"pool": "new/model", "source": "org/model"}),
+        *(
+            _plain("POST", f"/admin/v1/pools/{verb}", {"pool": "fake/other", "reason": "a test"})
+            for verb in ("pause", "resume", "drain", "remove")
+        ),
+        _plain("GET", "/admin/v1/runs"),
+        _on("GET", "/admin/v1/runs/{model_id}", lambda their: f"/admin/v1/runs/{their.model_id}"),
+        _on("POST", "/admin/v1/runs/{model_id}/snapshot", lambda their: f"/admin/v1/runs/{their.model_id}/snapshot"),
+        _on("POST", "/admin/v1/runs/{model_id}/evict", lambda their: f"/admin/v1/runs/{their.model_id}/evict"),
+        _on("GET", "/admin/v1/commands/{command_id}", lambda their: "/admin/v1/commands/1"),
         _plain("GET", "/admin/v1/losses"),
         _on(
             "PUT",

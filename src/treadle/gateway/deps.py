@@ -6,14 +6,14 @@ Invariant: a `GatewayDeps` never changes; what moves (pools loading, draining) i
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from treadle.blobs import BlobStore
 from treadle.config import AuthMethod, ModelScopeSettings
 from treadle.domain import limits
-from treadle.domain.ids import ModelId, PoolName
+from treadle.domain.ids import PoolName
 from treadle.domain.outcome import PoolFacts
 from treadle.domain.pool_decisions import PoolDecision, PoolDecisions, PoolState
 from treadle.gateway.chat.live import LiveSamples
@@ -37,8 +37,7 @@ class PoolView:
 
     aliases: other accepted values of base_model (the absolute directory of a local model).
     facts: None until its first worker has loaded the base model. reason: why it is not ready. source, revision: where
-    its base model comes from. state, state_reason: what operators decided. resident_runs: those that its worker holds,
-    None when another server leads it.
+    its base model comes from. state, state_reason: what operators decided.
     """
 
     name: PoolName
@@ -50,7 +49,6 @@ class PoolView:
     revision: str | None = None
     state: PoolState = PoolState.SERVING
     state_reason: str = ""
-    resident_runs: Callable[[], Collection[ModelId]] | None = field(default=None, compare=False)
 
 
 class PoolDirectory:

@@ -117,11 +117,6 @@ class PoolRunner:
     def status(self) -> PoolStatus:
         return self._status
 
-    @property
-    def is_leading(self) -> bool:
-        """Whether this server leads the pool now."""
-        return self._cycles is not None
-
     async def recall(self, source_dir: str | None) -> None:
         """Show what the last leader reported of the base model, so that requests can be admitted before it is loaded.
 

@@ -43,6 +43,7 @@ from treadle.store.recent import RecentFutures
 from treadle.store.request_rows import RequestRows
 from treadle.store.requests import Requests
 from treadle.store.retention import Retention
+from treadle.store.run_search import RunSearch
 from treadle.store.runlog import RunLog
 from treadle.store.sampling import Sampling, SamplingInserts
 from treadle.store.secrets import Secrets
@@ -108,6 +109,7 @@ class Store:
         self.loss_rules = LossRules(database=database, writer=writer, clock=clock)
         self.named_losses = NamedLosses(database=database, writer=writer, clock=clock)
         self.run_log = RunLog(database)
+        self.run_search = RunSearch(database=database, models=self.models)
         self.retention = Retention(database=database, writer=writer)
         self.upkeep = Upkeep(database)
         self.stability = StabilityRecords(database=database, writer=writer, clock=clock)
