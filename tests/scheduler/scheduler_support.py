@@ -25,6 +25,7 @@ from treadle.domain.ids import (
 from treadle.domain.limits import MAX_INLINE_PAYLOAD_BYTES
 from treadle.domain.ops import CreateModelOp, LoadWeightsOp, LoraSpec, OpKind, PassOp, SampleOp, TrainingOp, kind_of
 from treadle.domain.outcome import Failure
+from treadle.domain.policy import Policies
 from treadle.domain.quanta import cut_quanta, quantum_tokens
 from treadle.domain.records import FutureRecord, ModelRecord, NewRequest, SamplingSessionRecord, SessionRecord
 from treadle.domain.states import Category, ModelState, RequestState, SessionState
@@ -61,6 +62,8 @@ class Cluster:
         self.faults = Faults()
         self.new_worker: Callable[[BlobStore], FakeExecutor] = lambda blobs: FakeExecutor(blobs, faults=self.faults)
         self.settings = SETTINGS
+        # What operators decided, as every runner knows it.
+        self.policies = Policies()
         self.runner = self._new_runner()
         self._task: asyncio.Task[None] | None = None
         store.events.on_enqueued(lambda _pool, kind: self.runner.wake(kind))
@@ -86,6 +89,7 @@ class Cluster:
             lease_ttl_s=1000.0,
             metrics=Metrics(CollectorRegistry()),
             clock=self.clock.now,
+            policies=lambda: self.policies,
         )
 
     def _make_executor(self) -> FakeExecutor:
