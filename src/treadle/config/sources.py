@@ -22,8 +22,10 @@ from pydantic_settings import EnvSettingsSource, SettingsError
 from treadle.config.tree import ENV_PREFIX, ModelSettings, Section, Settings
 from treadle.errors import ConfigError
 
-# Variables with our prefix that scripts read and that are no settings.
-SCRIPT_VARIABLES = frozenset({"TREADLE_TORCH_INDEX"})
+# Where `treadle admin` finds a server, and the key that it sends.
+_ADMIN_URL, _ADMIN_KEY = "TREADLE_URL", "TREADLE_ADMIN_KEY"
+# Variables with our prefix that scripts and clients read and that are no settings of a server.
+SCRIPT_VARIABLES = frozenset({"TREADLE_TORCH_INDEX", _ADMIN_URL, _ADMIN_KEY})
 
 _LITERAL = re.compile(r"typing\.Literal\[([^\]]*)\]")
 _URL_PASSWORD = re.compile(r"(?<=://)([^:/@\s]*):[^@\s]*@")
@@ -99,6 +101,16 @@ def environment_of_tool(more: Mapping[str, str]) -> dict[str, str]:
 def tinker_api_key() -> str:
     """The SDK's own TINKER_API_KEY; without one a key that any server in open mode accepts."""
     return os.environ.get("TINKER_API_KEY") or "tml-anonymous"
+
+
+def admin_url() -> str | None:
+    """The server that an operator's commands talk to; None when the environment names none."""
+    return os.environ.get(_ADMIN_URL) or None
+
+
+def admin_key() -> str | None:
+    """The key that an operator's commands send; None when the environment has none."""
+    return os.environ.get(_ADMIN_KEY) or None
 
 
 def bypass_proxy_for(host: str) -> None:
