@@ -55,12 +55,14 @@ def everything_of_others(tmp_path: Path, tenant: str) -> list[tuple[object, ...]
     return sorted(rows, key=repr)
 
 
-async def answer_of(gateway: Harness, call: Call, mine: Estate, theirs: Estate) -> tuple[int, str]:
+async def answer_of(
+    gateway: Harness, call: Call, mine: Estate, theirs: Estate, *, key: str = OTHER_KEY
+) -> tuple[int, str]:
     """Status and text, with the text that a future brings; without the ids."""
-    answer = await send(gateway, call, key=OTHER_KEY)
+    answer = await send(gateway, call, key=key)
     status, text = answer.status_code, answer.text
     if status == 200 and "request_id" in answer.json():
-        future = await gateway.future(answer.json()["request_id"], key=OTHER_KEY)
+        future = await gateway.future(answer.json()["request_id"], key=key)
         assert future.json().get("category") == "user", (call, future.text)
         status, text = 404, future.text
     text = text.replace(mine.session_id, "MINE").replace(theirs.session_id, "THEIRS")
@@ -77,17 +79,27 @@ async def probe(gateway: Harness, mine: Estate, theirs: Estate, routes: Iterable
     breaches: list[object] = []
     for route in routes:
         for index, call in enumerate(CALLS[route](mine, theirs)):
-            answers = []
-            for number, estate in enumerate((theirs, *unknown(theirs))):
-                # A place of its own for each, so that none is answered as the replay of another.
-                mine = replace(mine, seq_id=mine.seq_id + 2)
-                asked = CALLS[route](mine, estate)[index]
-                # A session that is there, named without anything that it made, is no unknown id.
-                if asked.names(theirs if number == 0 else estate) and (number == 0 or asked != call):
-                    answers.append(await answer_of(gateway, asked, mine, estate))
+            mine = replace(mine, seq_id=mine.seq_id + 6)
+            answers = await answers_about(gateway, mine, theirs, route, index)
             if answers and not is_refused(route, answers):
                 breaches.append((call, answers))
     return breaches
+
+
+async def answers_about(
+    gateway: Harness, mine: Estate, theirs: Estate, route: str, index: int, *, key: str = OTHER_KEY
+) -> list[tuple[int, str]]:
+    """The answers to a call about what is there, and to the same call about what is not; none when it names nothing."""
+    answers = []
+    call = CALLS[route](mine, theirs)[index]
+    for number, estate in enumerate((theirs, *unknown(theirs))):
+        # A place of its own for each, so that none is answered as the replay of another.
+        mine = replace(mine, seq_id=mine.seq_id + 2)
+        asked = CALLS[route](mine, estate)[index]
+        # A session that is there, named without anything that it made, is no unknown id.
+        if asked.names(theirs if number == 0 else estate) and (number == 0 or asked != call):
+            answers.append(await answer_of(gateway, asked, mine, estate, key=key))
+    return answers
 
 
 def is_refused(route: str, answers: list[tuple[int, str]]) -> bool:
