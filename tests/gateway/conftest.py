@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import httpx
@@ -31,7 +32,21 @@ def gateway_url(sqlite_url: str) -> str:
 
 @pytest.fixture
 async def gateway(settings: GatewaySettings, gateway_url: str, tmp_path: Path) -> AsyncIterator[Harness]:
-    clock = ManualClock()
+    async with running_gateway(settings, gateway_url, tmp_path, ManualClock()) as harness:
+        yield harness
+
+
+@pytest.fixture
+async def other_gateway(gateway: Harness, gateway_url: str, tmp_path: Path) -> AsyncIterator[Harness]:
+    """Another gateway of the same database, with a store of its own; the two share their clock."""
+    async with running_gateway(gateway.settings, gateway_url, tmp_path, gateway.clock) as harness:
+        yield harness
+
+
+@asynccontextmanager
+async def running_gateway(
+    settings: GatewaySettings, gateway_url: str, tmp_path: Path, clock: ManualClock
+) -> AsyncIterator[Harness]:
     store = await Store.open(gateway_url, clock=clock.now)
     harness = Harness(
         store=store,

@@ -4,10 +4,10 @@ Two calls. URLs and the places in the answers are settings (`auth.modelscope.*`)
 
     POST {endpoint}/api/v1/login  {"AccessToken": TOKEN}
         200 {"Code": 200, "Data": {"Username": "alice", ...}, ...}, and cookies of a session.
-        It is the call that `HubApi.login` of the modelscope package makes. Another Code, 401, or 400 and 403 with such
-        an envelope mean that the token is worth nothing.
+        It is the call that `HubApi.login` of the modelscope package makes. Another Code or "Success": false under 200,
+        400 or 403, and any 401, mean that the token is worth nothing.
     GET {endpoint}/api/v1/organizations/{organization}/members/{user}  with the token and the cookies
-        200 {"Code": 200, "Data": {"IsMember": true}}; false, or 404 with such an envelope: not a member.
+        200 {"Code": 200, "Data": {"IsMember": true}}; false, or 404 with an envelope: not a member.
         This one is NOT verified: no published client makes such a call.
 
 Everything else (a redirect, 5xx, 429, another Code that is an HTTP error of theirs, no JSON, an answer without what was
@@ -33,6 +33,7 @@ from treadle.config import ModelScopeSettings
 
 # A login's answer has some hundred bytes; a list of members may be long.
 MAX_ANSWER_BYTES = 2**20
+_ENVELOPE = frozenset({"Code", "Success"})
 _OK = 200
 _UNAUTHORIZED = 401
 # What may be said about a token or a member in an envelope, and by a proxy or a firewall without one.
@@ -65,10 +66,20 @@ class _Answer:
     cookies: Mapping[str, str]
 
     @property
+    def is_envelope(self) -> bool:
+        """Whether it is JSON that says of itself how the call went, as a proxy's error page does not."""
+        return isinstance(self.document, dict) and not _ENVELOPE.isdisjoint(self.document)
+
+    @property
     def code(self) -> object:
-        """The envelope's own status; None when there is no envelope."""
-        code = self.document.get("Code") if isinstance(self.document, dict) else None
+        """The envelope's own status; None when it has none."""
+        code = self.document.get("Code") if self.is_envelope else None
         return int(code) if isinstance(code, str) and code.isdecimal() else code
+
+    @property
+    def is_success(self) -> bool:
+        has_failed = self.is_envelope and self.document.get("Success") is False
+        return self.is_envelope and self.status == _OK and self.code in (_OK, None) and not has_failed
 
 
 class ModelScopeApi:
@@ -114,9 +125,9 @@ class ModelScopeApi:
             "Cookie": "; ".join(f"{name}={value}" for name, value in session.items()),
         }
         answer = await self._call("membership", "GET", path, headers=headers)
-        if answer.status == _NOT_FOUND and answer.code is not None:
+        if answer.status == _NOT_FOUND and answer.is_envelope:
             return False
-        if answer.status != _OK or answer.code not in (_OK, None):
+        if not answer.is_success:
             raise ModelScopeUnavailable(f"membership: status {answer.status}, code {_shown(answer.code)}")
         found = self._values("membership", answer, settings.member_json_path)
         match settings.member_means:
@@ -159,10 +170,10 @@ class ModelScopeApi:
 
 def _is_refusal(answer: _Answer) -> bool:
     """Whether an answer to a login is about the token. Raises ModelScopeUnavailable when it is neither yes nor no."""
-    if answer.status == _OK and answer.code == _OK:
+    if answer.is_success:
         return False
-    is_about_token = answer.status == _UNAUTHORIZED or (answer.code is not None and answer.code not in _SERVER_TROUBLE)
-    if is_about_token and (answer.status == _OK or answer.status in _REFUSALS):
+    is_about_token = answer.is_envelope and answer.code not in _SERVER_TROUBLE and answer.status in (_OK, *_REFUSALS)
+    if is_about_token or answer.status == _UNAUTHORIZED:
         return True
     raise ModelScopeUnavailable(f"login: status {answer.status}, code {_shown(answer.code)}")
 
