@@ -391,6 +391,11 @@ CALLS: dict[str, Calls] = dict(
             for method in ("GET", "DELETE")
         ),
         _plain("GET", "/api/v1/losses"),
+        _plain("GET", "/admin/v1/keys"),
+        _plain("POST", "/admin/v1/keys", {"user": "new", "name": "laptop", "expires_in_s": 60}),
+        _on("GET", "/admin/v1/keys/{key_id}", lambda their: "/admin/v1/keys/1"),
+        _on("PUT", "/admin/v1/keys/{key_id}", lambda their: "/admin/v1/keys/1", {"name": "desktop"}),
+        _on("DELETE", "/admin/v1/keys/{key_id}", lambda their: "/admin/v1/keys/1"),
         _plain("GET", "/admin/v1/tenants"),
         _on("GET", "/admin/v1/tenants/{tenant_id}", lambda their: f"/admin/v1/tenants/{open_tenant()}"),
         _on(
@@ -441,6 +446,22 @@ CALLS: dict[str, Calls] = dict(
         ),
         _plain("GET", "/admin/v1/losses/operations"),
         _plain("PUT", "/admin/v1/losses/operations", {"disabled": ["torch.sort"]}),
+        _plain("POST", "/api/v1/losses", {"name": "doubled", "content": "def loss(logprobs): ..."}),
+        _on("GET", "/api/v1/losses/{name}", lambda their: "/api/v1/losses/doubled"),
+        _on("DELETE", "/api/v1/losses/{name}", lambda their: "/api/v1/losses/doubled"),
+        _plain("GET", "/admin/v1/losses/named"),
+        _plain("POST", "/admin/v1/losses/named", {"name": "tripled", "content": "def loss(logprobs): ..."}),
+        _on("GET", "/admin/v1/losses/named/{named_loss_id}", lambda their: "/admin/v1/losses/named/1"),
+        _on("DELETE", "/admin/v1/losses/named/{named_loss_id}", lambda their: "/admin/v1/losses/named/1"),
+        *(
+            _on(
+                "POST",
+                f"/admin/v1/losses/named/{{named_loss_id}}/{verb}",
+                lambda their, verb=verb: f"/admin/v1/losses/named/1/{verb}",  # type: ignore[misc]
+                {"reason": "a test"} if verb in ("reject", "revoke") else {},
+            )
+            for verb in ("review", "approve", "reject", "revoke")
+        ),
         _plain("POST", "/api/v1/auth/token"),
         _plain("GET", "/api/v1/auth/apikey/me"),
         _plain("DELETE", "/api/v1/auth/apikey/me"),
