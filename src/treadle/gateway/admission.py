@@ -18,7 +18,7 @@ from typing import TypeVar
 from treadle.blobs import BlobStore
 from treadle.domain.ids import BlobKey, RequestId, blob_folder
 from treadle.domain.limits import MAX_INLINE_PAYLOAD_BYTES
-from treadle.domain.ops import OpKind
+from treadle.domain.ops import OpKind, SampleOp
 from treadle.domain.outcome import Failure
 from treadle.domain.records import ModelRecord, NewRequest
 from treadle.domain.states import Category
@@ -26,6 +26,7 @@ from treadle.errors import UserError
 from treadle.gateway.backlog import Backlog
 from treadle.store import Store
 from treadle.telemetry.phases import Phase, phase
+from treadle.wire.payloads import encode_payload
 
 T = TypeVar("T")
 
@@ -44,6 +45,19 @@ class Draft:
     payload: bytes
     num_tokens: int = 0
     quantum_tokens: tuple[int, ...] = ()
+
+
+def sample_draft(op: SampleOp, *, max_context_length: int) -> Draft:
+    """The content of a sample. It may cost its prompt once, and every sequence to its end; what may be drawn is its one
+    quantum, by which rates are kept."""
+    most = max_context_length - len(op.prompt) if op.params.max_tokens is None else op.params.max_tokens
+    num_drawn = op.num_samples * most
+    return Draft(
+        kind=OpKind.SAMPLE,
+        payload=encode_payload(op),
+        num_tokens=len(op.prompt) + num_drawn,
+        quantum_tokens=(num_drawn,),
+    )
 
 
 class Admission:
@@ -93,12 +107,14 @@ class Admission:
         """The id of a request that fails with `refusal` through its future."""
         return await self._store.requests.enqueue(refused(place, refusal))
 
-    async def submit_model(self, model: ModelRecord, place: NewRequest, draft: Draft) -> RequestId:
+    async def submit_model(
+        self, model: ModelRecord, place: NewRequest, draft: Draft, *, max_alive: int | None = None
+    ) -> RequestId:
         """The id of the request that creates `model`; run and request become durable together.
 
-        A replay changes nothing and gets the id of the first.
+        A replay changes nothing and gets the id of the first. max_alive: its tenant's quota of runs.
         """
-        request_id = await self._store.models.create(model, await self._filled(place, draft))
+        request_id = await self._store.models.create(model, await self._filled(place, draft), max_alive=max_alive)
         phase(Phase.QUEUED, request_id=request_id)
         return request_id
 

@@ -11,11 +11,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from treadle.domain.backlog import Load, TenantBacklog
 from treadle.domain.ids import PoolName, TenantId
 from treadle.domain.ops import OpKind
+from treadle.domain.policy import Policies, Quota
+from treadle.domain.quotas import at_limit
 from treadle.domain.records import NewRequest
 from treadle.domain.states import QueueState
 from treadle.errors import TreadleError
@@ -89,8 +91,18 @@ class Excess:
 class Backlog:
     """What waits. Reads in a task of its own between `start` and `stop`."""
 
-    def __init__(self, *, store: Store, limits: BacklogLimits, metrics: Metrics, clock: Clock) -> None:
-        self.limits = limits
+    def __init__(
+        self,
+        *,
+        store: Store,
+        limits: BacklogLimits,
+        metrics: Metrics,
+        clock: Clock,
+        policies: Callable[[], Policies] = Policies,
+    ) -> None:
+        """limits: of tenants for whom operators say nothing."""
+        self._limits = limits
+        self._policies = policies
         self._store = store
         self._metrics = metrics
         self._clock = clock
@@ -147,18 +159,38 @@ class Backlog:
         """What every tenant had waiting in a pool when the table was last read."""
         return [entry for entry in self._entries if entry.pool == pool]
 
+    def limits_of(self, tenant_id: TenantId) -> BacklogLimits:
+        """What a tenant may have waiting: what operators say of it, else what the server's settings say."""
+        policies, limits = self._policies(), self._limits
+        tokens, num_bytes = (policies.quota(tenant_id, quota) for quota in (Quota.QUEUED_TOKENS, Quota.QUEUED_BYTES))
+        if tokens is None and num_bytes is None:
+            return limits
+        return replace(
+            limits,
+            tokens_of_tenant=limits.tokens_of_tenant if tokens is None else tokens,
+            bytes_of_tenant=limits.bytes_of_tenant if num_bytes is None else num_bytes,
+        )
+
+    def _own(self, tenant_id: TenantId, quota: Quota, what: str, count: int, limit: int) -> Excess:
+        words = f"{count:,} of your {what} wait; the limit is {limit:,}"
+        if self._policies().quota(tenant_id, quota) is not None:
+            words = at_limit(quota, words)
+        return Excess(QueueState.PAUSED_RATE_LIMIT, words)
+
     def excess(self, tenant_id: TenantId, *, is_sample: bool, factor: int = 1) -> Excess | None:
         """The limit, times `factor`, that this tenant or all together have reached; None while there is room."""
-        limits, own = self.limits, self._loads.get((tenant_id, is_sample), _NOTHING)
+        limits, own = self.limits_of(tenant_id), self._loads.get((tenant_id, is_sample), _NOTHING)
         total = self._totals.get(is_sample, _NOTHING)
         if own.num_tokens >= factor * limits.tokens_of_tenant:
-            return _own("tokens", own.num_tokens, factor * limits.tokens_of_tenant)
+            return self._own(tenant_id, Quota.QUEUED_TOKENS, "tokens", own.num_tokens, factor * limits.tokens_of_tenant)
         if own.num_bytes >= factor * limits.bytes_of_tenant:
-            return _own("bytes of requests", own.num_bytes, factor * limits.bytes_of_tenant)
+            limit = factor * limits.bytes_of_tenant
+            return self._own(tenant_id, Quota.QUEUED_BYTES, "bytes of requests", own.num_bytes, limit)
         if is_sample:
             num_ops = own.num_ops + self._loads.get((tenant_id, False), _NOTHING).num_ops
             if num_ops >= limits.sample_ops_of_tenant:
-                return _own("requests", num_ops, limits.sample_ops_of_tenant)
+                words = f"{num_ops:,} of your requests wait; the limit is {limits.sample_ops_of_tenant:,}"
+                return Excess(QueueState.PAUSED_RATE_LIMIT, words)
         if total.num_tokens >= factor * limits.tokens:
             return _shared("tokens", total.num_tokens, factor * limits.tokens)
         if total.num_bytes >= factor * limits.bytes:
@@ -255,10 +287,6 @@ class Backlog:
         for pool, age_s in ages.items():
             self._metrics.queued_oldest_seconds.labels(pool).set(age_s)
         self._shown = set(loads)
-
-
-def _own(what: str, count: int, limit: int) -> Excess:
-    return Excess(QueueState.PAUSED_RATE_LIMIT, f"{count:,} of your {what} wait; the limit is {limit:,}")
 
 
 def _shared(what: str, count: int, limit: int) -> Excess:

@@ -16,6 +16,7 @@ from starlette.requests import Request
 from treadle.domain.ids import PoolName, RequestId
 from treadle.domain.outcome import PoolFacts
 from treadle.domain.pool_decisions import PoolState
+from treadle.domain.usage import SampleUsage
 from treadle.errors import Draining, Forbidden, InvalidRequest, NotFound, PoolLoading, Unauthenticated
 from treadle.gateway.access import Access
 from treadle.gateway.admission import Admission
@@ -28,6 +29,8 @@ from treadle.gateway.deps import GatewayDeps, GatewaySettings, PoolView
 from treadle.gateway.failed_logins import FailedLogins
 from treadle.gateway.futures import FuturesHub
 from treadle.gateway.losses import LossDesk
+from treadle.gateway.named_losses import LossReviews
+from treadle.gateway.quotas import TenantQuotas
 from treadle.gateway.signing import Signer
 from treadle.store.policy_watch import PolicyWatch
 
@@ -53,10 +56,23 @@ class Gateway:
         )
         self.access = Access(store=deps.store, clock=deps.clock)
         self.losses = LossDesk(store=deps.store, policies=self.policies, access=self.access)
+        self.loss_reviews = LossReviews(store=deps.store, settings=deps.settings.losses)
         self.hub = FuturesHub(store=deps.store, is_draining=deps.is_draining, metrics=deps.metrics)
         self.body_room = BodyRoom(deps.settings.max_body_bytes_in_memory)
         self.backlog = Backlog(
-            store=deps.store, limits=_backlog_limits(deps.settings), metrics=deps.metrics, clock=deps.clock
+            store=deps.store,
+            limits=_backlog_limits(deps.settings),
+            metrics=deps.metrics,
+            clock=deps.clock,
+            policies=lambda: self.policies.now,
+        )
+        self.quotas = TenantQuotas(
+            store=deps.store,
+            settings=deps.settings,
+            policies=self.policies,
+            backlog=self.backlog,
+            pools=deps.pools,
+            clock=deps.clock,
         )
         self.admission = Admission(store=deps.store, blobs=deps.blobs, backlog=self.backlog)
         self.tokenizers = Tokenizers()
@@ -72,6 +88,7 @@ class Gateway:
     async def stop(self) -> None:
         """Let every waiter go and end the threads. Idempotent."""
         await self.backlog.stop()
+        await self.loss_reviews.stop()
         await self.hub.stop()
         await self.auth.close()
         if self.deps.policies is None:
@@ -113,9 +130,9 @@ class Gateway:
             raise Draining("the server is stopping; ask again in a moment")
         return await self.caller(request)
 
-    async def cancel_sample(self, request_id: RequestId) -> None:
-        """End a queued sample for which nobody waits any more. Idempotent."""
-        for key in await self.store.cycles.cancel_sample(request_id):
+    async def cancel_sample(self, request_id: RequestId, *, used: SampleUsage | None = None) -> None:
+        """End a queued sample for which nobody waits any more. used: what its client got of it. Idempotent."""
+        for key in await self.store.cycles.cancel_sample(request_id, used=used):
             await asyncio.to_thread(self.deps.blobs.delete, key)
 
     def pool_for(self, base_model: str) -> PoolView:

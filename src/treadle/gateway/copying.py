@@ -15,6 +15,7 @@ from treadle.domain.states import ModelState, SessionState
 from treadle.errors import InvalidRequest
 from treadle.gateway.auth import Principal
 from treadle.gateway.context import Gateway
+from treadle.store.quotas import SaveLimits
 from treadle.wire.checkpoints import CopyWeightsBody
 
 # Keeps the keys of copies apart from those of sessions, which are looked up in the same place.
@@ -106,5 +107,6 @@ async def _add(
         expires_at=None if body.ttl_seconds is None else now + body.ttl_seconds,
         copied_from=source.tinker_path,
     )
-    await gateway.store.copies.add(run, copy)
+    limits = SaveLimits.of(gateway.policies.now, run.tenant_id)
+    await gateway.store.copies.add(run, copy, limits=limits)
     return copy.tinker_path

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from starlette.requests import Request
 from starlette.responses import Response
 
-from treadle.domain.ids import ModelId, RequestId, op_request_id
+from treadle.domain.ids import ModelId, RequestId, TenantId, op_request_id
 from treadle.domain.limits import MAX_SEQ_ID_LEAD
 from treadle.domain.ops import OpKind, TrainingOp, kind_of
 from treadle.domain.outcome import PoolFacts
@@ -170,14 +170,15 @@ def checked_pool(gateway: Gateway, model: ModelRecord) -> PoolView:
     raise NotFound(f"base model {model.base_model[:200]!r} of {model.model_id} is not served by this server now")
 
 
-def pass_limits(facts: PoolFacts) -> PassLimits:
-    """What requests to a pool are checked against."""
-    return PassLimits(vocab_size=facts.vocab_size, max_context_length=facts.max_context_length)
+def pass_limits(gateway: Gateway, tenant_id: TenantId, facts: PoolFacts) -> PassLimits:
+    """What a tenant's requests to a pool are checked against: the model's limits, and within them the tenant's."""
+    limits = PassLimits(vocab_size=facts.vocab_size, max_context_length=facts.max_context_length)
+    return gateway.quotas.within_context(tenant_id, limits)
 
 
-def pool_limits(pool: PoolView | None) -> PassLimits | None:
+def pool_limits(gateway: Gateway, tenant_id: TenantId, pool: PoolView | None) -> PassLimits | None:
     """`pass_limits` of a pool, None for no pool. Raises PoolLoading until it is loaded."""
-    return None if pool is None else pass_limits(loaded_facts(pool))
+    return None if pool is None else pass_limits(gateway, tenant_id, loaded_facts(pool))
 
 
 def future_of(

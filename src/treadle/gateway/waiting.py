@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from treadle.domain.backlog import Place
 from treadle.domain.pool_decisions import PoolDecision, PoolState
+from treadle.domain.rates import RateKind
 from treadle.domain.records import RequestRecord
 from treadle.domain.states import QueueState
 from treadle.gateway.context import Gateway
@@ -40,6 +41,8 @@ async def why_queued(gateway: Gateway, row: RequestRecord) -> Wait:
             QueueState.PAUSED_CAPACITY, f"waiting for request {place.missing_seq_id}, which has not come", place
         )
     is_sample = row.model_id is None
+    if (paused := await _rate(gateway, row, place)) is not None:
+        return Wait(QueueState.PAUSED_RATE_LIMIT, paused, place)
     if (excess := gateway.backlog.excess(row.tenant_id, is_sample=is_sample)) is not None:
         return Wait(excess.state, excess.words, place)
     return Wait(QueueState.ACTIVE, _in_line(gateway, row, place), place)
@@ -53,6 +56,15 @@ def _stopped(decision: PoolDecision | None) -> str | None:
     if decision.state is PoolState.PAUSED:
         return f"base model {decision.pool} is paused by an operator{why}"
     return f"base model {decision.pool} is not served now, an operator removed it{why}"
+
+
+async def _rate(gateway: Gateway, row: RequestRecord, place: Place) -> str | None:
+    """Why a request waits for a rate, if it does: it costs tokens, or stands behind what does."""
+    if not (row.num_tokens or place.ahead.num_tokens):
+        return None
+    kind = RateKind.SAMPLING if row.model_id is None else RateKind.TRAINING
+    use = await gateway.quotas.used_up(row.tenant_id, kind)
+    return None if use is None else gateway.quotas.words_of(use)
 
 
 def _in_line(gateway: Gateway, row: RequestRecord, place: Place) -> str:

@@ -17,6 +17,7 @@ from treadle.store import audit
 from treadle.store.checkpoints import event_of, row_of
 from treadle.store.engine import Database
 from treadle.store.models import row_of as run_row_of
+from treadle.store.quotas import SaveLimits, no_room_for
 from treadle.store.tables import checkpoints, models
 from treadle.store.writer import Writer
 
@@ -36,17 +37,18 @@ class Copies:
     def __init__(self, *, database: Database, writer: Writer, clock: Callable[[], float]) -> None:
         self._writer = writer
         self._clock = clock
+        self._dialect = database.dialect
         self._insert_run = (
             database.dialect.insert(models)
             .on_conflict_do_nothing(index_elements=[models.c.model_id])
             .returning(models.c.model_id)
         )
 
-    async def add(self, run: ModelRecord, copy: CheckpointRecord) -> None:
+    async def add(self, run: ModelRecord, copy: CheckpointRecord, *, limits: SaveLimits | None = None) -> None:
         """Make `run`, which nothing can train, and `copy` of `copy.copied_from` in it.
 
         The same copy into the same run again changes nothing, even when it was deleted meanwhile. Raises InvalidRequest
-        when the run's id is taken by anything else, NotFound when the source is gone.
+        when the run's id is taken by anything else or `limits` leave no room, NotFound when the source is gone.
         """
         assert copy.model_id == run.model_id
         assert copy.copied_from is not None
@@ -59,6 +61,8 @@ class Copies:
             source = {"path": copy.copied_from, "key": copy.blob_key}
             if conn.execute(_SOURCE, source).one_or_none() is None:
                 raise NotFound(f"checkpoint {copy.copied_from!r} does not exist")
+            if limits is not None and (reason := no_room_for(conn, self._dialect, copy, limits, self._clock())):
+                raise InvalidRequest(reason)
             conn.execute(_ADD, row_of(copy))
             event = event_of(
                 "checkpoint_copy",

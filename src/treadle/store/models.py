@@ -18,6 +18,7 @@ from treadle.domain.states import ModelState
 from treadle.store.engine import Database
 from treadle.store.lora_json import lora_from_json, lora_to_json
 from treadle.store.pages import checked_limit, checked_page, read_page
+from treadle.store.quotas import too_many_models
 from treadle.store.request_rows import Added, RequestRows, checked_new, first_kinds
 from treadle.store.requests import Requests
 from treadle.store.sessions import session_project
@@ -50,9 +51,7 @@ _OF_SESSION = (
     .limit(MAX_UNPAGED_ROWS)
 )
 _OF_IDS = (
-    sa.select(*_COLUMNS)
-    .where(models.c.model_id.in_(sa.bindparam("ids", expanding=True)))
-    .order_by(models.c.model_id)
+    sa.select(*_COLUMNS).where(models.c.model_id.in_(sa.bindparam("ids", expanding=True))).order_by(models.c.model_id)
 )
 _OF_POOL = (
     sa.select(*_COLUMNS)
@@ -72,6 +71,8 @@ _TOUCH = models.update().where(models.c.model_id == sa.bindparam("id")).values(l
 class _Created:
     request_id: RequestId
     added: Added
+    # As it was stored; None for a replay.
+    request: NewRequest | None = None
 
 
 class Models:
@@ -97,10 +98,11 @@ class Models:
             .returning(models.c.model_id)
         )
 
-    async def create(self, record: ModelRecord, request: NewRequest) -> RequestId:
+    async def create(self, record: ModelRecord, request: NewRequest, *, max_alive: int | None = None) -> RequestId:
         """The id of the request that creates the run; a replay of the model_id gets the first one, unchanged.
 
-        With a failure in the request the run is FAILED from the start. Raises InvalidRequest when the first one
+        With a failure in the request the run is FAILED from the start; so it is when its tenant has `max_alive` runs
+        that are alive. Raises InvalidRequest when the first one
         created the run in another way (fresh, or from a checkpoint), and ServerError when the session is unknown.
         """
         assert request.model_id == record.model_id
@@ -109,17 +111,25 @@ class Models:
             record = replace(record, state=ModelState.FAILED, state_message=request.failure.message)
 
         def write(conn: sa.Connection) -> _Created:
-            values = row_of(record) | {"create_request_id": request.request_id}
+            run, asked = record, request
+            if max_alive is not None and asked.failure is None:
+                failure = too_many_models(
+                    conn, self._database.dialect, run.tenant_id, run.model_id, max_alive=max_alive
+                )
+                if failure is not None:
+                    run = replace(run, state=ModelState.FAILED, state_message=failure.message)
+                    asked = replace(asked, failure=failure)
+            values = row_of(run) | {"create_request_id": request.request_id}
             if conn.execute(self._insert, values).one_or_none() is None:
                 first = RequestId(conn.execute(_CREATION, {"id": record.model_id}).scalar_one())
                 return _Created(first, Added(is_new=False, first_kind=first_kinds(conn, [first]).get(first)))
-            added = self._rows.insert(conn, [request], self._clock())
+            added = self._rows.insert(conn, [asked], self._clock())
             assert request.request_id in added, "a request without its run"
-            return _Created(request.request_id, Added(is_new=True))
+            return _Created(request.request_id, Added(is_new=True), asked)
 
         def announce(created: _Created) -> None:
-            if created.added.is_new:
-                self._requests.announce_new(request)
+            if created.request is not None:
+                self._requests.announce_new(created.request)
 
         created = await self._writer.run(write, after_commit=announce)
         created.added.checked(request)

@@ -8,6 +8,7 @@ store; the gateway looks up runs and checkpoints and passes what is needed.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -168,7 +169,7 @@ def sample_op(body: SampleBody, *, blob_key: BlobKey | None, limits: PassLimits,
     treadle lacks.
     """
     prompt = flat_prompt(body.prompt, vocab_size=limits.vocab_size)
-    _check_room(len(prompt), body.sampling_params.max_tokens, limits.max_context_length)
+    _check_room(len(prompt), body.sampling_params.max_tokens, limits)
     _check_last_n(body, len(prompt))
     targets = None
     if body.target_prompt_logprobs is not None:
@@ -177,12 +178,16 @@ def sample_op(body: SampleBody, *, blob_key: BlobKey | None, limits: PassLimits,
         )
     num_target_cells = 0 if targets is None else len(targets.token_ids)
     _check_tables(body, num_prompt_tokens=len(prompt), num_target_cells=num_target_cells, limits=limits)
+    params = _sampling_params(body.sampling_params, limits.vocab_size, draw_seed)
+    if params.max_tokens is None and limits.context_note:
+        # A sampler would go on to the end of the model's context, which is further.
+        params = replace(params, max_tokens=limits.max_context_length - len(prompt))
     return SampleOp(
         sampling_session_id=body.sampling_session_id,
         seq_id=body.seq_id,
         prompt=prompt,
         num_samples=body.num_samples,
-        params=_sampling_params(body.sampling_params, limits.vocab_size, draw_seed),
+        params=params,
         blob_key=blob_key,
         wants_prompt_logprobs=body.prompt_logprobs,
         topk_prompt_logprobs=body.topk_prompt_logprobs,
@@ -261,13 +266,13 @@ def _check_tables(body: SampleBody, *, num_prompt_tokens: int, num_target_cells:
         )
 
 
-def _check_room(num_prompt_tokens: int, max_tokens: int | None, max_context_length: int) -> None:
+def _check_room(num_prompt_tokens: int, max_tokens: int | None, limits: PassLimits) -> None:
     """Refuses what cannot fit instead of cutting it short. Clients know an overflow by these words and numbers."""
     wanted = 1 if max_tokens is None else max_tokens
-    if num_prompt_tokens + wanted > max_context_length:
+    if num_prompt_tokens + wanted > limits.max_context_length:
         raise InvalidRequest(
             f"Prompt length plus max_tokens exceeds the model's context window: {num_prompt_tokens} prompt tokens + "
-            f"{wanted} max_tokens > {max_context_length}"
+            f"{wanted} max_tokens > {limits.max_context_length}{limits.context_note}"
         )
 
 

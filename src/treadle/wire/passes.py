@@ -45,10 +45,14 @@ NAMED_LOSS = "named_loss_sha256"
 
 @dataclass(frozen=True, slots=True)
 class PassLimits:
-    """What a model can take: token ids in [0, vocab_size), sequences up to max_context_length tokens."""
+    """What a model can take: token ids in [0, vocab_size), sequences up to max_context_length tokens.
+
+    context_note: what a refusal of a longer one adds, where it is not the model that sets the limit.
+    """
 
     vocab_size: int
     max_context_length: int
+    context_note: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -364,7 +368,7 @@ def _read_tokens(datums: Sequence[pb.DatumMessage], limits: PassLimits | None) -
         if limits is not None and num_tokens > limits.max_context_length:
             raise InvalidRequest(
                 f"datum {datum_index}: model_input has {num_tokens} tokens; "
-                f"the context length is {limits.max_context_length}"
+                f"the context length is {limits.max_context_length}{limits.context_note}"
             )
         parts.append((datum_index, FlatTensor(raw, (num_tokens,))))
     return _joined(MODEL_INPUT, INT32, parts)

@@ -18,8 +18,9 @@ from treadle.domain.ops import OpKind, SampleOp
 from treadle.domain.outcome import SampledPart
 from treadle.domain.records import NewRequest, SamplingSessionRecord
 from treadle.domain.states import Category, RequestState
-from treadle.errors import Draining, InvalidRequest, Overloaded, QueueFull, ServerError
-from treadle.gateway.admission import Draft
+from treadle.domain.usage import SampleUsage
+from treadle.errors import Draining, InvalidRequest, Overloaded, ServerError
+from treadle.gateway.admission import Draft, sample_draft
 from treadle.gateway.auth import Principal
 from treadle.gateway.chat.text import Sampled
 from treadle.gateway.chat.weights import Weights, sampling_session_of
@@ -27,7 +28,6 @@ from treadle.gateway.context import Gateway
 from treadle.gateway.intake import pass_limits
 from treadle.wire.bodies import SampleBody, SamplingParamsBody
 from treadle.wire.ops import sample_op
-from treadle.wire.payloads import encode_payload
 from treadle.wire.sampled import SampledResult, decode_sample_result
 
 # A stream says something at least this often, since proxies end connections that are silent for a minute.
@@ -87,9 +87,12 @@ Event = Grown | Done | StillThere
 class Samples:
     """One request's samples, from `admit` to `close`."""
 
-    def __init__(self, gateway: Gateway, principal: Principal, rows: Sequence[NewRequest]) -> None:
+    def __init__(
+        self, gateway: Gateway, principal: Principal, rows: Sequence[NewRequest], prompts: Sequence[Sequence[int]]
+    ) -> None:
         self._gateway = gateway
         self._tenant_id = principal.tenant_id
+        self._num_prompt_tokens = {row.request_id: len(prompt) for row, prompt in zip(rows, prompts, strict=True)}
         self._open = [row.request_id for row in rows]
         self.request_ids = tuple(self._open)
 
@@ -118,13 +121,15 @@ class Samples:
         finally:
             watch.close()
             await _cancelled(tasks)
-            await self.close()
+            await self.close(watch)
 
-    async def close(self) -> None:
-        """Cancel what is not over. Idempotent."""
+    async def close(self, watch: Watch | None = None) -> None:
+        """Cancel what is not over; what a watch has shown of it was used. Idempotent."""
         still_open, self._open = self._open, []
         for request_id in still_open:
-            await self._gateway.cancel_sample(request_id)
+            num_shown = 0 if watch is None else watch.num_shown(request_id)
+            used = SampleUsage(self._num_prompt_tokens[request_id], num_shown) if num_shown else None
+            await self._gateway.cancel_sample(request_id, used=used)
 
     async def _tell(self, watch: Watch, index: int, request_id: RequestId) -> None:
         try:
@@ -167,6 +172,10 @@ class Watch:
         """Stop listening. Idempotent."""
         for request_id in self._place:
             self._gateway.deps.live.forget(request_id)
+
+    def num_shown(self, request_id: RequestId) -> int:
+        """Tokens of a prompt's sequences that were reported so far."""
+        return sum(map(len, self._told[self._place[request_id]]))
 
     def ended(self, prompt_index: int, result: SampledResult | Exception) -> None:
         """A prompt is done, or has failed."""
@@ -240,15 +249,20 @@ async def admit(
     Raises QueueFull when too much of the tenant waits, InvalidRequest or NotSupported for what cannot be sampled;
     nothing is admitted then.
     """
-    if (excess := gateway.backlog.excess(principal.tenant_id, is_sample=True)) is not None:
-        raise QueueFull(excess.words)
+    async with gateway.quotas.entering(principal.tenant_id, len(asked.prompts)):
+        return await _admitted(gateway, principal, weights, asked, streams=streams)
+
+
+async def _admitted(
+    gateway: Gateway, principal: Principal, weights: Weights, asked: Asked, *, streams: bool
+) -> tuple[Samples, Watch | None]:
     session = await sampling_session_of(gateway, principal, weights)
     num_bytes = 8 * sum(map(len, asked.prompts))
     drafted = await gateway.admission.run(
         lambda: [_drafted(gateway, session, weights, asked, prompt, streams) for prompt in asked.prompts],
         num_bytes=num_bytes,
     )
-    samples = Samples(gateway, principal, [place for place, _ in drafted])
+    samples = Samples(gateway, principal, [place for place, _ in drafted], asked.prompts)
     watch = Watch(gateway, samples.request_ids, num_samples=asked.num_samples) if streams else None
     submitting = [asyncio.create_task(gateway.admission.submit_checked(place, draft)) for place, draft in drafted]
     try:
@@ -284,8 +298,8 @@ def _drafted(
         num_tokens=0,
         sampling_session_id=session.sampling_session_id,
     )
-    most = weights.facts.max_context_length - len(prompt) if asked.max_tokens is None else asked.max_tokens
-    return place, Draft(OpKind.SAMPLE, encode_payload(op), num_tokens=len(prompt) + asked.num_samples * most)
+    limits = pass_limits(gateway, session.tenant_id, weights.facts)
+    return place, sample_draft(op, max_context_length=limits.max_context_length)
 
 
 def _op(
@@ -308,5 +322,5 @@ def _op(
         topk_prompt_logprobs=asked.num_alternatives if asked.wants_prompt_logprobs else 0,
         topk_sample_logprobs=asked.num_alternatives,
     )
-    limits = pass_limits(weights.facts)
+    limits = pass_limits(gateway, session.tenant_id, weights.facts)
     return sample_op(body, blob_key=session.blob_key, limits=limits, draw_seed=gateway.deps.draw_seed)

@@ -84,7 +84,7 @@ async def _waiting(gateway: Gateway, row: RequestRecord) -> dict[str, object]:
 
 def _tenant(gateway: Gateway, tenant_id: TenantId) -> dict[str, object]:
     """What the caller has waiting, in all pools, and what it may."""
-    loads, limits = gateway.backlog.of_tenant(tenant_id), gateway.backlog.limits
+    loads, limits = gateway.backlog.of_tenant(tenant_id), gateway.backlog.limits_of(tenant_id)
     return {
         "training": _load(loads[False]),
         "sampling": _load(loads[True]),

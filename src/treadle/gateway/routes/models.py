@@ -72,6 +72,7 @@ async def create_model(request: Request) -> Response:
             max_rank=gateway.settings.max_lora_rank,
             draw_seed=gateway.deps.draw_seed,
         )
+        gateway.quotas.check_rank(principal.tenant_id, op.lora.rank)
     except UserError as refusal:
         return await _answer_refused_run(gateway, record, place, refusal)
     return await _answer_run(gateway, record, place, pool, op, body)
@@ -101,6 +102,7 @@ async def load_weights(request: Request) -> Response:
         if body.base_model is not None and gateway.pool_for(body.base_model) != pool:
             raise InvalidRequest(f"{body.path} belongs to base model {pool.name}, not to {body.base_model!r}")
         op = _load_op(body, checkpoint)
+        gateway.quotas.check_rank(principal.tenant_id, op.lora.rank)
     except UserError as refusal:
         return await _answer_refused_run(gateway, record, place, refusal)
     return await _answer_run(gateway, record, place, pool, op, body)
@@ -225,7 +227,8 @@ async def _answer_run(
         user_metadata=body.user_metadata,
     )
     draft = Draft(place.kind, encode_payload(op))
-    request_id = await gateway.admission.submit_model(run, replace(place, pool=pool.name), draft)
+    max_alive = gateway.quotas.max_models(run.tenant_id)
+    request_id = await gateway.admission.submit_model(run, replace(place, pool=pool.name), draft, max_alive=max_alive)
     return future_of(request_id, model_id=run.model_id)
 
 

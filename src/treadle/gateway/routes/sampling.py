@@ -13,10 +13,10 @@ from treadle.domain.ids import (
     sample_sequence_ids,
     sampler_id,
 )
-from treadle.domain.ops import OpKind, SampleOp
+from treadle.domain.ops import OpKind
 from treadle.domain.records import CheckpointRecord, NewRequest, SamplingSessionRecord
-from treadle.errors import InvalidRequest, NotFound, QueueFull, UnreadableBody
-from treadle.gateway.admission import Draft
+from treadle.errors import InvalidRequest, NotFound, UnreadableBody
+from treadle.gateway.admission import Draft, sample_draft
 from treadle.gateway.answers import json_response
 from treadle.gateway.auth import Principal
 from treadle.gateway.bodies import MAX_JSON_BYTES, read_body
@@ -35,8 +35,6 @@ from treadle.wire.bodies import (
     read_op_head,
 )
 from treadle.wire.ops import sample_op
-from treadle.wire.passes import PassLimits
-from treadle.wire.payloads import encode_payload
 
 router = Resource("/api/v1")
 
@@ -104,9 +102,11 @@ async def asample(request: Request) -> Response:
     """
     gateway = gateway_of(request)
     principal = await gateway.submitter(request)
-    if (excess := gateway.backlog.excess(principal.tenant_id, is_sample=True)) is not None:
-        # The SDK stops sending for a second or five, then sends the same sample again, as often as it takes.
-        raise QueueFull(excess.words)
+    async with gateway.quotas.entering(principal.tenant_id):
+        return await _admitted(gateway, principal, request)
+
+
+async def _admitted(gateway: Gateway, principal: Principal, request: Request) -> Response:
     raw = await read_plain_body(gateway, request)
     head = await gateway.admission.run(lambda: read_op_head(raw), num_bytes=len(raw))
     if head.sampling_session_id is None or head.seq_id is None:
@@ -119,7 +119,7 @@ async def asample(request: Request) -> Response:
     sampler = await gateway.access.sampling_session(principal, head.sampling_session_id)
     await gateway.access.active_session(principal, sampler.session_id)
     pool = gateway.deps.pools.by_name(sampler.pool)
-    limits = pool_limits(pool)
+    limits = pool_limits(gateway, principal.tenant_id, pool)
     weights = await _newest_weights(gateway, sampler)
     # Refused requests have sequences too, as far as their number can be read.
     num_samples = 1
@@ -141,7 +141,7 @@ async def asample(request: Request) -> Response:
             raise NotFound(f"base model {sampler.base_model!r} of {sampler.sampling_session_id} is not served now")
         _check_names(gateway, body, sampler)
         op = sample_op(body, blob_key=weights.blob_key, limits=limits, draw_seed=gateway.deps.draw_seed)
-        return Draft(OpKind.SAMPLE, encode_payload(op), num_tokens=_num_tokens_at_most(op, limits))
+        return sample_draft(op, max_context_length=limits.max_context_length)
 
     place = _sample_place(sampler, head.seq_id, weights=weights)
     request_id = await gateway.admission.submit(place, draft, num_bytes=len(raw))
@@ -206,12 +206,3 @@ def _num_samples_asked(raw: bytes, limit: int) -> int:
     except (orjson.JSONDecodeError, AttributeError):
         return 1
     return asked if type(asked) is int and 1 <= asked <= limit else 1
-
-
-def _num_tokens_at_most(op: SampleOp, limits: PassLimits) -> int:
-    """What the sample may cost: its prompt once, and every sequence to its end."""
-    num_prompt_tokens = len(op.prompt)
-    max_tokens = op.params.max_tokens
-    if max_tokens is None:
-        max_tokens = limits.max_context_length - num_prompt_tokens
-    return num_prompt_tokens + op.num_samples * max_tokens

@@ -87,7 +87,7 @@ async def _admit_pass(
     except UserError as refusal:
         await gateway.admission.submit_refused(place, refusal)
         return place
-    limits = pass_limits(loaded_facts(pool))
+    limits = pass_limits(gateway, model.tenant_id, loaded_facts(pool))
 
     def checked_op() -> PassOp:
         op = decode_pass(body, limits=limits, meaning=meaning)
