@@ -24,6 +24,7 @@
     |   +-- Overloaded            no room for the body for long   503  server, retryable
     |   +-- StoreUnavailable      the database does not answer    503  server, retryable
     |   +-- AuthUnavailable       a token cannot be checked now   503  server, retryable
+    |   +-- HubUnavailable        a hub gives no file now         503  server, retryable
     |   +-- ResultExpired         a sample's result is gone       410  server, retryable
     +-- ConfigError               the operator must fix it        start-up only
 
@@ -181,6 +182,13 @@ class StoreUnavailable(ServerError):
 
 class AuthUnavailable(ServerError):
     """Whoever knows this token cannot be asked now; nothing is said about the token."""
+
+    status = 503
+    retryable = True
+
+
+class HubUnavailable(ServerError):
+    """A hub does not give a file now; it may later."""
 
     status = 503
     retryable = True

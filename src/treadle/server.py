@@ -352,6 +352,7 @@ class Server:
                 is_loopback=is_loopback(settings.server.host),
                 auth_methods=settings.auth.methods,
                 modelscope=settings.auth.modelscope,
+                losses=settings.losses,
                 has_jwt=settings.auth.jwt,
                 root_path=settings.server.root_path,
                 public_url=settings.server.public_url,

@@ -20,7 +20,11 @@ from treadle.gateway.routing import Endpoint
 from treadle.wire.results import PROTOBUF
 
 # They are asked for without a body, or with whatever a client has to say.
-BODILESS = {"POST /api/v1/auth/token", "POST /api/v1/training_runs/{model_id}/checkpoints/{kind}/{name}/publish"}
+BODILESS = {
+    "POST /api/v1/auth/token",
+    "POST /api/v1/training_runs/{model_id}/checkpoints/{kind}/{name}/publish",
+    "POST /admin/v1/losses/named/{named_loss_id}/review",
+}
 # They answer with files, text or a trace, whose forms are not this API's.
 NOT_JSON = {
     "GET /api/v1/traces/{token}",

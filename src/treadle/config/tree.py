@@ -348,6 +348,27 @@ class AuthSettings(Section):
         return self
 
 
+# A server, and nothing behind it. Plain HTTP only to this machine: files are executed.
+_HUB_URL = r"^(https://[^\s/?#@]+|http://(127\.0\.0\.1|localhost|\[::1\])(:\d+)?)$"
+
+
+class LossSettings(Section):
+    """Losses that users submit, and their reviews."""
+
+    python_files: Literal["isolated", "limited", "never"] = "isolated"
+    """Whether the review of a loss executes a Python file. `isolated`: in a process that can open, start and reach
+    nothing, which needs Linux on x86_64 or aarch64. `limited`: elsewhere too, with limits on time and memory alone.
+    `never`: losses are submitted as graphs."""
+    huggingface_url: str = Field(default="https://huggingface.co", pattern=_HUB_URL)
+    """Where files of `hf://` losses are fetched from, when an operator begins a review."""
+    modelscope_url: str = Field(default="https://www.modelscope.cn", pattern=_HUB_URL)
+    """The same for `ms://`."""
+    redirect_hosts: tuple[str, ...] = ()
+    """Host names, beside the hubs' own, that they may send this server to. It follows no other redirect."""
+    hub_proxy: str | None = Field(default=None, pattern=r"^https?://[^\s/?#@]+$")
+    """A proxy to reach hubs through. Proxies of the environment are not used."""
+
+
 class LogSettings(Section):
     """What the server says about itself, on standard error."""
 
@@ -383,6 +404,7 @@ class Settings(BaseSettings):
     blobs: BlobSettings = BlobSettings()
     retention: RetentionSettings = RetentionSettings()
     auth: AuthSettings = AuthSettings()
+    losses: LossSettings = LossSettings()
     log: LogSettings = LogSettings()
 
     @property

@@ -89,6 +89,11 @@ class Submission:
         """As the audit log names it."""
         return subject_of(self.named_loss_id)
 
+    @property
+    def is_reviewable(self) -> bool:
+        """Whether its one review is still to come."""
+        return self.status is LossStatus.PENDING and self.review is None
+
 
 @dataclass(frozen=True, slots=True)
 class NamedLoss:

@@ -34,6 +34,7 @@ from treadle.gateway.routes import (
     legacy,
     losses,
     models,
+    named_losses,
     openai,
     projects,
     runs,
@@ -46,6 +47,7 @@ from treadle.gateway.routes import (
 from treadle.gateway.routes.admin import checkpoints as admin_checkpoints
 from treadle.gateway.routes.admin import keys as admin_keys
 from treadle.gateway.routes.admin import losses as admin_losses
+from treadle.gateway.routes.admin import named_losses as admin_named_losses
 from treadle.gateway.routes.admin import pools as admin_pools
 from treadle.gateway.routes.admin import projects as admin_projects
 from treadle.gateway.routes.admin import queue as admin_queue
@@ -69,6 +71,7 @@ RESOURCES = (
     account,
     custom_losses,
     losses,
+    named_losses,
     projects,
     openai,
     anthropic,
@@ -79,6 +82,7 @@ RESOURCES = (
     admin_keys,
     admin_quotas,
     admin_losses,
+    admin_named_losses,
     admin_pools,
     admin_runs,
     admin_checkpoints,

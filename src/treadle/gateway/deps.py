@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from treadle.blobs import BlobStore
-from treadle.config import AuthMethod, ModelScopeSettings
+from treadle.config import AuthMethod, LossSettings, ModelScopeSettings
 from treadle.domain import limits
 from treadle.domain.ids import PoolName
 from treadle.domain.outcome import PoolFacts
@@ -109,6 +109,7 @@ class GatewaySettings:
     is_loopback: the server listens on a loopback address only. Without it no mode is ever open.
     auth_methods: how callers are recognised; empty: openly until the first key is created, then by keys.
     modelscope: how ModelScope is asked, for the method of that name.
+    losses: where files of submitted losses come from, and whether they are executed.
     has_jwt: keys may be exchanged for tokens that live an hour.
     root_path: what every path begins with, "" or like "/twinkle".
     public_url: where clients reach this server, prefix included; None: where the request came to.
@@ -117,6 +118,7 @@ class GatewaySettings:
     is_loopback: bool
     auth_methods: tuple[AuthMethod, ...] = ()
     modelscope: ModelScopeSettings = field(default_factory=ModelScopeSettings)
+    losses: LossSettings = field(default_factory=LossSettings)
     has_jwt: bool = True
     root_path: str = ""
     public_url: str | None = None
