@@ -15,7 +15,7 @@ from treadle.domain.ids import BlobKey, CheckpointKind, ModelId, PoolName, Sessi
 from treadle.domain.ops import LoraSpec, OpKind
 from treadle.domain.records import CheckpointRecord, FinishedCycle, ModelRecord, NewRequest, SessionRecord
 from treadle.domain.states import ModelState, SessionState
-from treadle.domain.usage import HOUR_S, UsageKind, hour_of
+from treadle.domain.usage import HOUR_S, SETTLED_AFTER_S, UsageKind, hour_of
 from treadle.scheduler.sweeps import Sweeper
 from treadle.store import Store
 from treadle.telemetry.metrics import Metrics
@@ -101,6 +101,10 @@ async def test_hours_are_written_when_they_are_over_and_those_of_a_pause_too(
     await sweeper.sweep()
     assert await stored(store, clock) == []
 
+    clock.advance(SETTLED_AFTER_S)
+    await sweeper.sweep()
+    assert await stored(store, clock) == []
+
     clock.advance(1)
     await sweeper.sweep()
     await sweeper.sweep()
@@ -116,7 +120,7 @@ async def test_two_servers_and_a_restart_write_each_hour_once(store: Store, cloc
     one, two = sweeper_of(store, clock, tmp_path / "one"), sweeper_of(store, clock, tmp_path / "two")
     for sweeper in (one, two):
         await sweeper.sweep()
-    clock.advance(2 * HOUR_S)
+    clock.advance(2 * HOUR_S + SETTLED_AFTER_S)
 
     for sweeper in (one, two, sweeper_of(store, clock, tmp_path / "three")):
         await sweeper.sweep()

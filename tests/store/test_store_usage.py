@@ -107,7 +107,7 @@ async def test_samples_count_prompts_and_tokens_apart(store: Store) -> None:
         done(sample(1)), usage=SampleUsage(num_prompt_tokens=100, num_sampled_tokens=7, num_cached_tokens=64)
     )
     second = replace(done(sample(2)), usage=SampleUsage(num_prompt_tokens=10, num_sampled_tokens=1))
-    lost = replace(failed(sample(3)), usage=SampleUsage(num_prompt_tokens=50, num_sampled_tokens=9))
+    lost = failed(sample(3))
 
     for _ in range(2):
         await store.cycles.finish_samples(lease, [first, second, lost])

@@ -263,8 +263,8 @@ class RunLogEntry:
 class FinishedRequest:
     """A final outcome as it is committed: exactly one of result and failure.
 
-    recorded: sequences of a sample to keep for stable_reinforce, under their sample's sequence ids. usage: the tokens
-    of a sample.
+    recorded: sequences of a sample to keep for stable_reinforce, under their sample's sequence ids. usage: what its
+    tenant got of a sample, in tokens; None when that is nothing.
     """
 
     request_id: RequestId

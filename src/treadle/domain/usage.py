@@ -11,6 +11,9 @@ from enum import StrEnum
 from treadle.domain.ids import SessionId, TenantId
 
 HOUR_S = 3_600
+# Storage of an hour is counted so long after its end: a commit is tried for a minute, and its checkpoints are as old as
+# its cycle.
+SETTLED_AFTER_S = 300
 
 
 class UsageKind(StrEnum):

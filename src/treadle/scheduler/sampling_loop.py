@@ -243,11 +243,7 @@ class SamplingLoop:
                 failure=outcome.failure,
                 is_transient=outcome.is_transient,
                 recorded=outcome.recorded,
-                usage=SampleUsage(
-                    num_prompt_tokens=outcome.num_prompt_tokens,
-                    num_sampled_tokens=outcome.num_sampled_tokens,
-                    num_cached_tokens=outcome.num_cached_tokens,
-                ),
+                usage=_used(outcome),
             )
             for outcome in outcomes
         ]
@@ -279,3 +275,14 @@ class SamplingLoop:
         for row in rows:
             self._quarantine.sample_ended(row.request_id)
         await drop_blobs(self._blobs, unused)
+
+
+def _used(outcome: SampleOutcome) -> SampleUsage | None:
+    """What its tenant got: nothing of a sample that failed, whatever it cost."""
+    if outcome.failure is not None:
+        return None
+    return SampleUsage(
+        num_prompt_tokens=outcome.num_prompt_tokens,
+        num_sampled_tokens=outcome.num_sampled_tokens,
+        num_cached_tokens=outcome.num_cached_tokens,
+    )

@@ -26,6 +26,7 @@ from treadle.domain.records import (
     NewRequest,
 )
 from treadle.domain.states import Category
+from treadle.domain.usage import SampleUsage
 from treadle.store import audit
 from treadle.store.checkpoints import CheckpointUpserts, event_of
 from treadle.store.engine import Database
@@ -202,17 +203,22 @@ class Cycles:
         committed = await self._writer.run(write, after_commit=self._announce)
         return committed.unused_keys
 
-    async def cancel_sample(self, request_id: RequestId) -> tuple[BlobKey, ...]:
+    async def cancel_sample(self, request_id: RequestId, *, used: SampleUsage | None = None) -> tuple[BlobKey, ...]:
         """End a queued sample for which nobody waits; blobs to delete as for `finish`. Others are left alone.
+
+        used: what its client got of it before; it is counted like that of a sample that is done.
 
         A result that a sampler commits later is dropped, and whoever leads the pool hears of it as of every row that
         is final.
         """
-        cancelled = [FinishedRequest(request_id, failure=Failure("this sample was cancelled", Category.USER))]
+        failure = Failure("this sample was cancelled", Category.USER)
+        cancelled = [FinishedRequest(request_id, failure=failure, usage=used)]
 
         def write(conn: sa.Connection) -> _Committed:
             is_sample = conn.execute(_QUEUED_SAMPLE, {"id": request_id}).one_or_none() is not None
-            rows = self._rows.finish(conn, cancelled if is_sample else [], self._clock())
+            now = self._clock()
+            rows = self._rows.finish(conn, cancelled if is_sample else [], now)
+            self._usage.count(conn, rows, now=now)
             return _Committed(tuple(row.request_id for row in rows), _dropped(rows), cancelled)
 
         committed = await self._writer.run(write, after_commit=self._announce)

@@ -54,7 +54,7 @@ _EVENTS = (
 )
 _NEWEST_STORAGE = sa.select(sa.func.max(_u.bucket_start)).where(_u.kind == UsageKind.STORAGE.value)
 _OLDEST = sa.select(sa.func.min(_u.bucket_start))
-_OLDEST_CHECKPOINT = sa.select(sa.func.min(checkpoints.c.created_at))
+_OLDEST_CHECKPOINTS = tuple(sa.select(sa.func.min(table.c.created_at)) for table in (checkpoints, ended_checkpoints))
 _FORGET_ENDED = ended_checkpoints.delete().where(ended_checkpoints.c.ended_at <= sa.bindparam("end", type_=sa.Double))
 _FORGET = usage_events.delete().where(_u.bucket_start < sa.bindparam("before"))
 
@@ -85,13 +85,15 @@ class UsageCounter:
         saved: Sequence[CheckpointRecord] = (),
         now: float,
     ) -> None:
-        """Add what these rows, which became final in this transaction, used; and of `saved` what they made."""
-        done = [row for row in finished if row.is_done]
-        request_ids = {row.request_id for row in done}
+        """Add what these rows, which became final in this transaction, used; and of `saved` what they made.
+
+        Passes and saves that failed used nothing; a sample used what its outcome says, even if it was cancelled.
+        """
+        request_ids = {row.request_id for row in finished if row.is_done}
         totals: Counter[tuple[TenantId, str, UsageKind]] = Counter()
-        for row in done:
+        for row in finished:
             if row.kind in _PASSES and row.model_id is not None:
-                totals[row.tenant_id, row.model_id, UsageKind.TRAINING] += row.num_tokens
+                totals[row.tenant_id, row.model_id, UsageKind.TRAINING] += row.num_tokens if row.is_done else 0
             elif row.sampling_session_id is not None and (used := row.outcome.usage) is not None:
                 owner = row.tenant_id, row.sampling_session_id
                 totals[*owner, UsageKind.PREFILL] += used.num_prompt_tokens - used.num_cached_tokens
@@ -191,7 +193,10 @@ class Usage:
         """The first hour whose storage may not be written yet; at most MAX_USAGE_WINDOW_S ago."""
 
         def read(conn: sa.Connection) -> tuple[int | None, float | None]:
-            return conn.execute(_NEWEST_STORAGE).scalar_one(), conn.execute(_OLDEST_CHECKPOINT).scalar_one()
+            oldest = [conn.execute(query).scalar_one() for query in _OLDEST_CHECKPOINTS]
+            return conn.execute(_NEWEST_STORAGE).scalar_one(), min(
+                (at for at in oldest if at is not None), default=None
+            )
 
         now = self._clock()
         newest, oldest = await self._database.read(read)

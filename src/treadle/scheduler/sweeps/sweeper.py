@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from treadle.blobs import BlobStore
 from treadle.config.tree import RetentionSettings
 from treadle.domain.limits import CHECKPOINT_GRACE_S, MAX_ROWS_PER_SWEEP
-from treadle.domain.usage import HOUR_S
+from treadle.domain.usage import HOUR_S, SETTLED_AFTER_S
 from treadle.errors import StoreUnavailable
 from treadle.scheduler.sweeps.cold import ColdStorage, put_away
 from treadle.scheduler.sweeps.unnamed import UnnamedBlobs, delete_blobs, wanted_by_loads
@@ -173,9 +173,10 @@ class Sweeper:
         """Write the storage of hours that are over, and forget what is old, once an hour; hours of a pause as well."""
         if self._first_hour is None:
             self._first_hour = await self._store.usage.first_hour_to_accrue()
-        if self._first_hour + HOUR_S > now:
+        settled = now - HOUR_S - SETTLED_AFTER_S
+        if self._first_hour > settled:
             return 0
-        while self._first_hour + HOUR_S <= now:
+        while self._first_hour <= settled:
             await self._store.usage.accrue_storage(self._first_hour)
             self._first_hour += HOUR_S
         count = 0
