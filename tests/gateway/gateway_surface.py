@@ -407,6 +407,17 @@ CALLS: dict[str, Calls] = dict(
         ),
         _on("GET", "/admin/v1/organizations/{name}", lambda their: "/admin/v1/organizations/acme"),
         _on("DELETE", "/admin/v1/organizations/{name}", lambda their: "/admin/v1/organizations/acme"),
+        _plain("GET", "/api/v1/quotas"),
+        _plain("GET", "/admin/v1/quotas"),
+        *(
+            _on(method, "/admin/v1/quotas/{scope}", lambda their: "/admin/v1/quotas/tenant:user:new", body)
+            for method, body in (("PUT", {"max_models": 3}), ("GET", None), ("DELETE", None))
+        ),
+        _on(
+            "GET",
+            "/admin/v1/tenants/{tenant_id}/quotas",
+            lambda their: f"/admin/v1/tenants/{open_tenant()}/quotas",
+        ),
         _plain("GET", "/admin/v1/audit"),
         _plain("GET", "/admin/v1/usage"),
         _plain("GET", "/admin/v1/usage.csv"),

@@ -84,7 +84,8 @@ class RateCounter:
         for row in finished:
             if row.is_done and row.kind in _PASSES:
                 totals[row.tenant_id, RateKind.TRAINING] += row.num_tokens
-            elif row.is_done and row.outcome.usage is not None:
+            elif row.outcome.usage is not None:
+                # Also of a stream that its reader cut off.
                 totals[row.tenant_id, RateKind.SAMPLING] += row.outcome.usage.num_sampled_tokens
         spent = tuple(
             Spent(tenant_id, kind, amount)
