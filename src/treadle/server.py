@@ -33,6 +33,7 @@ from treadle.executor.local import LocalExecutor
 from treadle.executor.messages import WorkerConfig
 from treadle.executor.spare import WORKER_COMMAND, Spare
 from treadle.gateway.app import create_app
+from treadle.gateway.authenticators.bootstrap import register_first_key
 from treadle.gateway.chat.live import LiveSamples
 from treadle.gateway.deps import GatewayDeps, GatewaySettings, PoolDirectory, Readiness
 from treadle.http_server import Connections, http_config
@@ -142,6 +143,8 @@ class Server:
 
     async def _serve_on(self, store: Store, launched: Mapping[str, LocalExecutor]) -> int:
         settings = self._settings
+        if settings.auth.bootstrap_key_file is not None:
+            await register_first_key(store, settings.auth.bootstrap_key_file)
         any_key_exists = await store.keys.any_ever()
         check_bind(settings.server.host, any_key_exists=any_key_exists, methods=settings.auth.methods)
         if "open" in settings.auth.methods or not (settings.auth.methods or any_key_exists):

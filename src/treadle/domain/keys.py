@@ -6,8 +6,11 @@ import hashlib
 import re
 import secrets
 
+from treadle.errors import InvalidRequest
+
 KEY_PREFIX = "tml-"
 _KEY_BYTES = 32
+_MAX_NAME_CHARS = 128
 # What new_key makes: so many bytes in base64.
 _OWN_FORM = re.compile(re.escape(KEY_PREFIX) + r"[A-Za-z0-9_-]{43}")
 
@@ -15,6 +18,15 @@ _OWN_FORM = re.compile(re.escape(KEY_PREFIX) + r"[A-Za-z0-9_-]{43}")
 def new_key() -> str:
     """A fresh key with 256 random bits and the prefix that the SDK insists on."""
     return KEY_PREFIX + secrets.token_urlsafe(_KEY_BYTES)
+
+
+def checked_key_name(name: str) -> str:
+    """`name` itself when people can read it. Raises InvalidRequest."""
+    if not 0 < len(name) <= _MAX_NAME_CHARS or not name.isprintable():
+        raise InvalidRequest(
+            f"the name {name[:140]!r} of a key is not allowed: use 1 to {_MAX_NAME_CHARS} characters that can be printed"
+        )
+    return name
 
 
 def is_own_form(text: str) -> bool:

@@ -9,6 +9,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, AwareDatetime, ConfigDict, Field, StringConstraints, model_validator
 
+from treadle.domain.keys import checked_key_name
 from treadle.domain.limits import MAX_PAGE_ROWS
 from treadle.wire.bodies import Body, Id
 
@@ -17,13 +18,7 @@ _MAX_NAME_CHARS = 128
 _MAX_CURSOR_CHARS = 64
 
 
-def _printable(text: str) -> str:
-    if not text.isprintable():
-        raise ValueError("must not contain control characters")
-    return text
-
-
-KeyName = Annotated[str, StringConstraints(min_length=1, max_length=_MAX_NAME_CHARS), AfterValidator(_printable)]
+KeyName = Annotated[str, AfterValidator(checked_key_name)]
 _Name = Annotated[str, StringConstraints(min_length=1, max_length=_MAX_NAME_CHARS)]
 
 

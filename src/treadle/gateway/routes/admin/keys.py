@@ -5,6 +5,8 @@ Invariant: a key leaves the server once, in the answer to whoever made it.
 
 from __future__ import annotations
 
+from datetime import datetime
+
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -22,7 +24,7 @@ from treadle.store.audit import Author
 from treadle.wire.answers import ErrorAnswer
 from treadle.wire.answers_admin_keys import KeyAnswer, KeysAnswer, NewKeyAnswer
 from treadle.wire.bodies import parse_body
-from treadle.wire.key_bodies import KeyBody, KeysQuery, NewKeyBody
+from treadle.wire.key_bodies import MAX_KEY_LIFE_S, KeyBody, KeysQuery, NewKeyBody
 
 router = Resource("/admin/v1")
 
@@ -91,7 +93,7 @@ async def put_key(request: Request, key_id: str) -> Response:
     before = await gateway.store.keys.get(_number(key_id))
     if before is None:
         raise _unknown(key_id)
-    expires_at = None if body.expires_at is None else body.expires_at.timestamp()
+    expires_at = _checked_end(body.expires_at, gateway.deps.clock.now())
     record = await gateway.store.keys.change(
         before.key_id,
         name=body.name if "name" in body.model_fields_set else before.name,
@@ -115,6 +117,16 @@ async def revoke_key(request: Request, key_id: str) -> Response:
     if record is None:
         raise _unknown(key_id)
     return json_response(await _shown(gateway, record))
+
+
+def _checked_end(expires_at: datetime | None, now: float) -> float | None:
+    """In epoch seconds; one that is over ends the key now. Raises InvalidRequest for a time that no key needs."""
+    if expires_at is None:
+        return None
+    seconds = expires_at.timestamp()
+    if not 0 <= seconds <= now + MAX_KEY_LIFE_S:
+        raise InvalidRequest(f"expires_at={expires_at.isoformat()} is not within the next {MAX_KEY_LIFE_S} seconds")
+    return seconds
 
 
 def _number(key_id: str) -> int:
