@@ -258,14 +258,14 @@ class TestNamedLosses:
         op = pass_op(1, model_id=ModelId(model_id))
         message = await failure_of(operated, op, loss_fn="soft")
         assert message.startswith("loss_fn 'soft' is not enabled for you; enabled: cross_entropy")
-        assert message.endswith("your submission of it is pending")
+        assert message.endswith("submit it with POST /api/v1/losses (your submission of it is pending)")
         of_bob = await new_run(operated, key=BOB_KEY)
         message = await failure_of(operated, pass_op(1, model_id=ModelId(of_bob)), key=BOB_KEY, loss_fn="soft")
         assert message.endswith("submit it with POST /api/v1/losses")
         losses = operated.store.named_losses
         await losses.decide(submission.named_loss_id, LossStatus.REJECTED, "it is not smooth", OPERATOR)
         message = await failure_of(operated, replace(op, seq_id=2), loss_fn="soft")
-        assert message.endswith("your submission of it is rejected (it is not smooth)")
+        assert message.endswith("(your submission of it is rejected: it is not smooth)")
 
     async def test_it_is_for_the_tenants_of_its_approval(self, operated: Harness) -> None:
         of_alice, of_bob = await new_run(operated), await new_run(operated, key=BOB_KEY)
@@ -295,7 +295,7 @@ class TestNamedLosses:
         await losses.decide(submission.named_loss_id, LossStatus.REVOKED, "it leaks", OPERATOR)
         await refresh(operated)
         message = await failure_of(operated, pass_op(2, model_id=ModelId(model_id)), loss_fn="soft")
-        assert message.endswith("your submission of it is revoked (it leaks)")
+        assert message.endswith("(your submission of it is revoked: it leaks)")
 
     async def test_it_takes_the_inputs_that_it_declares_and_no_settings(self, operated: Harness) -> None:
         model_id = await new_run(operated)

@@ -65,7 +65,8 @@ def not_enabled(name: str, enabled: Sequence[str], *, note: str = "") -> Invalid
     if len(enabled) > _MAX_NAMES_SHOWN:
         shown += f" and {len(enabled) - _MAX_NAMES_SHOWN} more (GET /api/v1/losses)"
     how = "ask this server's operators for it" if name in RULED_LOSSES else "submit it with POST /api/v1/losses"
-    return InvalidRequest(f"loss_fn {name[:80]!r} is not enabled for you; enabled: {shown}; {note or how}")
+    said = f" ({note})" if note else ""
+    return InvalidRequest(f"loss_fn {name[:80]!r} is not enabled for you; enabled: {shown}; {how}{said}")
 
 
 def check_bounds(op: PassOp, bounds: Mapping[str, Bounds]) -> None:

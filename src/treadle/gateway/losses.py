@@ -137,7 +137,7 @@ class LossDesk:
         submission = await self._store.named_losses.newest(name, tenant_id)
         if submission is None or submission.status is LossStatus.APPROVED:
             return ""
-        said = f" ({submission.reason})" if submission.reason else ""
+        said = f": {submission.reason}" if submission.reason else ""
         return f"your submission of it is {submission.status}{said}"
 
     async def _enabled(self, tenant_id: TenantId) -> Sequence[str]:
