@@ -101,7 +101,7 @@ class Backlog:
         policies: Callable[[], Policies] = Policies,
     ) -> None:
         """limits: of tenants for whom operators say nothing."""
-        self._limits = limits
+        self.limits = limits
         self._policies = policies
         self._store = store
         self._metrics = metrics
@@ -161,7 +161,7 @@ class Backlog:
 
     def limits_of(self, tenant_id: TenantId) -> BacklogLimits:
         """What a tenant may have waiting: what operators say of it, else what the server's settings say."""
-        policies, limits = self._policies(), self._limits
+        policies, limits = self._policies(), self.limits
         tokens, num_bytes = (policies.quota(tenant_id, quota) for quota in (Quota.QUEUED_TOKENS, Quota.QUEUED_BYTES))
         if tokens is None and num_bytes is None:
             return limits
