@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+import pytest
 from typer.testing import CliRunner
 
 from treadle.cli.app import app
@@ -56,3 +57,28 @@ def test_a_revoked_key_stays_listed_and_cannot_be_revoked_again(tmp_path: Path) 
     refused = RUNNER.invoke(app, revoke)
     assert refused.exit_code != 0
     assert "there is no key with id" in str(refused.exception)
+
+
+def test_a_key_has_a_name_an_end_and_its_users_organization(tmp_path: Path) -> None:
+    data = ["--data", str(tmp_path)]
+    options = ["--name", "laptop", "--expires", "30d", "--organization", "acme"]
+    created = RUNNER.invoke(app, ["keys", "create", "alice", *options, *data])
+    assert created.exit_code == 0
+    record = find(tmp_path, created.stdout.strip())
+    assert record is not None
+    assert record.expires_at is not None
+    assert (record.name, round(record.expires_at - record.created_at)) == ("laptop", 30 * 86_400)
+    listed = RUNNER.invoke(app, ["keys", "list", *data]).stdout
+    assert all(word in listed for word in ("alice", "laptop", "acme", "expires"))
+
+    refused = RUNNER.invoke(app, ["keys", "create", "alice", "--organization", "rival", *data])
+    assert refused.exit_code != 0
+    assert "acme" in str(refused.exception)
+
+
+@pytest.mark.parametrize("expires", ["", "30", "d", "0d", "-1d", "1y", "99999999w", "1.5d"])
+def test_an_end_that_is_none_is_refused(tmp_path: Path, expires: str) -> None:
+    refused = RUNNER.invoke(app, ["keys", "create", "alice", "--expires", expires, "--data", str(tmp_path)])
+    assert refused.exit_code != 0
+    assert "--expires" in str(refused.exception)
+    assert not (tmp_path / "treadle.db").exists()

@@ -24,7 +24,7 @@ def checked_key_name(name: str) -> str:
     """`name` itself when people can read it. Raises InvalidRequest."""
     if not 0 < len(name) <= _MAX_NAME_CHARS or not name.isprintable():
         raise InvalidRequest(
-            f"the name {name[:140]!r} of a key is not allowed: use 1 to {_MAX_NAME_CHARS} characters that can be printed"
+            f"the name {name[:140]!r} of a key is not allowed: use 1 to {_MAX_NAME_CHARS} printable characters"
         )
     return name
 
