@@ -28,7 +28,7 @@ _STATUSES = {
     302: "Where it is.",
     400: "A value that cannot be honoured; the text names it.",
     401: "No key, or one that nobody holds.",
-    403: "Not with this key, token or URL.",
+    403: "Not with this key, token or URL; or the tenant is suspended, or no member of who may use the server.",
     404: "The id names nothing that the caller may see.",
     408: "Nothing to answer with yet; ask again.",
     410: "Gone: the session is finished, or the result is no longer kept.",
@@ -37,7 +37,7 @@ _STATUSES = {
     503: "Not now: the server is stopping, a model is loading, or the database is away. Ask again.",
 }
 # What a route answers that asks for a key, that reads a body, and that does neither.
-_OF_KEYED = (400, 401, 404, 503)
+_OF_KEYED = (400, 401, 403, 404, 503)
 _OF_BODIES = (413,)
 _OF_ALL = (503,)
 
