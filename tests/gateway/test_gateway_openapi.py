@@ -14,9 +14,12 @@ from gateway_surface import CALLS, Call, Estate, new_estate, send, serve_text
 from pydantic import BaseModel, ValidationError
 from test_gateway_openai import queued, result_of
 
+from treadle.domain.ids import TenantId
+from treadle.domain.keys import key_digest
 from treadle.gateway import GatewaySettings, create_app
 from treadle.gateway.app import ENDPOINTS, api_document
 from treadle.gateway.routing import Endpoint
+from treadle.store.audit import Author
 from treadle.wire.results import PROTOBUF
 
 # They are asked for without a body, or with whatever a client has to say.
@@ -24,21 +27,49 @@ BODILESS = {
     "POST /api/v1/auth/token",
     "POST /api/v1/training_runs/{model_id}/checkpoints/{kind}/{name}/publish",
     "POST /admin/v1/losses/named/{named_loss_id}/review",
+    "PUT /api/v1/projects/{project_id}/members/{user_or_tenant}",
+    "POST /admin/v1/runs/{model_id}/snapshot",
+    "POST /admin/v1/runs/{model_id}/evict",
 }
 # They answer with files, text or a trace, whose forms are not this API's.
 NOT_JSON = {
     "GET /api/v1/traces/{token}",
     "GET /external/{token}/{name}",
     "GET /metrics",
+    "GET /admin/v1/usage.csv",
     "GET /api/v1/tokenizers/{name:path}",
 }
 # In open mode no key can be ended, so the tests of accounts ask for this one.
 ASKED_ELSEWHERE = {"DELETE /api/v1/auth/apikey/me"}
+ADMIN_KEY = "tml-admin"
+# What these are about is made by a scheduler, or in several steps; their own tests ask for them.
+MADE_ELSEWHERE = (
+    *("/admin/v1/losses/named/", "/admin/v1/pools/", "/admin/v1/commands/"),
+    *(f"/admin/v1/runs/{{model_id}}/{action}" for action in ("snapshot", "evict")),
+)
 
 
 @pytest.fixture
 def settings() -> GatewaySettings:
-    return GatewaySettings(is_loopback=True, hold_s=0.1, has_jwt=True)
+    return GatewaySettings(
+        is_loopback=True,
+        hold_s=0.1,
+        has_jwt=True,
+        auth_methods=("keys", "open"),
+        max_failed_logins_per_minute=1_000_000,
+    )
+
+
+@pytest.fixture(autouse=True)
+async def administered(gateway: Harness) -> None:
+    """An operator, and what operators' routes are asked about: the first key, an organisation."""
+    await gateway.store.keys.add("alice", key_digest("tml-first"), is_admin=False)
+    await gateway.store.keys.add("ops", key_digest(ADMIN_KEY), is_admin=True)
+    await gateway.store.organizations.put("acme", "", author=Author(TenantId("user:ops"), "user:ops"))
+
+
+def is_operators(path: str) -> bool:
+    return path.startswith("/admin/")
 
 
 def route_of(endpoint: Endpoint) -> str:
@@ -80,7 +111,7 @@ def test_the_document_is_served_below_a_prefix_too(gateway: Harness) -> None:
 
 async def answer_to(gateway: Harness, call: Call) -> httpx.Response:
     """The answer; the test plays the sampler where one has to do its part."""
-    asking = asyncio.create_task(send(gateway, call, key=KEY))
+    asking = asyncio.create_task(send(gateway, call, key=ADMIN_KEY if is_operators(call.path) else KEY))
     if call.is_sampled:
         waiting = asyncio.create_task(queued(gateway))
         await asyncio.wait({asking, waiting}, return_when=asyncio.FIRST_COMPLETED)
@@ -116,14 +147,16 @@ async def test_real_answers_are_what_the_document_says(gateway: Harness) -> None
             if route.endswith("asample"):
                 await drain(gateway)
             answer = await answer_to(gateway, call)
-            if answer.status_code in (endpoint.status, *endpoint.others):
+            if answer.status_code in (
+                (endpoint.status,) if is_operators(call.path) else (endpoint.status, *endpoint.others)
+            ):
                 num_answers += 1
                 model = endpoint.others.get(answer.status_code, endpoint.answer)
                 if wrong := misfit(model, answer):
                     misfits.append(f"{route}: {wrong}")
             elif wrong := misfit(endpoint.error, answer):
                 misfits.append(f"{route}: {answer.status_code} {wrong}")
-        if not num_answers:
+        if not num_answers and not endpoint.path.startswith(MADE_ELSEWHERE):
             misfits.append(f"{route} was never answered: {answer.text}")
         await drain(gateway)
         if route.startswith("DELETE") or route.endswith(("finish", "unload_model")):

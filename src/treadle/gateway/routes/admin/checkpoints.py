@@ -43,18 +43,6 @@ async def list_all_checkpoints(request: Request) -> Response:
     return json_response({"checkpoints": [_checkpoint(record) for record in records], "next": following})
 
 
-@router.post("/checkpoints/delete", body=CheckpointBody, answer=EmptyAnswer, others=FORBIDDEN)
-async def delete_any_checkpoint(request: Request) -> Response:
-    """Take any tenant's checkpoint away. Its files go when no copy, run, queued load or sampler needs them."""
-    gateway = gateway_of(request)
-    principal = await gateway.admin(request)
-    path = _path(await read_body(request, limit_bytes=MAX_JSON_BYTES))
-    author = Author(principal.tenant_id, principal.actor)
-    if not await gateway.store.admin_checkpoints.delete(path, author=author):
-        raise _missing(path)
-    return json_response({})
-
-
 @router.post("/checkpoints/unpublish", body=CheckpointBody, answer=EmptyAnswer, others=FORBIDDEN)
 async def unpublish_any_checkpoint(request: Request) -> Response:
     """Have any tenant's checkpoint be its owner's alone again. Runs and sampling sessions that have the weights keep
@@ -64,6 +52,18 @@ async def unpublish_any_checkpoint(request: Request) -> Response:
     path = _path(await read_body(request, limit_bytes=MAX_JSON_BYTES))
     author = Author(principal.tenant_id, principal.actor)
     if not await gateway.store.admin_checkpoints.unpublish(path, author=author):
+        raise _missing(path)
+    return json_response({})
+
+
+@router.post("/checkpoints/delete", body=CheckpointBody, answer=EmptyAnswer, others=FORBIDDEN)
+async def delete_any_checkpoint(request: Request) -> Response:
+    """Take any tenant's checkpoint away. Its files go when no copy, run, queued load or sampler needs them."""
+    gateway = gateway_of(request)
+    principal = await gateway.admin(request)
+    path = _path(await read_body(request, limit_bytes=MAX_JSON_BYTES))
+    author = Author(principal.tenant_id, principal.actor)
+    if not await gateway.store.admin_checkpoints.delete(path, author=author):
         raise _missing(path)
     return json_response({})
 
