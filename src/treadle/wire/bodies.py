@@ -262,6 +262,14 @@ class CreateModelBody(Body):
     user_metadata: Metadata = Field(default_factory=dict)
     optimizer_config: OptimizerConfig | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _only_lora_is_trained(cls, fields: object) -> object:
+        # PEFT's setting. Beside lora_config, where unknown fields are ignored, it must not look as if it were honoured.
+        if isinstance(fields, dict) and (modules := fields.get("modules_to_save")):
+            raise NotSupported(f"modules_to_save={reprlib.repr(modules)} is not supported; only LoRA is trained here")
+        return fields
+
 
 class LoadWeightsBody(Body):
     """load_weights in both forms: into a run (model_id, seq_id), or creating one (session_id, model_seq_id)."""
