@@ -132,7 +132,7 @@ class Gateway:
 
     async def cancel_sample(self, request_id: RequestId, *, used: SampleUsage | None = None) -> None:
         """End a queued sample for which nobody waits any more. used: what its client got of it. Idempotent."""
-        for key in await self.store.cycles.cancel_sample(request_id, used=used):
+        for key in await self.store.cycles.cancel_sample(request_id, used=used, policies=self.policies.now):
             await asyncio.to_thread(self.deps.blobs.delete, key)
 
     def pool_for(self, base_model: str) -> PoolView:

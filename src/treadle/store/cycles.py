@@ -203,7 +203,9 @@ class Cycles:
         committed = await self._writer.run(write, after_commit=self._announce)
         return committed.unused_keys
 
-    async def cancel_sample(self, request_id: RequestId, *, used: SampleUsage | None = None) -> tuple[BlobKey, ...]:
+    async def cancel_sample(
+        self, request_id: RequestId, *, used: SampleUsage | None = None, policies: Policies = NO_POLICIES
+    ) -> tuple[BlobKey, ...]:
         """End a queued sample for which nobody waits; blobs to delete as for `finish`. Others are left alone.
 
         used: what its client got of it before; it is counted like that of a sample that is done.
@@ -219,7 +221,8 @@ class Cycles:
             now = self._clock()
             rows = self._rows.finish(conn, cancelled if is_sample else [], now)
             self._usage.count(conn, rows, now=now)
-            return _Committed(tuple(row.request_id for row in rows), _dropped(rows), cancelled)
+            spent = self._rate_counter.count(conn, rows, policies, now)
+            return _Committed(tuple(row.request_id for row in rows), _dropped(rows), cancelled, spent, now)
 
         committed = await self._writer.run(write, after_commit=self._announce)
         return committed.unused_keys

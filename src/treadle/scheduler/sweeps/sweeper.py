@@ -75,6 +75,7 @@ class Sweeper:
             ("custom_losses", self._custom_losses),
             ("unnamed_blobs", self._unnamed_blobs),
             ("usage", self._usage),
+            ("rates", self._rates),
         )
         counts = {}
         for name, work in sweeps:
@@ -181,6 +182,12 @@ class Sweeper:
             self._first_hour += HOUR_S
         count = 0
         while forgotten := await self._store.usage.forget():
+            count += forgotten
+        return count
+
+    async def _rates(self, _now: float) -> int:
+        count = 0
+        while forgotten := await self._store.rates.forget():
             count += forgotten
         return count
 
