@@ -3,7 +3,7 @@
 It knows no tenants and no decisions; what it finds is JSON for people, with one claim in it, "is_ok". Made-up inputs
 are of several kinds, because nobody knows what a loss divides by: it is fine when one kind is fine, and all are shown.
 Derivatives are compared with central differences in float64 along random directions; a graph that detaches something
-has a gradient that is not its derivative on purpose, and is shown as such.
+has a gradient that is not its derivative on purpose, and one with 16-bit numbers is too coarse: they are not compared.
 Invariant: the same graph gives the same report, but for times and memory.
 """
 
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from treadle.domain.custom_loss import CustomLoss, NodeOp
+from treadle.domain.custom_loss import CustomLoss, DType, Node
 from treadle.domain.custom_loss_names import canonical_function
 from treadle.domain.limits import QUANTUM_TOKENS
 from treadle.domain.ops import Datum
@@ -125,9 +125,9 @@ def _neighbours(loss: CustomLoss, samples: Sequence[_Sample], alone: Sequence[Lo
 
 
 def _gradient(loss: CustomLoss, sample: _Sample) -> str:
-    """ "agrees", "differs", or "detached" when it need not agree: against central differences in float64."""
-    if any(_detaches(node.op, node.target) for node in loss.nodes):
-        return "detached"
+    """ "agrees" with central differences in float64, "differs", or "not compared" where it need not agree."""
+    if any(_is_off_the_derivative(node) for node in loss.nodes):
+        return "not compared"
     exact = _doubled(sample)
     grad = _terms(loss, [exact]).grad.flatten()
     agreeing = 0
@@ -143,8 +143,13 @@ def _gradient(loss: CustomLoss, sample: _Sample) -> str:
     return "agrees" if agreeing >= _MIN_AGREEING else "differs"
 
 
-def _detaches(op: NodeOp, target: str) -> bool:
-    return (op is NodeOp.CALL_METHOD and target == "detach") or canonical_function(target) == "torch.detach"
+def _is_off_the_derivative(node: Node) -> bool:
+    """Whether a graph has a gradient of its own from here on, or no more digits than differences need."""
+    name = canonical_function(node.target).removeprefix("torch.")
+    return name in ("detach", "half", "bfloat16") or any(
+        isinstance(value, DType) and value.name in ("float16", "bfloat16")
+        for value in (*node.args, *node.kwargs.values())
+    )
 
 
 def _slope(loss: CustomLoss, sample: _Sample, step: Tensor) -> float:
