@@ -276,8 +276,12 @@ class CycleLoop:
         """Run one cycle if there is anything to do; whether something that was queued before it may be left."""
         if self._cold:
             await self._put_away(executor)
+        is_paused = self._is_paused()
+        if is_paused:
+            # Nobody else takes it back then, and a wait that ends at once would stop the whole process.
+            self._wake.clear()
         await self._desk.obey(executor, self._book)
-        if self._is_paused():
+        if is_paused:
             return False
         queues = await self._gather()
         if self._is_paused():
