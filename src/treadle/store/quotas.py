@@ -238,7 +238,7 @@ def _without_room(
     conn: sa.Connection, tenant_id: TenantId, wanted: list[CheckpointRecord], limits: SaveLimits, now: float
 ) -> list[tuple[CheckpointRecord, str]]:
     values = {"of_tenant": tenant_id, "now": now, "paths": [record.tinker_path for record in wanted]}
-    there: dict[str, int] = dict(row._tuple() for row in conn.execute(_SAVED_AT, values))
+    there = {str(path): int(size) for path, size in conn.execute(_SAVED_AT, values)}
     saved = _saved(conn, tenant_id, now)
     refused = []
     for record in wanted:
