@@ -129,9 +129,9 @@ def _add_named(named: typer.Typer) -> None:
     ) -> None:
         """List submissions, newest first."""
         path = ("losses", "named")
-        answer = server().pages(*path, rows="losses", limit=limit, place="before", status=status)
+        answer = server().pages(*path, rows="data", limit=limit, place="before", status=status)
         columns = ("id=named_loss_id", "name", "tenant=tenant_id", "form", "source", "status", "reason")
-        show(answer, "losses", *columns, "submitted=submitted_at", empty="no submissions")
+        show(answer, "data", *columns, "submitted=submitted_at", empty="no submissions")
 
     @command(named, "show", "losses named show 7")
     def show_named(of: NamedArgument) -> None:

@@ -46,8 +46,8 @@ def _add_pools(pools: typer.Typer) -> None:
     @command(pools, "list", "pools list")
     def list_pools() -> None:
         """List the pools of this server and how they are."""
-        columns = ("pool", "source", "revision", "state", "ready=is_ready", "reason", "leader", "cycle")
-        show(server().get("pools"), "pools", *columns, empty="no pools")
+        columns = ("pool=name", "source", "revision", "state", "reason", "ready=is_ready", "why not=not_ready_reason")
+        show(server().get("pools"), "pools", *columns, "leader", "cycle", empty="no pools")
 
     @command(pools, "add", "pools add mine /models/my-finetune", "pools add Qwen/Qwen3-0.6B Qwen/Qwen3-0.6B")
     def add(
@@ -98,7 +98,7 @@ def _add_runs(runs: typer.Typer) -> None:
         """List runs."""
         owner = tenant_or_none(tenant)
         answer = server().pages("runs", rows="runs", limit=limit, tenant=owner, pool=pool, state=state)
-        columns = ("run=model_id", "tenant=tenant_id", "pool", "rank=lora_rank", "state", "ops=next_seq_id")
+        columns = ("run=training_run_id", "tenant=tenant_id", "pool", "rank=lora_rank", "state", "ops=next_seq_id")
         show(answer, "runs", *columns, "created=created_at", "last=last_request_at", empty="no runs")
 
     @command(runs, "show", "runs show 4f3c...:train:0")
@@ -129,7 +129,9 @@ def _order(run_id: str, action: str, *, wait: bool) -> None:
         done(answer, f"command {answer['command_id']} is given")
         return
     ended = _ended(at, str(answer["command_id"]))
-    done(ended, f"command {answer['command_id']}: {ended['outcome']}")
+    done(ended, f"command {answer['command_id']} is {ended['state']}: {ended['message']}")
+    if ended["state"] == "failed":
+        raise ServerError(f"command {answer['command_id']} failed")
 
 
 def _ended(at: AdminServer, command_id: str) -> dict[str, Any]:
