@@ -4,8 +4,9 @@
 
 Cost: CPU time of the process (event loop and database threads) per call of `Authenticator.principal` while everything
 is cached, which is all that authentication adds to a request; 1,000 callers take turns. "confirm all": one read that
-confirms all of them, at most two of which come in a second; "at 1,000/s" has its share in each request at that rate. Kinds: created keys, tokens (JWT) of keys, ModelScope tokens as they are and behind `tml-` (their
-verdicts are there; nobody asks ModelScope), tokens of those.
+confirms all of them, at most two of which come in a second; "at 1,000/s" has its share in each request at that rate.
+Kinds: created keys, tokens (JWT) of keys, ModelScope tokens as they are and behind `tml-` (their verdicts are there;
+nobody asks ModelScope), tokens of those.
 
 Revocation: this process revokes, another one with a store and an authenticator of its own presents the key every
 millisecond; from the commit to the first refusal, at random phases of that one's caches. The same for a suspended
