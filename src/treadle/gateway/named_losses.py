@@ -9,7 +9,6 @@ it, and stored only then.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import unicodedata
 from collections import Counter
@@ -45,6 +44,7 @@ log = get_logger(__name__)
 # Seconds for tracing a file, which takes tenths of one, and for the dry run.
 TRACE_S = 20.0
 DRY_RUN_S = 60.0
+_STOPPED = "the server was stopped during the review; submit the loss again"
 
 
 def submission_of(body: SubmitLossBody, tenant_id: TenantId, settings: LossSettings) -> NewSubmission:
@@ -113,7 +113,9 @@ class LossReviews:
         self._store = store
         self._settings = settings
         self._is_busy = False
+        self._is_stopping = False
         self._running: asyncio.Task[None] | None = None
+        self._process: ReviewProcess | None = None
 
     async def begin(self, named_loss_id: int, author: Author) -> asyncio.Task[None]:
         """The review, begun; it ends on its own. Raises NotFound, InvalidRequest when there was one already, Overloaded
@@ -132,10 +134,11 @@ class LossReviews:
 
     async def stop(self) -> None:
         """End the review that runs, for good. Idempotent."""
+        self._is_stopping = True
+        if self._process is not None:
+            self._process.kill()
         if self._running is not None:
-            self._running.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._running
+            await asyncio.wait({self._running})
 
     async def _claimed(self, named_loss_id: int, author: Author) -> tuple[Submission, bytes, str | None]:
         """What is to be reviewed, its file, and what is wrong with the file."""
@@ -156,7 +159,6 @@ class LossReviews:
         return content, None
 
     async def _review(self, submission: Submission, content: bytes, problem: str | None, author: Author) -> None:
-        result = _failed("the server was stopped during the review; submit the loss again", content)
         try:
             result = _failed(problem, content) if problem else await self._result(submission, content)
         except (UserError, ServerError) as error:
@@ -164,9 +166,8 @@ class LossReviews:
         except Exception as error:  # noqa: BLE001 (a background task: whatever it was, the review has ended)
             log.error("review failed unexpectedly", exc=error, named_loss_id=submission.named_loss_id)
             result = _failed("the server could not finish the review; submit the loss again", content)
-        finally:
-            self._is_busy = False
-            await self._finish(submission.named_loss_id, result, author)
+        await self._finish(submission.named_loss_id, result, author)
+        self._is_busy = False
 
     async def _finish(self, named_loss_id: int, result: ReviewResult, author: Author) -> None:
         try:
@@ -187,7 +188,7 @@ class LossReviews:
         report: dict[str, Any] = {"isolation": list(isolation), "operations": _operations(loss)}
         try:
             dry_run = _object(await self._ask("dry_run", definition, timeout_s=DRY_RUN_S))
-        except UserError as error:
+        except InvalidRequest as error:
             dry_run = {"is_ok": False, "reason": f"dry run: {error.message}"}
         is_ok = dry_run.get("is_ok") is True
         report |= {
@@ -210,14 +211,14 @@ class LossReviews:
 
     async def _ask(self, mode: Mode, request: bytes, *, timeout_s: float) -> Answer:
         needs = FULL if self._settings.python_files == "isolated" and mode == "trace" else frozenset[str]()
-        process = ReviewProcess(mode, timeout_s=timeout_s, needs=needs)
-        asking = asyncio.get_running_loop().run_in_executor(None, process.ask, request)
+        self._process = ReviewProcess(mode, timeout_s=timeout_s, needs=needs)
+        if self._is_stopping:
+            raise ServerError(_STOPPED)
         try:
-            return await asyncio.shield(asking)
-        except asyncio.CancelledError:
-            process.kill()
-            with contextlib.suppress(UserError, ServerError):
-                await asking
+            return await asyncio.to_thread(self._process.ask, request)
+        except (UserError, ServerError):
+            if self._is_stopping:
+                raise ServerError(_STOPPED) from None
             raise
 
 
