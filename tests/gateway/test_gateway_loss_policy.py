@@ -384,6 +384,26 @@ class TestMetadata:
         answer = ok(await operated.post("create_model", body, key=ALICE_KEY))
         assert why in failed(await operated.future(answer["request_id"], key=ALICE_KEY))
 
+    async def test_a_run_made_from_a_checkpoint_has_metadata_of_its_own(self, operated: Harness) -> None:
+        await approve(operated, await submit(operated, "soft"))
+        source = await new_run(operated)
+        path = (await operated.publish(source, "start", public=True)).tinker_path
+        session_id = await operated.new_session(key=ALICE_KEY)
+        for number, (loss, is_fine) in enumerate((("soft", True), ("hinge", False))):
+            body = {
+                "session_id": session_id,
+                "model_seq_id": number,
+                "path": path,
+                "optimizer": False,
+                "user_metadata": {"treadle.loss.ppo": loss},
+            }
+            answer = ok(await operated.post("load_weights", body, key=ALICE_KEY))
+            if is_fine:
+                assert await is_queued(operated, answer["request_id"])
+            else:
+                message = failed(await operated.future(answer["request_id"], key=ALICE_KEY))
+                assert "'treadle.loss.ppo': loss_fn 'hinge' is not enabled for you" in message
+
     async def test_a_loss_that_is_revoked_later_fails_the_passes(self, operated: Harness) -> None:
         submission = await submit(operated, "soft")
         await approve(operated, submission)
