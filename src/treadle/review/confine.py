@@ -12,7 +12,6 @@ import contextlib
 import ctypes
 import errno
 import os
-import platform
 import resource
 import signal
 import struct
@@ -103,6 +102,7 @@ def enter_namespaces() -> list[str]:
 
 def lock(bounds: Bounds, *, has_namespaces: bool) -> list[str]:
     """Give up everything that is not needed to compute. The parts that worked, LIMITS always."""
+    _set_limits(bounds)
     parts = [LIMITS]
     if os.geteuid() == 0 and not has_namespaces:
         with contextlib.suppress(OSError):
@@ -110,7 +110,6 @@ def lock(bounds: Bounds, *, has_namespaces: bool) -> list[str]:
             os.setgid(_NOBODY)
             os.setuid(_NOBODY)
             parts.append(OTHER_USER)
-    _set_limits(bounds)
     if sys.platform.startswith("linux") and _filter_system_calls():
         parts.append(SYSTEM_CALLS)
     return parts
@@ -134,7 +133,7 @@ def _limit(name: str, value: int) -> None:
 
 def _mapped_bytes() -> int:
     try:
-        with open("/proc/self/statm", encoding="ascii") as file:
+        with open("/proc/self/statm", "rb") as file:
             return int(file.read().split()[0]) * resource.getpagesize()
     except OSError:
         # No such file: a machine that does not say gets a bound that no import of ours is near.
@@ -142,7 +141,7 @@ def _mapped_bytes() -> int:
 
 
 def _filter_system_calls() -> bool:
-    machine = _MACHINES.get(platform.machine())
+    machine = _MACHINES.get(os.uname().machine)
     if machine is None or sys.byteorder != "little":
         return False
     libc = ctypes.CDLL(None, use_errno=True)
