@@ -316,6 +316,21 @@ async def test_what_one_gateway_was_told_another_one_knows(
     refused(await list_sessions(other_gateway), 503)
 
 
+async def test_what_another_gateway_was_told_just_now_counts(
+    gateway: Harness, modelscope: StandIn, other_gateway: Harness
+) -> None:
+    ok(await list_sessions(gateway))
+    ok(await list_sessions(other_gateway))
+    later(gateway, AGE_S)
+    # What the other one knows is confirmed, and a moment later the first one asks.
+    assert await other_gateway.app.state.gateway.auth._modelscope._known.get(key_digest(MEMBER)) is not None
+    jwt = str(ok(await gateway.post("auth/token", key=MEMBER))["jwt"])
+
+    ok(await list_sessions(other_gateway, jwt))
+    ok(await list_sessions(other_gateway))
+    assert modelscope.num_logins == 2
+
+
 async def test_a_jwt_is_worth_what_its_verdict_is_worth(gateway: Harness, modelscope: StandIn) -> None:
     jwt = str(ok(await gateway.post("auth/token", key=f"tml-{MEMBER}"))["jwt"])
     claims = claims_of(jwt)
