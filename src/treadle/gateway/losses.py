@@ -27,6 +27,8 @@ from treadle.store.policy_watch import PolicyWatch
 from treadle.wire.graphs import read_inputs
 from treadle.wire.passes import PassHead
 
+# Checking a graph takes this many times as long as decoding a protobuf of as many bytes (measured: 6 ms for 50 KB).
+GRAPH_DECODE_COST = 32
 # Approved losses remembered, up to 64 KB each.
 MAX_CACHED_NAMED_LOSSES = 256
 

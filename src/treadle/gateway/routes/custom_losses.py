@@ -14,6 +14,7 @@ from treadle.gateway.admission import refused
 from treadle.gateway.bodies import MAX_JSON_BYTES, read_body
 from treadle.gateway.context import gateway_of
 from treadle.gateway.intake import future_of
+from treadle.gateway.losses import GRAPH_DECODE_COST
 from treadle.gateway.routing import Resource
 from treadle.wire.answers import ErrorAnswer, FutureAnswer
 from treadle.wire.bodies import parse_body
@@ -65,7 +66,7 @@ async def create_custom_loss(request: Request) -> Response:
 
     try:
         await gateway.losses.check_traced(principal.tenant_id)
-        record = await gateway.admission.run(checked, num_bytes=len(raw))
+        record = await gateway.admission.run(checked, num_bytes=GRAPH_DECODE_COST * len(raw))
     except UserError as refusal:
         failure = refused(place, refusal).failure
         assert failure is not None

@@ -26,6 +26,7 @@ from treadle.gateway.intake import (
     read_plain_body,
     submit_training_op,
 )
+from treadle.gateway.losses import GRAPH_DECODE_COST
 from treadle.gateway.routing import Resource
 from treadle.gateway.stability import with_sampling_records
 from treadle.wire.answers import FutureAnswer
@@ -99,7 +100,8 @@ async def _admit_pass(
         return op
 
     try:
-        op = await gateway.admission.run(checked_op, num_bytes=len(body))
+        graph_bytes = 0 if meaning is None or meaning.definition is None else len(meaning.definition)
+        op = await gateway.admission.run(checked_op, num_bytes=len(body) + GRAPH_DECODE_COST * graph_bytes)
         payload = await with_sampling_records(gateway, model.session_id, op, body)
         if meaning is not None:
             payload = with_meaning(payload, meaning)
