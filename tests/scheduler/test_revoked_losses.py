@@ -149,6 +149,14 @@ async def test_committed_passes_are_replayed_with_it(cluster: Cluster) -> None:
     assert "was revoked" in (await cluster.failure(refused)).message
 
 
+async def test_what_was_approved_a_moment_ago_runs(cluster: Cluster) -> None:
+    """The gateway may know that before the scheduler does, for which a pending definition is one that does not run."""
+    await approve(cluster)
+    await cluster.result(await cluster.create(RUN))
+    cluster.policies = replace(cluster.policies, revoked_losses=frozenset({SHA256}))
+    await cluster.result(await submit_named(cluster, backward(1)))
+
+
 async def test_other_passes_do_not_end_for_their_last_bytes(cluster: Cluster) -> None:
     """Clients choose the end of a payload that the server added nothing to."""
     await cluster.result(await cluster.create(RUN))

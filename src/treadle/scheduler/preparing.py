@@ -91,9 +91,9 @@ async def prepare(
             _set_aside(planned, payload, run, prepared)
             continue
         if revoked_losses and planned.kind in PASS_KINDS and not run.is_replayed(planned.seq_id):
-            sha256 = named_loss_sha256(payload)
-            if sha256 is not None and sha256 in revoked_losses:
-                _refuse_pass(planned, await _revoked(planned, payload, sha256, store), run, prepared)
+            failure = await _revoked(planned, payload, revoked_losses, store)
+            if failure is not None:
+                _refuse_pass(planned, failure, run, prepared)
                 continue
         if planned.kind in NAMED_KINDS:
             failure = await _refused_name(planned, payload, store, names_taken, prepared)
@@ -126,12 +126,18 @@ def _refuse_pass(planned: PlannedOp, failure: Failure, run: Run, prepared: Prepa
         prepared.half_done.add(planned.model_id)
 
 
-async def _revoked(planned: PlannedOp, payload: bytes, sha256: str, store: Store) -> Failure:
-    """Why a pass with this named loss does not run any more."""
+async def _revoked(planned: PlannedOp, payload: bytes, revoked_losses: Collection[str], store: Store) -> Failure | None:
+    """Why a pass does not run any more, if its named loss was revoked."""
+    sha256 = named_loss_sha256(payload)
+    if sha256 is None or sha256 not in revoked_losses:
+        return None
+    reason = await store.named_losses.revocation_of(sha256)
+    if reason is None:
+        # It was approved a moment ago, which is not known here yet.
+        return None
     op = decode_payload(planned.kind, payload)
     assert isinstance(op, PassOp)
     assert op.loss.custom is not None
-    reason = await store.named_losses.reason_of(sha256)
     message = f"loss {op.loss.custom.name!r} was revoked before this pass ran: {reason or 'ask the operators why'}"
     return Failure(f"{message}; GET /api/v1/losses lists those that are enabled", Category.USER)
 

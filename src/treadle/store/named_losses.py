@@ -65,11 +65,10 @@ _APPROVED = sa.select(
 ).join_from(named_losses, loss_definitions)
 _APPROVED_BY_NAME = _APPROVED.where(_N.name == sa.bindparam("of_name"), IS_APPROVED)
 _ALL_APPROVED = _APPROVED.where(IS_APPROVED).order_by(_N.name).limit(MAX_UNPAGED_ROWS)
-_REVOKED_FOR = (
-    sa.select(_N.reason)
-    .where(_N.definition_sha256 == sa.bindparam("of_definition"), _N.status == LossStatus.REVOKED.value)
-    .order_by(_N.decided_at.desc())
-    .limit(1)
+_OF_DEFINITION = (
+    sa.select(_N.status, _N.reason)
+    .where(_N.definition_sha256 == sa.bindparam("of_definition"))
+    .order_by(_N.named_loss_id.desc())
 )
 _PENDING = sa.select(_N.name).where(_N.tenant_id == sa.bindparam("of_tenant"), _N.status == LossStatus.PENDING.value)
 # Locked, so that operators on other gateways wait; SQLite has one writer anyway.
@@ -124,8 +123,6 @@ class NamedLosses:
             ).scalar_one()
             after = {"name": new.name, "source": new.source, "revision": new.revision, "sha256": new.sha256}
             add_change(conn, author, "loss.submitted", subject_of(row_id), before=None, after=after, now=now)
-            # A graph's definition is one of those that do not run.
-            policies.changed(conn, now)
             return row_id
 
         return await self.get(await self._writer.run(write))
@@ -143,10 +140,13 @@ class NamedLosses:
         row = await self._database.read(lambda conn: conn.execute(_NEWEST, values).one_or_none())
         return None if row is None else self._submission_of(row)
 
-    async def reason_of(self, definition_sha256: str) -> str | None:
-        """Why the loss with this definition was revoked, as its operator said; None when nobody said."""
+    async def revocation_of(self, definition_sha256: str) -> str | None:
+        """Why no loss with this definition runs, as its operator said, "" when nobody did; None: one is approved."""
         values = {"of_definition": definition_sha256}
-        return await self._database.read(lambda conn: conn.execute(_REVOKED_FOR, values).scalar_one_or_none())
+        rows = await self._database.read(lambda conn: conn.execute(_OF_DEFINITION, values).all())
+        if any(row.status == LossStatus.APPROVED for row in rows):
+            return None
+        return next((row.reason for row in rows if row.status == LossStatus.REVOKED and row.reason), "")
 
     async def listing(
         self,
@@ -187,7 +187,6 @@ class NamedLosses:
                 conn.execute(_DELETE_UNNAMED, {"of_definition": old.definition_sha256})
             event = "loss.withdrawn" if only_pending else "loss.removed"
             add_change(conn, author, event, old.subject, before=_state(old), after=None, now=now)
-            policies.changed(conn, now)
 
         await self._writer.run(write)
 
@@ -234,7 +233,6 @@ class NamedLosses:
             conn.execute(_UPDATE.values(**values), {"id": named_loss_id})
             after = {"state": result.report["state"], "definition_sha256": values.get("definition_sha256")}
             add_change(conn, author, "loss.reviewed", old.subject, before=None, after=after, now=now)
-            policies.changed(conn, now)
 
         await self._writer.run(write)
 
@@ -310,6 +308,7 @@ class NamedLosses:
             "definition_sha256": old.definition_sha256,
         }
         add_change(conn, author, f"loss.{status.value}", old.subject, before=_state(old), after=after, now=now)
+        # Not for anything that users do: every server reads the whole picture again.
         policies.changed(conn, now)
 
     def _locked(self, conn: sa.Connection, named_loss_id: int) -> Submission:
