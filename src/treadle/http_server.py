@@ -44,9 +44,8 @@ log = get_logger(__name__)
 TICK_S: Final = 1.0
 # Files that are no connections: database, blobs, pipes to workers.
 _OTHER_FILES = 256
-# What a body may need beside its content, as chunks: 16 bytes for each of its own, and so many for the first.
+# What may come between two pieces of a body's content: the frames of chunks.
 _FRAMING_BYTES = 64 * 2**10
-_FRAMING_FACTOR = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +62,7 @@ SLOW_HEAD = Refusal("slow_head", 408, "the head of the request did not arrive in
 SLOW_BODY = Refusal("slow_body", 408, "the body of the request came too slowly; send it again")
 LARGE_HEAD = Refusal("large_head", 431, "the head of the request is larger than this server takes")
 LONG_URL = Refusal("long_url", 414, "the URL is longer than this server takes")
-FRAMING = Refusal("framing", 400, "the body consists of chunks that are almost empty, or has trailers")
+FRAMING = Refusal("framing", 400, "the chunks of the body have extensions or trailers that this server does not take")
 PIPELINED = Refusal("pipelined")
 UNREAD = Refusal("unread_answer")
 LINGERED = Refusal("unread_body")
@@ -169,9 +168,11 @@ class GuardedProtocol(HttpToolsProtocol):
         # A connection that says nothing yet is as good as one between two requests.
         self._reading = _Reading.HEAD
         self._since = self.loop.time()
+        # Bytes of the head, or since the last content of the body.
         self._num_raw = 0
         self._num_body = 0
         self._num_body_before = 0
+        self._num_headers = 0
         self._refusal: Refusal | None = None
         self._unsent = 0
         self._unsent_since = self._since
@@ -207,16 +208,6 @@ class GuardedProtocol(HttpToolsProtocol):
         else:
             self._check_progress()
 
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        if self._reading is _Reading.NOTHING:
-            self._begin_head()
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        if self._reading is _Reading.BODY:
-            self._stop(FRAMING)
-        super().on_header(name, value)
-
     def on_headers_complete(self) -> None:
         settings = self.open_connections.settings
         if len(self.url) > settings.max_url_bytes:
@@ -232,14 +223,18 @@ class GuardedProtocol(HttpToolsProtocol):
             self.scope["client"] = (self.open_connections.client_of(self.client[0], self.headers), 0)
         self._reading = _Reading.BODY
         self._since = self.loop.time()
+        self._num_headers = len(self.headers)
         self._num_raw = self._num_body = self._num_body_before = 0
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
         self._num_body += len(body)
+        self._num_raw = 0
         super().on_body(body)
 
     def on_message_complete(self) -> None:
+        # Trailers are no headers: what a proxy in front has set would not be in them.
+        del self.headers[self._num_headers :]
         super().on_message_complete()
         self._reading = _Reading.NOTHING
         self._num_raw = 0
@@ -313,9 +308,9 @@ class GuardedProtocol(HttpToolsProtocol):
                 self._refuse(LONG_URL if len(self.url) > self.open_connections.settings.max_url_bytes else LARGE_HEAD)
         elif self._reading is _Reading.BODY:
             if self.cycle.response_complete:
-                if self._num_raw > LINGER_BYTES:
+                if self._num_raw + self._num_body > LINGER_BYTES:
                     self._refuse(LINGERED)
-            elif self._num_raw - self._num_body > _FRAMING_BYTES + _FRAMING_FACTOR * self._num_body:
+            elif self._num_raw > _FRAMING_BYTES or len(self.headers) > self._num_headers:
                 self._refuse(FRAMING)
 
     def _stop(self, refusal: Refusal) -> None:

@@ -309,7 +309,7 @@ async def test_other_protocols_are_not_spoken(make: Make, caplog: pytest.LogCapt
 
 
 async def test_a_chunked_body_is_no_way_around(make: Make) -> None:
-    """Frames without content, and headers behind the body, which would go on without an end."""
+    """Frames and headers behind the body could go on without an end."""
     async with make() as server:
         chunked = POST + b"transfer-encoding: chunked\r\n\r\n"
         extended = await server.open(chunked + b"1;" + b"a" * 200_000)
@@ -319,6 +319,9 @@ async def test_a_chunked_body_is_no_way_around(make: Make) -> None:
         endless = await server.open(chunked + b"1\r\nx\r\n0\r\na: " + b"b" * 200_000)
         assert (await endless.answer())[0] == 400
         assert server.refused("framing") == 3
+        short = await server.open(chunked + b"2\r\nok\r\n0\r\nx-forwarded-for: 192.0.2.9\r\nx-api-key: tml-x\r\n\r\n")
+        assert await short.answer() == (200, b"2")
+        assert {b"x-forwarded-for", b"x-api-key"}.isdisjoint(name for name, _ in server.app.scopes[-1]["headers"])
         honest = await server.open(chunked + b"1\r\nx\r\n" * 1_000 + b"0\r\n\r\n")
         assert await honest.answer() == (200, b"1000")
 
