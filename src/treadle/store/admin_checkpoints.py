@@ -18,7 +18,7 @@ from treadle.store.checkpoints import record_of
 from treadle.store.ended_checkpoints import end_checkpoints
 from treadle.store.engine import Database
 from treadle.store.pages import checked_limit
-from treadle.store.tables import checkpoints
+from treadle.store.tables import IS_PUBLIC, checkpoints
 from treadle.store.writer import Writer
 
 _c = checkpoints.c
@@ -55,7 +55,7 @@ class AdminCheckpoints:
         if tenant_id is not None:
             statement = statement.where(_c.tenant_id == tenant_id)
         if is_public is not None:
-            statement = statement.where(_c.public == is_public)
+            statement = statement.where(IS_PUBLIC if is_public else _c.public.is_(sa.false()))
         if behind is not None:
             created_at, path = behind
             # The first condition is what an index can follow.

@@ -1,13 +1,14 @@
 """Usage of all tenants for operators: sums over any hours that are kept, and what the SDK's admin client asks for.
 
-It refuses to know prices and to change a row. Invariant: every amount is in exactly one row of each grouping, so sums
-by tenant, run, session, project, day and hour agree.
+It refuses to know prices and to change a row. Invariants: every amount is in exactly one row of each grouping, so sums
+by tenant, run, session, project, day and hour agree; an hour's sum over all tenants is remembered only once nothing can
+add to it any more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, Literal, TypeAlias
 
@@ -15,7 +16,7 @@ import sqlalchemy as sa
 
 from treadle.domain.ids import SessionId, TenantId
 from treadle.domain.limits import MAX_ADMIN_USAGE_ROWS
-from treadle.domain.usage import HOUR_S, StorageRecord, UsageKind, UsageRecord
+from treadle.domain.usage import HOUR_S, StorageRecord, UsageKind, UsageRecord, hour_of
 from treadle.store.engine import Database
 from treadle.store.pages import checked_limit
 from treadle.store.sessions import session_project
@@ -26,11 +27,14 @@ GroupBy: TypeAlias = Literal["tenant", "run", "session", "project", "day", "hour
 
 _DAY_S = 24 * HOUR_S
 _HOURS_PER_DAY = 24
+# A commit counts its work for the hour in which it began, and is tried again for a minute when the database is away.
+_SETTLED_AFTER_S = 900
 _u = usage_events.c
 _SUMS = tuple(
     sa.func.sum(sa.case((_u.kind == sa.literal_column(f"'{kind.value}'"), _u.amount), else_=sa.literal_column("0.0")))
     for kind in UsageKind
 )
+_ENDS = (sa.select(sa.func.min(_u.bucket_start)), sa.select(sa.func.max(_u.bucket_start)))
 _KEYS: Mapping[str, tuple[sa.ColumnElement[Any], ...]] = {
     "tenant": (_u.tenant_id,),
     "run": (_u.tenant_id, _u.model_id),
@@ -66,21 +70,51 @@ class UsageSum:
 class AdminUsage:
     """See the module."""
 
-    def __init__(self, *, database: Database, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, *, database: Database, clock: Callable[[], float], first_hour_to_accrue: Callable[[], Awaitable[int]]
+    ) -> None:
+        """first_hour_to_accrue: the first hour whose storage may not be written yet (Usage has it)."""
         self._database = database
         self._clock = clock
+        self._first_hour_to_accrue = first_hour_to_accrue
+        # Sums over all tenants of hours that are settled; None for those in which nothing was used.
+        self._settled: dict[int, UsageSum | None] = {}
 
     async def sums(self, query: SumQuery) -> list[UsageSum]:
         """The next `query.limit` groups that used something, by their keys."""
         checked_limit(query.limit)
-        if query.group_by != "day":
-            statement = _statement(query, query.group_by, query.limit)
-            rows = await self._database.read(lambda conn: conn.execute(statement).all())
-            return [_sum_of(row) for row in rows]
-        # By hour, which the index has in order; one more day than is asked for, so that the last one is whole.
-        statement = _statement(query, "hour", (query.limit + 1) * _HOURS_PER_DAY)
-        hours = [_sum_of(row) for row in await self._database.read(lambda conn: conn.execute(statement).all())]
-        return list(_by_day(hours))[: query.limit]
+        if query.group_by not in ("day", "hour"):
+            return await self._read(_statement(query, query.group_by, query.limit))
+        first = _first_hour(query)
+        if query.tenant_id is None:
+            hours = await self._hours_of_all(first, query.before)
+        else:
+            # One more day than is asked for, so that the last one is whole.
+            hours = await self._read(_statement(replace(query, since=first), "hour", _most_hours(query)))
+        return (hours if query.group_by == "hour" else list(_by_day(hours)))[: query.limit]
+
+    async def _hours_of_all(self, since: int, before: int) -> list[UsageSum]:
+        """The hours in [since, before) in which any tenant used something, by time."""
+        # Asked for before the sums are read: what is settled now was so then.
+        settled_before = min(await self._first_hour_to_accrue(), hour_of(self._clock() - _SETTLED_AFTER_S))
+        oldest, newest = await self._database.read(lambda conn: [conn.execute(one).scalar_one() for one in _ENDS])
+        if oldest is None:
+            return []
+        for hour in [hour for hour in self._settled if hour < oldest]:
+            del self._settled[hour]
+        hours = range(max(since, oldest), min(before, newest + HOUR_S), HOUR_S)
+        missing = [hour for hour in hours if hour not in self._settled]
+        found: dict[int, UsageSum | None] = dict.fromkeys(missing)
+        if missing:
+            query = SumQuery("hour", missing[0], missing[-1] + HOUR_S, len(missing))
+            found |= {int(one.key[0]): one for one in await self._read(_statement(query, "hour", None))}
+        self._settled |= {hour: one for hour, one in found.items() if hour < settled_before}
+        sums = (found[hour] if hour in found else self._settled[hour] for hour in hours)
+        return [one for one in sums if one is not None]
+
+    async def _read(self, statement: sa.Select[tuple[Any, ...]]) -> list[UsageSum]:
+        rows = await self._database.read(lambda conn: conn.execute(statement).all())
+        return [_sum_of(row) for row in rows]
 
     async def events(self, *, since: int, before: int) -> list[UsageRecord] | None:
         """All tenants' rows of the hours that begin in [since, before), by hour, then by tenant and amount. None when
@@ -116,7 +150,19 @@ class AdminUsage:
         return [StorageRecord(TenantId(tenant_id), name, count, int(size)) for tenant_id, name, count, size in rows]
 
 
-def _statement(query: SumQuery, group_by: str, limit: int) -> sa.Select[tuple[Any, ...]]:
+def _first_hour(query: SumQuery) -> int:
+    """Of a page of days or hours."""
+    if query.behind is None:
+        return query.since
+    step = _DAY_S if query.group_by == "day" else HOUR_S
+    return max(query.since, int(query.behind[0]) + step)
+
+
+def _most_hours(query: SumQuery) -> int:
+    return query.limit if query.group_by == "hour" else (query.limit + 1) * _HOURS_PER_DAY
+
+
+def _statement(query: SumQuery, group_by: str, limit: int | None) -> sa.Select[tuple[Any, ...]]:
     keys = _KEYS[group_by]
     statement = (
         sa.select(*keys, *_SUMS)
@@ -129,16 +175,12 @@ def _statement(query: SumQuery, group_by: str, limit: int) -> sa.Select[tuple[An
         statement = statement.outerjoin_from(usage_events, sessions, sessions.c.session_id == _u.session_id)
     if query.tenant_id is not None:
         statement = statement.where(_u.tenant_id == query.tenant_id)
-    if query.behind is not None:
-        statement = statement.where(_is_behind(query, keys, query.behind))
+    if query.behind is not None and group_by != "hour":
+        statement = statement.where(_is_behind(keys, query.behind))
     return statement
 
 
-def _is_behind(
-    query: SumQuery, keys: Sequence[sa.ColumnElement[Any]], behind: tuple[str | int, ...]
-) -> sa.ColumnElement[bool]:
-    if query.group_by == "day":
-        return _u.bucket_start >= int(behind[0]) + _DAY_S
+def _is_behind(keys: Sequence[sa.ColumnElement[Any]], behind: tuple[str | int, ...]) -> sa.ColumnElement[bool]:
     if len(keys) == 1:
         return keys[0] > behind[0]
     first, second = keys

@@ -124,7 +124,9 @@ class Store:
         self.organizations = Organizations(database=database, writer=writer, clock=clock)
         self.slots = SlotReports(database=database, writer=writer, clock=clock)
         self.admin_audit = AdminAudit(database)
-        self.admin_usage = AdminUsage(database=database, clock=clock)
+        self.admin_usage = AdminUsage(
+            database=database, clock=clock, first_hour_to_accrue=self.usage.first_hour_to_accrue
+        )
         self.admin_checkpoints = AdminCheckpoints(database=database, writer=writer, clock=clock)
         self.backlog = BacklogReads(database)
         self._needed_version: str | None = None

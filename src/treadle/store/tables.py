@@ -266,6 +266,8 @@ sa.Index("ix_checkpoints_model", checkpoints.c.model_id, checkpoints.c.kind, che
 sa.Index("ix_checkpoints_tenant", checkpoints.c.tenant_id, checkpoints.c.created_at)
 sa.Index("ix_checkpoints_blob_key", checkpoints.c.blob_key)
 sa.Index("ix_checkpoints_created_at", checkpoints.c.created_at, checkpoints.c.tinker_path)
+IS_PUBLIC = checkpoints.c.public.is_(sa.true())
+_partial_index("ix_checkpoints_public", checkpoints.c.created_at, checkpoints.c.tinker_path, where=IS_PUBLIC)
 _partial_index("ix_checkpoints_expires_at", checkpoints.c.expires_at, where=checkpoints.c.expires_at.is_not(None))
 
 leases = sa.Table(

@@ -43,6 +43,15 @@ def _add_columns() -> None:
         "ix_tenants_set_apart", "tenants", ["tenant_id"], sqlite_where=is_set_apart, postgresql_where=is_set_apart
     )
     op.create_index("ix_checkpoints_created_at", "checkpoints", ["created_at", "tinker_path"])
+    # SQLite has no TRUE of its own.
+    of_sqlite, of_postgresql = sa.text("public IS 1"), sa.text("public IS true")
+    op.create_index(
+        "ix_checkpoints_public",
+        "checkpoints",
+        ["created_at", "tinker_path"],
+        sqlite_where=of_sqlite,
+        postgresql_where=of_postgresql,
+    )
     op.add_column("audit_log", sa.Column("actor", sa.Text()))
     op.add_column("audit_log", sa.Column("subject", sa.Text()))
     op.create_index("ix_audit_log_created_at", "audit_log", ["created_at"])
