@@ -67,7 +67,8 @@ class StandIn:
         return sum(path.endswith("/login") for path in self.calls)
 
     async def login(self, request: Request) -> Response:
-        """POST {"AccessToken": ...}."""
+        """POST {"AccessToken": ...}, without anything of another user's."""
+        assert not request.cookies, request.cookies
         body = await request.json()
         assert set(body) == {"AccessToken"}, body
         name = self.users.get(body["AccessToken"])

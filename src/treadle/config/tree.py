@@ -271,7 +271,7 @@ class ModelScopeSettings(Section):
     organization: str = Field(default="", pattern=r"^[A-Za-z0-9._-]*$", max_length=128)
     """The organisation whose members may use this server. Needed when `auth.methods` has `modelscope`."""
     join_url: str = "https://www.modelscope.cn/organization/{organization}"
-    """Where to ask for membership, as people who are refused are told. `{organization}` is replaced."""
+    """Where to ask for membership, as people who are refused are told. `{organization}` and `{user}` are replaced."""
     endpoint: str = Field(default="https://www.modelscope.cn", pattern=r"^https?://[^\s/?#]+$", max_length=300)
     """ModelScope's address. Redirects are not followed."""
     login_path: str = Field(default="/api/v1/login", pattern=r"^/[^\s]*$", max_length=300)
@@ -345,6 +345,8 @@ class AuthSettings(Section):
             raise ValueError("methods names one twice")
         if "modelscope" in self.methods and not self.modelscope.organization:
             raise ValueError("methods has modelscope, which needs auth.modelscope.organization")
+        if self.bootstrap_key_file is not None and self.methods and "keys" not in self.methods:
+            raise ValueError("bootstrap_key_file is of a key, and methods has no keys")
         return self
 
 

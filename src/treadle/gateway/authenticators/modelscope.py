@@ -13,6 +13,7 @@ import asyncio
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from urllib.parse import quote
 
 from treadle.config import ModelScopeSettings
 from treadle.domain.ids import TenantId
@@ -110,10 +111,10 @@ class ModelScopeTokens:
     def _judged(self, verdict: TokenVerdict) -> Principal:
         if not verdict.is_member:
             organization = self._settings.organization
+            join_url = self._settings.join_url.format(organization=organization, user=quote(verdict.user, safe=""))
             raise Forbidden(
                 f"ModelScope user {verdict.user} is not a member of the organization {organization}, whose members may "
-                f"use this server; join it at {self._settings.join_url.format(organization=organization)} and try "
-                "again in a minute"
+                f"use this server; join it at {join_url} and try again in a minute"
             )
         return Principal(
             tenant_id=verdict.tenant_id,
