@@ -158,7 +158,7 @@ class Actors:
     async def settle(self) -> None:
         """Everybody has a key that works and things of their own, and operators' decisions are forgotten."""
         with sqlite3.connect(self.directory / "treadle.db", timeout=20) as database:
-            for table in ("quotas", "loss_rules", "control", "pool_settings"):
+            for table in ("quotas", "loss_rules", "control", "pool_settings", "project_members", "projects"):
                 database.execute(f"DELETE FROM {table}")
             database.execute("UPDATE tenants SET is_suspended = 0, organization = NULL")
         database.close()
