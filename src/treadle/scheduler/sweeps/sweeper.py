@@ -73,6 +73,7 @@ class Sweeper:
             ("sampling_sessions", self._sampling_sessions),
             ("stability_records", self._stability_records),
             ("custom_losses", self._custom_losses),
+            ("operator_commands", self._operator_commands),
             ("unnamed_blobs", self._unnamed_blobs),
             ("usage", self._usage),
             ("rates", self._rates),
@@ -163,6 +164,10 @@ class Sweeper:
     async def _custom_losses(self, now: float) -> int:
         before = now - self._settings.finished_session_s
         return await _until_done(lambda: self._store.custom_losses.forget(finished_before=before))
+
+    async def _operator_commands(self, now: float) -> int:
+        before = now - self._settings.requests_s
+        return await _until_done(lambda: self._store.commands.forget(created_before=before))
 
     async def _unnamed_blobs(self, now: float) -> int:
         if now - self._listed_at < self._settings.unnamed_blobs_s / _LISTINGS_PER_KEPT_TIME:
