@@ -128,9 +128,14 @@ def subject_of(named_loss_id: int) -> str:
     return f"loss:{named_loss_id}"
 
 
+def is_name(text: str) -> bool:
+    """Whether a loss could be called so."""
+    return _NAME.fullmatch(text) is not None
+
+
 def check_name(name: str) -> None:
     """Raise InvalidRequest unless a loss may have this name."""
-    if not _NAME.fullmatch(name):
+    if not is_name(name):
         raise InvalidRequest(f"name {name[:80]!r} is not a lower-case identifier of up to 64 characters")
     if name == CUSTOM or name in LOSSES:
         raise InvalidRequest(f"name {name!r} is taken: it is a loss of this server")

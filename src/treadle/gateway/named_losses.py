@@ -193,7 +193,7 @@ class LossReviews:
         is_ok = dry_run.get("is_ok") is True
         report |= {
             "state": (ReviewState.PASSED if is_ok else ReviewState.FAILED).value,
-            "reason": None if is_ok else dry_run.get("reason"),
+            "reason": None if is_ok else _printable(str(dry_run.get("reason"))),
             "dry_run": dry_run,
         }
         return ReviewResult(report, content=content, definition=definition)
@@ -206,7 +206,7 @@ class LossReviews:
         answer = await self._ask("trace", request, timeout_s=TRACE_S)
         fields = _object(answer)
         if "error" in fields:
-            raise InvalidRequest(_printable(str(fields["error"])[:1_000]))
+            raise InvalidRequest(str(fields["error"])[:1_000])
         return _checked_loss(name, fields.get("definition")), answer.isolation
 
     async def _ask(self, mode: Mode, request: bytes, *, timeout_s: float) -> Answer:
@@ -233,7 +233,7 @@ def _object(answer: Answer) -> Mapping[str, Any]:
 
 
 def _failed(reason: str, content: bytes) -> ReviewResult:
-    return ReviewResult({"state": ReviewState.FAILED.value, "reason": reason}, content=content or None)
+    return ReviewResult({"state": ReviewState.FAILED.value, "reason": _printable(reason)}, content=content or None)
 
 
 def _operations(loss: CustomLoss) -> dict[str, int]:

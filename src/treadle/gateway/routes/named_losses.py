@@ -5,7 +5,7 @@ from __future__ import annotations
 from starlette.requests import Request
 from starlette.responses import Response
 
-from treadle.domain.named_losses import Submission
+from treadle.domain.named_losses import Submission, is_name
 from treadle.errors import NotFound
 from treadle.gateway.answers import json_response
 from treadle.gateway.auth import Principal
@@ -54,7 +54,9 @@ async def withdraw_loss(request: Request, name: str) -> Response:
 
 async def _own(gateway: Gateway, principal: Principal, name: str) -> Submission:
     """Raises NotFound, which others' losses look like."""
-    submission = await gateway.store.named_losses.newest(name, principal.tenant_id)
+    submission = None
+    if is_name(name):
+        submission = await gateway.store.named_losses.newest(name, principal.tenant_id)
     if submission is None:
         raise NotFound(f"you submitted no loss {name[:80]!r}")
     return submission
