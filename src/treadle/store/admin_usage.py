@@ -17,6 +17,7 @@ import sqlalchemy as sa
 from treadle.domain.ids import SessionId, TenantId
 from treadle.domain.limits import MAX_ADMIN_USAGE_ROWS
 from treadle.domain.usage import HOUR_S, StorageRecord, UsageKind, UsageRecord, hour_of
+from treadle.store.distinct import distinct_values
 from treadle.store.engine import Database
 from treadle.store.pages import checked_limit
 from treadle.store.sessions import session_project
@@ -84,7 +85,7 @@ class AdminUsage:
         """The next `query.limit` groups that used something, by their keys."""
         checked_limit(query.limit)
         if query.group_by not in ("day", "hour"):
-            return await self._read(_statement(query, query.group_by, query.limit))
+            return await self._database.read(lambda conn: _by_tenant(conn, query))
         first = _first_hour(query)
         if query.tenant_id is None:
             hours = await self._hours_of_all(first, query.before)
@@ -148,6 +149,35 @@ class AdminUsage:
         if len(rows) > MAX_ADMIN_USAGE_ROWS:
             return None
         return [StorageRecord(TenantId(tenant_id), name, count, int(size)) for tenant_id, name, count, size in rows]
+
+
+def _by_tenant(conn: sa.Connection, query: SumQuery) -> list[UsageSum]:
+    """Groups of so many tenants at a time: each tenant's rows lie together, and those of a window do not."""
+    if query.tenant_id is not None:
+        return [_sum_of(row) for row in conn.execute(_statement(query, query.group_by, query.limit))]
+    found: list[UsageSum] = []
+    last: str | None = None
+    while len(found) < query.limit:
+        tenant_ids = _next_tenants(conn, query, last)
+        if not tenant_ids:
+            break
+        last = tenant_ids[-1]
+        statement = _statement(query, query.group_by, query.limit - len(found)).where(_u.tenant_id.in_(tenant_ids))
+        found += [_sum_of(row) for row in conn.execute(statement)]
+    return found
+
+
+def _next_tenants(conn: sa.Connection, query: SumQuery, last: str | None) -> Sequence[str]:
+    """The next tenants that ever used something."""
+    if last is not None:
+        where: sa.ColumnElement[bool] = _u.tenant_id > last
+    else:
+        # The last page's own tenant may have more groups.
+        where = _u.tenant_id >= ("" if query.behind is None else query.behind[0])
+    steps = distinct_values(_u.tenant_id, where, limit=query.limit)
+    return (
+        conn.execute(sa.select(steps.c.value).where(steps.c.value.is_not(None)).order_by(steps.c.value)).scalars().all()
+    )
 
 
 def _first_hour(query: SumQuery) -> int:

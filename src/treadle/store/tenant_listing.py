@@ -17,6 +17,7 @@ from treadle.domain.ids import TenantId
 from treadle.domain.states import ModelState
 from treadle.domain.tenants import TenantRecord, TenantStanding
 from treadle.domain.usage import HOUR_S, UsageKind
+from treadle.store.distinct import distinct_values
 from treadle.store.engine import Database
 from treadle.store.pages import checked_limit
 from treadle.store.tables import (
@@ -154,26 +155,13 @@ def _with_row(query: TenantQuery) -> sa.Select[tuple[str]]:
 
 
 def _with_sessions(query: TenantQuery) -> sa.Select[tuple[str]]:
-    """The next tenants that have sessions: from one entry of the index to the first of the next tenant, so that one
-    with many sessions costs no more than any other."""
-    first = sa.select(sa.func.min(sessions.c.tenant_id).label("tenant_id"), sa.literal(1).label("place")).where(
-        sessions.c.tenant_id > query.after
-    )
-    steps = first.cte("steps", recursive=True)
-    following = (
-        sa.select(sa.func.min(sessions.c.tenant_id))
-        .where(sessions.c.tenant_id > steps.c.tenant_id)
-        .correlate(steps)
-        .scalar_subquery()
-    )
-    more = sa.select(following, steps.c.place + 1).where(steps.c.tenant_id.is_not(None))
-    if query.text is None:
-        more = more.where(steps.c.place < query.limit)
-    steps = steps.union_all(more)
-    statement = sa.select(steps.c.tenant_id).where(steps.c.tenant_id.is_not(None))
+    """The next tenants that have sessions."""
+    is_behind = sessions.c.tenant_id > query.after
+    steps = distinct_values(sessions.c.tenant_id, is_behind, limit=query.limit if query.text is None else None)
+    statement = sa.select(steps.c.value.label("tenant_id")).where(steps.c.value.is_not(None))
     if query.text is not None:
-        statement = statement.where(steps.c.tenant_id.icontains(query.text, autoescape=True))
-    return statement.order_by(steps.c.tenant_id).limit(query.limit)
+        statement = statement.where(steps.c.value.icontains(query.text, autoescape=True))
+    return statement.order_by(steps.c.value).limit(query.limit)
 
 
 def _load_of(row: AnyRow) -> Load:
