@@ -127,7 +127,7 @@ class StandIn:
             "503 with an envelope": lambda: JSONResponse({"Code": 503, **failure}, 503),
             "429": lambda: JSONResponse({"Code": 429, **failure}, 429),
             "code 500": lambda: JSONResponse({"Code": 500, **failure}),
-            "slow drops": lambda: StreamingResponse(self._drops()),
+            "slow drops": lambda: StreamingResponse(self._drops(success)),
             "not json": lambda: Response("{" * 100, media_type="application/json"),
             "html 403": lambda: Response("<html>blocked</html>", 403, media_type="text/html"),
             "json list": lambda: JSONResponse([success]),
@@ -139,10 +139,11 @@ class StandIn:
         }
         return answers[self.trouble]()
 
-    async def _drops(self) -> AsyncIterator[bytes]:
-        for _ in range(300):
+    async def _drops(self, success: object) -> AsyncIterator[bytes]:
+        for _ in range(100):
             yield b" "
             await asyncio.sleep(0.05)
+        yield json.dumps(success).encode()
 
     async def _huge(self, success: object) -> AsyncIterator[bytes]:
         block = b" " * 2**16

@@ -84,6 +84,21 @@ def test_a_member_trains_over_the_ends_of_tokens_and_verdicts(url: str, server: 
     service.close("success").result()
 
 
+def test_who_leaves_in_the_middle_of_a_run_is_told_so(url: str, server: StandIn, clock: ManualClock) -> None:
+    service = tinker.ServiceClient(base_url=url, api_key=f"tml-{MEMBER}")
+    training = service.create_lora_training_client(base_model=POOL, rank=8).result()
+    assert training.forward_backward([sdk_datum()], "cross_entropy").result().metrics["loss:sum"] == 3.0
+    server.members.clear()
+    clock.advance(JWT_LIFE_S)
+
+    passed = training.forward_backward([sdk_datum()], "cross_entropy")
+    stepped = training.optim_step(types.AdamParams(learning_rate=0.5))
+
+    for future in (passed, stepped):
+        with pytest.raises(tinker.PermissionDeniedError, match=ORGANIZATION):
+            future.result(60)
+
+
 def test_strangers_are_told_why_they_do_not_get_in(url: str, server: StandIn) -> None:
     def ask(token: str) -> None:
         tinker.RestClient(base_url=url, api_key=f"tml-{token}").list_sessions().result()
