@@ -6,6 +6,7 @@ The database is filled with rows, not with work: tenants with keys, each with se
 audit events; and usage per hour, of tokens of a tenth of the tenants each day for 30 days, and of storage of every run
 each hour for the last two days. The app runs under uvicorn in a process of its own, on one connection that asks for
 one page after another; pages begin at random places of the listing, which cursors of a walk through all of it say.
+"first" is the first page after the start of the server: sums of hours over all tenants are remembered from then on.
 The goal is a p99 below 100 ms for pages of 100.
 """
 
@@ -239,8 +240,11 @@ LISTINGS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
 
 
 def measure(client: httpx.Client, path: str, rows: str, query: dict[str, Any], num_requests: int) -> dict[str, Any]:
-    """Milliseconds of pages at random places."""
+    """Milliseconds of pages at random places, and of the very first one, for which nothing is remembered."""
     drawn = random.Random(7)
+    began = time.perf_counter()
+    client.get(path, params=query)
+    first_ms = (time.perf_counter() - began) * 1e3
     cursors: list[str | None] = [None]
     num_rows = 0
     while len(cursors) < 200:
@@ -261,6 +265,7 @@ def measure(client: httpx.Client, path: str, rows: str, query: dict[str, Any], n
     times.sort()
     return {
         "pages": len(cursors),
+        "first_ms": first_ms,
         "p50_ms": statistics.median(times),
         "p99_ms": times[min(len(times) - 1, int(0.99 * len(times)))],
         "max_ms": times[-1],
@@ -308,11 +313,19 @@ def main() -> int:
         place.data.mkdir(parents=True)
         result |= run(place, directory, args.requests)
     rows = [
-        [label, one["pages"], one["p50_ms"], one["p99_ms"], one["max_ms"], "" if one["p99_ms"] < GOAL_MS else "OVER"]
+        [
+            label,
+            one["pages"],
+            one["first_ms"],
+            one["p50_ms"],
+            one["p99_ms"],
+            one["max_ms"],
+            "" if one["p99_ms"] < GOAL_MS else "OVER",
+        ]
         for label, one in result["listings"].items()
     ]
     title = f"Pages of operators' listings, {args.store}, ms"
-    report.print_table(title, ["listing", "pages", "p50", "p99", "max", f"goal {GOAL_MS:.0f}"], rows)
+    report.print_table(title, ["listing", "pages", "first", "p50", "p99", "max", f"goal {GOAL_MS:.0f}"], rows)
     report.write(report.path_of(args, f"admin-listing-{args.store}"), result)
     return 0
 
