@@ -94,6 +94,10 @@ async def test_what_is_misplaced_comes_back_in_no_refusal_and_in_no_log(played: 
     assert [secret for secret in STRAYS if is_in(secret, log.getvalue())] == []
 
 
+def files_in(directory: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
 async def test_what_callers_present_is_kept_nowhere(gateway: Harness, tmp_path: Path, log: io.StringIO) -> None:
     serve_text(gateway)
     key, admin = new_key(), new_key()
@@ -115,7 +119,7 @@ async def test_what_callers_present_is_kept_nowhere(gateway: Harness, tmp_path: 
     assert str(made["key_id"]) in listed
     assert not is_in(made["key"], listed)
 
-    kept = {str(path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    kept = files_in(tmp_path)
     assert any(name.endswith("-wal") for name in kept)
     kept["log"] = log.getvalue().encode()
     kept["metrics"] = gateway.metrics.render()
