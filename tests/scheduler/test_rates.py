@@ -292,8 +292,18 @@ class TestPool:
         uses = await cluster.store.rates.uses(cluster.policies, RateKind.TRAINING, [TENANT])
         assert uses[TENANT][0].used == 90
 
-    async def test_saves_behind_each_other_stop_at_the_quota(self, cluster: Cluster) -> None:
+    async def test_saves_behind_each_other_stop_at_the_quota(
+        self, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         cluster.policies = limits(max_checkpoints=2)
+        written: list[str] = []
+        real = cluster.blobs.write
+
+        def write(key: str, data: bytes | bytearray | memoryview) -> int:
+            written.append(key)
+            return real(key, data)
+
+        monkeypatch.setattr(cluster.blobs, "write", write)
         await cluster.result(await cluster.create(RUN))
         ops = [SaveWeightsOp(RUN, number, name=f"n{number}") for number in range(1, 6)]
         request_ids = await cluster.submit(*ops)
@@ -303,6 +313,7 @@ class TestPool:
             failure = await cluster.failure(request_id)
             assert failure.category is Category.USER
             assert failure.message.startswith("quota max_checkpoints: you have 2 of 2 checkpoints; delete one")
+        assert sum(key.startswith("states/") for key in written) == 2, "the others were not even written"
         # The run goes on, and what has a place may be written again.
         await cluster.run(SaveWeightsOp(RUN, 6, name="n1", overwrite=True), pass_op(7, model_id=RUN))
 
