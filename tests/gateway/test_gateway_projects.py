@@ -16,7 +16,7 @@ from test_gateway_openai import HELLO
 from treadle.domain.ids import CheckpointKind, TenantId
 from treadle.domain.tenants import TenantChange
 from treadle.gateway import create_app
-from treadle.gateway.access import SHARING_CACHE_S
+from treadle.gateway.sharing import SHARING_CACHE_S
 from treadle.store.audit import Author
 
 THIRD_KEY = "tml-three"
@@ -403,7 +403,7 @@ async def test_what_is_ones_own_costs_no_question_about_sharing(
     async def nobody_asks(*args: object, **options: object) -> bool:
         raise AssertionError("asked about sharing")
 
-    for question in ("shares", "takes_part", "unshared_among"):
+    for question in ("shares", "takes_part", "sharing_version"):
         monkeypatch.setattr(gateway.store.projects, question, nobody_asks)
     assert await can_read(gateway, estate, key=KEY)
     ok(await gateway.post("optim_step", {"model_id": estate.model_id, "seq_id": 2}))

@@ -20,7 +20,7 @@ from test_gateway_projects import call as ask
 from treadle.domain.ids import CheckpointKind, TenantId
 from treadle.domain.tenants import TenantChange
 from treadle.gateway import GatewaySettings
-from treadle.gateway.access import SHARING_CACHE_S
+from treadle.gateway.sharing import SHARING_CACHE_S
 from treadle.store.audit import Author
 from treadle.store.tables import metadata
 

@@ -10,15 +10,18 @@ from store_builders import MODEL, OTHER_TENANT, SESSION, TENANT, model, session
 
 from treadle.domain.ids import SessionId, TenantId
 from treadle.domain.ids import op_request_id as request_id_of
+from treadle.domain.tenants import TenantChange
 from treadle.errors import InvalidRequest, NotFound
 from treadle.store import Store
 from treadle.store import projects as projects_module
+from treadle.store.audit import Author
 from treadle.store.models import row_of
 from treadle.store.projects import ProjectPlace
 from treadle.store.sharing import readable_session_ids, shared_sessions
 from treadle.store.tables import models
 
 PROJECT = "prj-1"
+BOSS = Author(TenantId("user:root"), "user:root (key 1)")
 
 
 async def share(store: Store, project_id: str = PROJECT, *, session_id: str = SESSION) -> None:
@@ -43,19 +46,40 @@ async def test_a_session_is_shared_with_those_in_its_project(store: Store) -> No
     assert await store.projects.shares(SESSION, reader=OTHER_TENANT)
     assert not await store.projects.shares(SESSION, reader=third)
     assert not await store.projects.shares(SessionId("of the other"), reader=TENANT)
-    pairs = [(OTHER_TENANT, SESSION), (third, SESSION), (TENANT, SessionId("unknown"))]
-    assert await store.projects.unshared_among(pairs) == set(pairs[1:])
-    assert await store.projects.unshared_among([]) == set()
 
 
-async def test_questions_about_more_than_fit_into_one_query(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("end", ["remove", "leave", "move", "delete", "operator", "organization"])
+async def test_whatever_ends_a_sharing_moves_its_version(store: Store, end: str) -> None:
     await share(store)
-    monkeypatch.setattr("treadle.store.request_rows.MAX_IDS_PER_QUERY", 2)
-    pairs = [(OTHER_TENANT, SessionId(f"s{number}")) for number in range(5)]
-    pairs += [(TenantId(f"user:{number}"), SESSION) for number in range(5)]
-    assert await store.projects.unshared_among([*pairs, (OTHER_TENANT, SESSION)]) == set(pairs) - {
-        (OTHER_TENANT, SESSION)
-    }
+    before = await store.projects.sharing_version()
+    match end:
+        case "remove":
+            await store.projects.remove_member(PROJECT, [OTHER_TENANT], by=TENANT)
+        case "leave":
+            await store.projects.remove_member(PROJECT, [OTHER_TENANT], by=OTHER_TENANT)
+        case "move":
+            await store.sessions.assign_project(SESSION, "elsewhere", by=TENANT)
+        case "delete":
+            await store.projects.delete(PROJECT, owner=TENANT)
+        case "operator":
+            await store.projects.delete_as(BOSS, PROJECT)
+        case _:
+            await store.organizations.put("acme", "", author=BOSS)
+            await store.tenants.change(OTHER_TENANT, TenantChange(organization="acme"), author=BOSS)
+    assert not await store.projects.shares(SESSION, reader=OTHER_TENANT)
+    after = await store.projects.sharing_version()
+    assert after != before
+    assert all(new >= old for new, old in zip(after, before, strict=True))
+
+
+async def test_other_moves_leave_the_version_alone(store: Store) -> None:
+    await share(store)
+    before = await store.projects.sharing_version()
+    await store.projects.add_member(PROJECT, TENANT, [OTHER_TENANT])
+    await put_session(store, "s9", TENANT, "a name")
+    await put_session(store, "s9", TENANT, PROJECT)
+    await store.projects.remove_member(PROJECT, [TenantId("user:nobody")], by=TENANT)
+    assert await store.projects.sharing_version() == before
 
 
 async def test_there_are_not_too_many(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
 A foreign id and an unknown one are answered alike, so that ids cannot be probed. What never changes about a
 row (its owner, session, pool, shape) is remembered; a session's state is believed for SESSION_CACHE_S, and that it is
-shared for SHARING_CACHE_S. What is a tenant's own costs no question about sharing.
+shared as long (sharing.py). What is a tenant's own costs no question about sharing.
 Invariant: nothing leaves this file that does not belong to the caller's tenant, but what the route asked for
 `with_shared` and a project that both are in shares.
 """
@@ -32,19 +32,15 @@ from treadle.errors import Forbidden, NotFound, SessionFinished
 from treadle.gateway.auth import Principal
 from treadle.gateway.caches import ConfirmedRows, RecentRows
 from treadle.gateway.deps import Clock
+from treadle.gateway.sharing import Sharing
 from treadle.store import Store
 
 # Another gateway may finish a session; until then work for it is accepted for at most this long.
 SESSION_CACHE_S = 1.0
-# Another gateway may end a membership; until then what it shared is read for at most this long.
-SHARING_CACHE_S = 1.0
 # Rows remembered per kind, least recently used first out; about 1 KB each, 17 KB with the largest metadata.
 MAX_CACHED_ROWS = 8_192
 # Custom losses remembered, up to 64 KB each.
 MAX_CACHED_LOSSES = 256
-
-# Who reads, and what of others.
-Reading = tuple[TenantId, SessionId]
 
 
 class Access:
@@ -61,7 +57,7 @@ class Access:
         self._samplers: ConfirmedRows[SamplingSessionId, SamplingSessionRecord] = ConfirmedRows(
             capacity=MAX_CACHED_ROWS, lifetime_s=SESSION_CACHE_S, clock=clock, ended=store.retention.dropped_among
         )
-        self._shared = self._nothing_shared()
+        self._sharing = Sharing(store=store, clock=clock)
 
     async def session(self, principal: Principal, session_id: SessionId, *, with_shared: bool = False) -> SessionRecord:
         """The caller's session in whatever state; with_shared: or one that it may read. Raises NotFound."""
@@ -149,18 +145,11 @@ class Access:
 
     async def is_shared(self, reader: TenantId, session_id: SessionId) -> bool:
         """Whether a project shares this session, which is not the reader's, with the reader now."""
-        if await self._shared.get((reader, session_id)) is not None:
-            return True
-        shared, read_at = self._shared, self._clock.monotonic()
-        if not await self._store.projects.shares(session_id, reader=reader):
-            return False
-        # Into what was there before: a change of sharing in between has begun another one.
-        shared.put((reader, session_id), True, read_at=read_at)
-        return True
+        return await self._sharing.is_shared(reader, session_id)
 
     def sharing_changed(self) -> None:
         """This gateway just changed who shares what: nothing that was remembered of it counts any more."""
-        self._shared = self._nothing_shared()
+        self._sharing.changed()
 
     async def check_project(self, principal: Principal, project_id: str | None) -> None:
         """Raises Forbidden unless the caller may put things there: a name of its own, or a project that it takes part
@@ -179,11 +168,3 @@ class Access:
         if owner == principal.tenant_id:
             return True
         return with_shared and await self.is_shared(principal.tenant_id, session_id)
-
-    def _nothing_shared(self) -> ConfirmedRows[Reading, bool]:
-        return ConfirmedRows(
-            capacity=MAX_CACHED_ROWS,
-            lifetime_s=SHARING_CACHE_S,
-            clock=self._clock,
-            ended=self._store.projects.unshared_among,
-        )

@@ -2,7 +2,7 @@
 
 A project's owner is one of its members. It refuses to know what is done with what is shared. Invariants: whoever
 changes a project is in the audit log, and so is every change in that of the project's owner; only tenants that were
-here before become members.
+here before become members; whatever ends a sharing moves `sharing_version`, in its transaction.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from treadle.store import audit
 from treadle.store.audit import AuditEvent, Author
 from treadle.store.engine import Database
 from treadle.store.pages import checked_limit
-from treadle.store.request_rows import chunks
-from treadle.store.sharing import effective_members, is_effective, shared_sessions
-from treadle.store.tables import AnyRow, keys, project_members, projects, sessions, tenants
+from treadle.store.policies import POLICIES
+from treadle.store.sharing import SHARING, SharingEnd, effective_members, is_effective, shared_sessions
+from treadle.store.tables import AnyRow, control, keys, project_members, projects, sessions, tenants
 from treadle.store.writer import Writer
 
 _p, _m = projects.c, project_members.c
@@ -46,10 +46,10 @@ _TAKES_PART = sa.select(sa.literal(1)).where(
     _members_now.c.project_id == sa.bindparam("id"), _members_now.c.tenant_id == sa.bindparam("of_tenant")
 )
 _shared = shared_sessions().subquery()
-_SHARED = sa.select(_shared.c.tenant_id, _shared.c.session_id).where(
-    _shared.c.session_id.in_(sa.bindparam("ids", expanding=True)),
-    _shared.c.tenant_id.in_(sa.bindparam("readers", expanding=True)),
+_SHARED = sa.select(sa.literal(1)).where(
+    _shared.c.session_id == sa.bindparam("of_session"), _shared.c.tenant_id == sa.bindparam("of_tenant")
 )
+_VERSIONS = sa.select(control.c.name, control.c.version).where(control.c.name.in_([SHARING, POLICIES]))
 _COUNT_OWN = sa.select(sa.func.count()).select_from(projects).where(_p.tenant_id == sa.bindparam("of_tenant"))
 _COUNT_MEMBERS = sa.select(sa.func.count()).select_from(project_members).where(_m.project_id == sa.bindparam("id"))
 _IS_MEMBER = sa.select(sa.literal(1)).where(
@@ -110,6 +110,7 @@ class Projects:
         self._database = database
         self._writer = writer
         self._clock = clock
+        self._end = SharingEnd(database.dialect)
         self._add_member = (
             database.dialect.insert(project_members)
             .on_conflict_do_nothing(index_elements=[_m.project_id, _m.tenant_id])
@@ -157,23 +158,14 @@ class Projects:
 
     async def shares(self, session_id: SessionId, *, reader: TenantId) -> bool:
         """Whether a session is shared with this tenant now."""
-        values = {"ids": [session_id], "readers": [reader]}
+        values = {"of_session": session_id, "of_tenant": reader}
         return await self._database.read(lambda conn: conn.execute(_SHARED, values).first() is not None)
 
-    async def unshared_among(self, pairs: Sequence[tuple[TenantId, SessionId]]) -> set[tuple[TenantId, SessionId]]:
-        """Those of these (reader, session) that are not shared now."""
-        session_ids = sorted({session_id for _, session_id in pairs})
-        readers = {reader for reader, _ in pairs}
-
-        def shared(conn: sa.Connection) -> set[tuple[TenantId, SessionId]]:
-            found: set[tuple[TenantId, SessionId]] = set()
-            for ids in chunks(session_ids):
-                for some in chunks(sorted(readers)):
-                    rows = conn.execute(_SHARED, {"ids": ids, "readers": some})
-                    found.update((TenantId(reader), SessionId(session_id)) for reader, session_id in rows)
-            return found
-
-        return set(pairs) - await self._database.read(shared)
+    async def sharing_version(self) -> tuple[int, int]:
+        """Moves with everything that ends a sharing: in projects, and in tenants' organisations."""
+        rows = await self._database.read(lambda conn: conn.execute(_VERSIONS).all())
+        versions: dict[str, int] = {row.name: row.version for row in rows}
+        return versions.get(SHARING, 0), versions.get(POLICIES, 0)
 
     async def add_member(self, project_id: str, owner: TenantId, named: Sequence[TenantId]) -> tuple[TenantId, bool]:
         """Let the one of these tenants who can be into the owner's project; and whether it was not in it before.
@@ -216,6 +208,7 @@ class Projects:
                 raise InvalidRequest(f"the owner of project {project_id} cannot leave it; delete it instead")
             is_removed = conn.execute(_REMOVE, {"id": project_id, "of_tenant": member}).rowcount == 1
             if is_removed:
+                self._end.note(conn, now)
                 event = _event(project.tenant_id, now, "project_member_remove", project_id, member=member, by=by)
                 audit.add(conn, [event])
             return member, is_removed
@@ -228,7 +221,7 @@ class Projects:
 
         def write(conn: sa.Connection) -> None:
             _locked(conn, project_id, owner=owner)
-            _delete(conn, project_id)
+            self._delete(conn, project_id, now)
             audit.add(conn, [_event(owner, now, "project_delete", project_id)])
 
         await self._writer.run(write)
@@ -241,13 +234,18 @@ class Projects:
             project = _locked(conn, project_id, owner=None)
             members = [row.tenant_id for row in conn.execute(_MEMBERS, {"id": project_id})]
             before = {"owner": project.tenant_id, "name": project.name, "members": members}
-            _delete(conn, project_id)
+            self._delete(conn, project_id, now)
             audit.add_change(
                 conn, author, "project.deleted", f"project:{project_id}", before=before, after=None, now=now
             )
             audit.add(conn, [_event(project.tenant_id, now, "project_delete", project_id, by="an operator")])
 
         await self._writer.run(write)
+
+    def _delete(self, conn: sa.Connection, project_id: str, now: float) -> None:
+        self._end.note(conn, now)
+        conn.execute(_REMOVE_ALL, {"id": project_id})
+        conn.execute(_DELETE, {"id": project_id})
 
     async def _page(self, query: sa.Select[Any], limit: int, behind: ProjectPlace | None) -> ProjectPage:
         if behind is not None:
@@ -289,11 +287,6 @@ def _may_join(conn: sa.Connection, owner: TenantId, member: TenantId) -> bool:
         conn.execute(_ORGANIZATION, {"of_tenant": tenant_id}).scalar_one_or_none() for tenant_id in (owner, member)
     ]
     return organizations[0] == organizations[1]
-
-
-def _delete(conn: sa.Connection, project_id: str) -> None:
-    conn.execute(_REMOVE_ALL, {"id": project_id})
-    conn.execute(_DELETE, {"id": project_id})
 
 
 def _missing(project_id: str) -> NotFound:

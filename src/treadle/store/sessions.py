@@ -7,7 +7,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from treadle.domain.ids import DEFAULT_PROJECT, SessionId, TenantId
+from treadle.domain.ids import DEFAULT_PROJECT, PROJECT_PREFIX, SessionId, TenantId
 from treadle.domain.records import SessionRecord
 from treadle.domain.states import SessionState
 from treadle.store import audit
@@ -15,7 +15,7 @@ from treadle.store.audit import AuditEvent
 from treadle.store.engine import Database
 from treadle.store.pages import checked_page, read_page
 from treadle.store.request_rows import chunks
-from treadle.store.sharing import readable_session_ids
+from treadle.store.sharing import SharingEnd, readable_session_ids
 from treadle.store.tables import AnyRow, sessions
 from treadle.store.writer import Writer
 
@@ -78,6 +78,7 @@ class Sessions:
         self._database = database
         self._writer = writer
         self._clock = clock
+        self._sharing_end = SharingEnd(database.dialect)
         # A session without a key conflicts with none, since NULLs are distinct.
         self._insert = (
             database.dialect.insert(sessions)
@@ -139,6 +140,8 @@ class Sessions:
             if previous == project_id:
                 return False
             conn.execute(_ASSIGN, {"id": session_id, "to_project": project_id})
+            if (previous or "").startswith(PROJECT_PREFIX):
+                self._sharing_end.note(conn, self._clock())
             details = {"session_id": session_id, "project_id": project_id, "previous_project_id": previous}
             event = AuditEvent(
                 tenant_id=by,

@@ -10,7 +10,28 @@ from __future__ import annotations
 import sqlalchemy as sa
 
 from treadle.domain.ids import TenantId
-from treadle.store.tables import project_members, projects, sessions, tenants
+from treadle.store.dialect import Dialect
+from treadle.store.tables import control, project_members, projects, sessions, tenants
+
+# The row of `control` whose version moves when a sharing ends. Organisations move that of policies.
+SHARING = "sharing"
+
+
+class SharingEnd:
+    """Notes, inside the write transactions that do it, that a sharing ends."""
+
+    def __init__(self, dialect: Dialect) -> None:
+        self._move = (
+            dialect.insert(control)
+            .values(name=SHARING, version=1, updated_at=sa.bindparam("now"))
+            .on_conflict_do_update(
+                index_elements=[control.c.name],
+                set_={"version": control.c.version + 1, "updated_at": sa.bindparam("now")},
+            )
+        )
+
+    def note(self, conn: sa.Connection, now: float) -> None:
+        conn.execute(self._move, {"now": now})
 
 
 def is_effective() -> sa.ColumnElement[bool]:
