@@ -178,6 +178,8 @@ class Server:
         await asyncio.gather(*(executor.stop() for executor in unused.values()))
         unused.clear()
         store.events.on_enqueued(pools.wake)
+        used = self._metrics.used
+        store.events.on_used(lambda base_model, kind, amount: used.labels(kind, base_model).inc(amount))
         with _listening(settings.server.host, settings.server.port) as listener:
             return await self._serve_http(store, blobs, pools, PoolDirectory(pools.views, watch), listener)
 

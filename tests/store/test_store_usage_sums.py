@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
@@ -337,3 +338,31 @@ async def test_a_sample_that_was_cancelled_counts_what_its_client_got(store: Sto
     assert {(record.session_id, record.model_id) for record in found} == {(SESSION, "")}
     assert SAMPLER.startswith(SESSION)
     assert MODEL.startswith(SESSION)
+
+
+async def test_what_is_committed_is_announced_once(store: Store, clock: ManualClock) -> None:
+    heard: Counter[tuple[str, UsageKind]] = Counter()
+
+    def hear(base_model: str, kind: UsageKind, amount: float) -> None:
+        heard[base_model, kind] += amount  # type: ignore[assignment]
+
+    store.events.on_used(hear)
+    await with_run(store)
+    await store.sampling.create(sampling_session())
+    save = op(2, OpKind.SAVE_WEIGHTS, num_tokens=0)
+    await enqueue_all(store, [op(1), save, sample(1)])
+    lease = await lead(store)
+    cycle = FinishedCycle(
+        finished=(done(op(1)), done(save)), checkpoints=(checkpoint(seq_id=2, created_at=clock.now()),)
+    )
+    for _ in range(2):
+        await store.cycles.finish(lease, cycle)
+    await store.cycles.cancel_sample(sample(1).request_id, used=SampleUsage(3, 2))
+    clock.advance(2 * HOUR_S)
+    for _ in range(2):
+        await store.usage.accrue_storage(hour_of(clock.now()) - HOUR_S)
+    await asyncio.sleep(0)
+    tokens = {UsageKind.TRAINING: 32, UsageKind.CHECKPOINT: 1, UsageKind.PREFILL: 3, UsageKind.SAMPLED: 2}
+    assert heard == {("treadle/tiny", kind): amount for kind, amount in tokens.items()} | {
+        ("treadle/tiny", UsageKind.STORAGE): 10 * HOUR_S
+    }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import sqlalchemy as sa
 
@@ -41,7 +41,7 @@ from treadle.store.sampling import SamplingInserts
 from treadle.store.snapshots import STATES_OVER, SnapshotRows
 from treadle.store.stability import RecordUpserts
 from treadle.store.tables import IS_IN_LINE, IS_QUEUED, IS_SAMPLE, models, requests, usage
-from treadle.store.usage import UsageCounter
+from treadle.store.usage import UsageCounter, Used
 from treadle.store.writer import Writer
 
 # Nothing was decided by anybody.
@@ -86,7 +86,7 @@ _USAGE = sa.select(usage.c.trained_tokens).where(usage.c.tenant_id == sa.bindpar
 
 @dataclass(frozen=True, slots=True)
 class _Committed:
-    """What a commit made final, the blobs that nobody names since, and what it took of rates.
+    """What a commit made final, the blobs that nobody names since, what it took of rates, and what was used.
 
     outcomes: as they were stored. at: when, on the store's clock.
     """
@@ -96,6 +96,7 @@ class _Committed:
     outcomes: Sequence[FinishedRequest] = ()
     spent: tuple[Spent, ...] = ()
     at: float = 0.0
+    used: Used = field(default_factory=dict)
 
 
 class Cycles:
@@ -170,7 +171,7 @@ class Cycles:
             unused = self._snapshots.register(conn, cycle.snapshots, also=_cut_off(cycle, finished), now=now)
             self._run_log.insert(conn, cycle.run_log)
             self._count_usage(conn, finished)
-            self._usage.count(conn, finished, saved=cycle.checkpoints, now=now)
+            used = self._usage.count(conn, finished, saved=cycle.checkpoints, now=now)
             never_came = (r.request_id for r in cycle.never_received if r.request_id in added)
             return _Committed(
                 request_ids=(*(row.request_id for row in finished), *never_came),
@@ -178,6 +179,7 @@ class Cycles:
                 outcomes=cycle.finished,
                 spent=self._rate_counter.count(conn, finished, policies, now),
                 at=now,
+                used=used,
             )
 
         committed = await self._writer.run(write, after_commit=self._announce)
@@ -196,9 +198,9 @@ class Cycles:
             now = self._clock()
             rows = self._rows.finish(conn, finished, now)
             self._records.upsert(conn, rows, now)
-            self._usage.count(conn, rows, now=now)
+            used = self._usage.count(conn, rows, now=now)
             spent = self._rate_counter.count(conn, rows, policies, now)
-            return _Committed(tuple(row.request_id for row in rows), _dropped(rows), finished, spent, now)
+            return _Committed(tuple(row.request_id for row in rows), _dropped(rows), finished, spent, now, used)
 
         committed = await self._writer.run(write, after_commit=self._announce)
         return committed.unused_keys
@@ -220,9 +222,9 @@ class Cycles:
             is_sample = conn.execute(_QUEUED_SAMPLE, {"id": request_id}).one_or_none() is not None
             now = self._clock()
             rows = self._rows.finish(conn, cancelled if is_sample else [], now)
-            self._usage.count(conn, rows, now=now)
+            used = self._usage.count(conn, rows, now=now)
             spent = self._rate_counter.count(conn, rows, policies, now)
-            return _Committed(tuple(row.request_id for row in rows), _dropped(rows), cancelled, spent, now)
+            return _Committed(tuple(row.request_id for row in rows), _dropped(rows), cancelled, spent, now, used)
 
         committed = await self._writer.run(write, after_commit=self._announce)
         return committed.unused_keys
@@ -235,6 +237,7 @@ class Cycles:
 
     def _announce(self, committed: _Committed) -> None:
         self._rates.note(committed.spent, committed.at)
+        self._events.announce_used(committed.used)
         self._recent.finished(committed.outcomes, committed.request_ids)
         self._events.announce_finished(committed.request_ids)
 

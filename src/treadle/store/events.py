@@ -9,14 +9,16 @@ Invariant: what this process announces is forwarded to the others once; what cam
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, TypeAlias
 
 from treadle.domain.ids import PoolName, RequestId
 from treadle.domain.ops import OpKind
+from treadle.domain.usage import UsageKind
 
 EnqueuedCallback: TypeAlias = Callable[[PoolName, OpKind], None]
 FinishedCallback: TypeAlias = Callable[[tuple[RequestId, ...]], None]
+UsedCallback: TypeAlias = Callable[[str, UsageKind, float], None]
 PoolCallback: TypeAlias = Callable[[PoolName], None]
 Unsubscribe: TypeAlias = Callable[[], None]
 
@@ -39,6 +41,7 @@ class Events:
         self._on_enqueued: dict[object, EnqueuedCallback] = {}
         self._on_finished: dict[object, FinishedCallback] = {}
         self._on_pool: dict[object, PoolCallback] = {}
+        self._on_used: dict[object, UsedCallback] = {}
         self._forwarding: Forwarding | None = None
 
     def forward_to(self, forwarding: Forwarding) -> None:
@@ -59,6 +62,15 @@ class Events:
     def on_pool_changed(self, callback: PoolCallback) -> Unsubscribe:
         """Call back when a pool's lease was given back or its leader reported; the returned function ends it."""
         return _subscribe(self._on_pool, callback)
+
+    def on_used(self, callback: UsedCallback) -> Unsubscribe:
+        """Call back with base model, kind and amount of what this process commits; the returned function ends it."""
+        return _subscribe(self._on_used, callback)
+
+    def announce_used(self, amounts: Mapping[tuple[str, UsageKind], float]) -> None:
+        """Usage was committed here; other processes count their own."""
+        for (base_model, kind), amount in amounts.items():
+            _call_soon(self._on_used, base_model, kind, amount)
 
     def announce_enqueued(self, pool: PoolName, kind: OpKind) -> None:
         self.relay_enqueued(pool, kind)

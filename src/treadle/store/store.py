@@ -116,7 +116,7 @@ class Store:
         self.session_search = SessionSearch(database=database, clock=clock)
         self.audit = AuditLog(database)
         self.traces = Traces(database)
-        self.usage = Usage(database=database, writer=writer, clock=clock)
+        self.usage = Usage(database=database, writer=writer, events=self.events, clock=clock)
         self.policies = PolicyReads(database)
         self.projects = Projects(database=database, writer=writer, clock=clock)
         self.tenants = Tenants(database=database, writer=writer, clock=clock)

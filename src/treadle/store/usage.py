@@ -8,8 +8,8 @@ whoever does it, and holds every checkpoint that was there for any part of it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, TypeAlias
 
 import sqlalchemy as sa
 
@@ -20,6 +20,7 @@ from treadle.domain.records import CheckpointRecord
 from treadle.domain.usage import HOUR_S, StorageRecord, UsageKind, UsageRecord, hour_of
 from treadle.store.dialect import Dialect
 from treadle.store.engine import Database
+from treadle.store.events import Events
 from treadle.store.request_rows import FinishedRow, chunks
 from treadle.store.sessions import session_project
 from treadle.store.tables import checkpoints, ended_checkpoints, models, sampling_sessions, sessions, usage_events
@@ -67,6 +68,10 @@ class _Owner(NamedTuple):
     base_model: str
 
 
+# By base model and kind, of all tenants.
+Used: TypeAlias = Mapping[tuple[str, UsageKind], float]
+
+
 class UsageCounter:
     """Counts inside a write transaction."""
 
@@ -84,8 +89,8 @@ class UsageCounter:
         *,
         saved: Sequence[CheckpointRecord] = (),
         now: float,
-    ) -> None:
-        """Add what these rows, which became final in this transaction, used; and of `saved` what they made.
+    ) -> Used:
+        """Add what these rows, which became final in this transaction, used, and of `saved` what they made; the sums.
 
         Passes and saves that failed used nothing; a sample used what its outcome says, even if it was cancelled.
         """
@@ -102,11 +107,11 @@ class UsageCounter:
         for record in saved:
             if op_request_id(record.model_id, record.seq_id) in request_ids:
                 totals[record.tenant_id, record.model_id, UsageKind.CHECKPOINT] += 1
-        self._write(conn, +totals, hour_of(now))
+        return self._write(conn, +totals, hour_of(now))
 
-    def _write(self, conn: sa.Connection, totals: Counter[tuple[TenantId, str, UsageKind]], hour: int) -> None:
+    def _write(self, conn: sa.Connection, totals: Counter[tuple[TenantId, str, UsageKind]], hour: int) -> Used:
         if not totals:
-            return
+            return {}
         self._learn_owners(conn, {owner for _, owner, _ in totals})
         amounts: Counter[tuple[TenantId, SessionId, str, str, UsageKind]] = Counter()
         for (tenant_id, owner, kind), amount in totals.items():
@@ -125,6 +130,10 @@ class UsageCounter:
             for (tenant_id, session_id, model_id, base_model, kind), amount in sorted(amounts.items())
         ]
         conn.execute(self._add, rows)
+        used: Counter[tuple[str, UsageKind]] = Counter()
+        for (_, _, _, base_model, kind), amount in amounts.items():
+            used[base_model, kind] += amount
+        return dict(used)
 
     def _learn_owners(self, conn: sa.Connection, wanted: set[str]) -> None:
         unknown = sorted(wanted - self._owners.keys())
@@ -140,14 +149,16 @@ class UsageCounter:
 class Usage:
     """See the module."""
 
-    def __init__(self, *, database: Database, writer: Writer, clock: Callable[[], float]) -> None:
+    def __init__(self, *, database: Database, writer: Writer, events: Events, clock: Callable[[], float]) -> None:
         self._database = database
         self._writer = writer
+        self._events = events
         self._clock = clock
         self._accrue = (
             database.dialect.insert(usage_events)
             .from_select([column.name for column in (*_KEY, _u.amount)], _stored_in_an_hour())
             .on_conflict_do_nothing(index_elements=list(_KEY))
+            .returning(_u.base_model, _u.amount)
         )
 
     async def events(self, tenant_id: TenantId, *, since: int, before: int) -> list[UsageRecord] | None:
@@ -212,12 +223,16 @@ class Usage:
         assert hour + HOUR_S <= self._clock(), "the hour is not over"
         values = {"hour": hour, "begin": float(hour), "end": float(hour + HOUR_S)}
 
-        def write(conn: sa.Connection) -> None:
+        def write(conn: sa.Connection) -> Used:
             # One statement, so that a checkpoint that ends at this moment is seen either live or ended.
-            conn.execute(self._accrue, values)
+            added = conn.execute(self._accrue, values).all()
             conn.execute(_FORGET_ENDED, {"end": values["end"]})
+            used: Counter[tuple[str, UsageKind]] = Counter()
+            for base_model, amount in added:
+                used[base_model, UsageKind.STORAGE] += amount
+            return dict(used)
 
-        await self._writer.run(write)
+        await self._writer.run(write, after_commit=self._events.announce_used)
 
     async def forget(self) -> int:
         """Delete a day of what is older than USAGE_KEPT_S: how many rows."""

@@ -128,6 +128,12 @@ class Metrics:
         self.failed_logins = Counter(
             "treadle_failed_logins", "Requests without a key or with one that nobody holds", registry=registry
         )
+        self.used = Counter(
+            "treadle_used",
+            "What tenants used, as it is billed, by kind (tokens, saves, byte-seconds) and base model",
+            ["kind", "base_model"],
+            registry=registry,
+        )
         self.caught_errors = Counter(
             "treadle_caught_errors",
             "Unexpected exceptions caught at a boundary (middleware, cycle_loop, sample_loop, sweep)",
