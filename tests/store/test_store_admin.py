@@ -222,3 +222,53 @@ async def test_slots_are_the_leaders_word_alone(store: Store) -> None:
     with pytest.raises(Fenced):
         await store.slots.publish(old, Slots())
     assert [record.model_id for record in await store.models.of_ids([ModelId(MODEL), ModelId("no")])] == [MODEL]
+
+
+async def test_hours_are_remembered_only_once_nothing_adds_to_them(store: Store, clock: ManualClock) -> None:
+    """By day and hour over all tenants; each reading must be what the rows say then."""
+    begin = int(clock.now() // HOUR_S + 1) * HOUR_S
+    clock.advance(begin + 10 - clock.now())
+
+    async def hourly() -> dict[tuple[int, UsageKind], float]:
+        groups = await store.admin_usage.sums(SumQuery("hour", begin - HOUR_S, begin + 48 * HOUR_S, 100))
+        return {
+            (int(group.key[0]) - begin, kind): amount
+            for group in groups
+            for kind, amount in group.amounts.items()
+            if amount
+        }
+
+    async def train(hour: int, tokens: float, model_id: str) -> None:
+        row = {"tenant_id": "a", "session_id": "s", "base_model": "m", "kind": UsageKind.TRAINING.value}
+        await use(store, [{**row, "bucket_start": begin + hour * HOUR_S, "model_id": model_id, "amount": tokens}])
+
+    assert await hourly() == {}
+    await train(0, 5, "1")
+    assert await hourly() == {(0, UsageKind.TRAINING): 5}
+    await train(0, 7, "2")
+    assert await hourly() == {(0, UsageKind.TRAINING): 12}
+    # The hour is over, and a commit that began in it comes late.
+    clock.advance(HOUR_S)
+    assert await hourly() == {(0, UsageKind.TRAINING): 12}
+    await train(0, 1, "3")
+    assert await hourly() == {(0, UsageKind.TRAINING): 13}
+    # Its storage is written when the sweep comes to it, however late that is.
+    await with_run(store)
+    lease = await lead(store)
+    late = replace(checkpoint("one"), created_at=float(begin))
+    await store.cycles.finish(lease, FinishedCycle(checkpoints=(late,)))
+    clock.advance(5 * HOUR_S)
+    assert await hourly() == {(0, UsageKind.TRAINING): 13}
+    await store.usage.accrue_storage(begin)
+    stored = late.size_bytes * HOUR_S
+    assert await hourly() == {(0, UsageKind.TRAINING): 13, (0, UsageKind.STORAGE): stored}
+    # Now it is settled: what is written into it by hand is not looked for.
+    await train(0, 100, "4")
+    await train(1, 3, "1")
+    assert await hourly() == {
+        (0, UsageKind.TRAINING): 13,
+        (0, UsageKind.STORAGE): stored,
+        (HOUR_S, UsageKind.TRAINING): 3,
+    }
+    days = await store.admin_usage.sums(SumQuery("day", begin, begin + 2 * HOUR_S, 9))
+    assert sum(day.amounts[UsageKind.TRAINING] for day in days) == 16
