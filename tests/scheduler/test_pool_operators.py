@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -77,10 +78,15 @@ async def command(cluster: Cluster, kind: CommandKind, run: ModelId = RUN) -> Co
 
 
 class Counting(FakeExecutor):
-    """Notes how many cycles it was asked for, and can be held in the middle of one."""
+    """Notes how many cycles it was asked for and what it had to forget, and can be held in the middle of a cycle."""
 
     num_cycles = 0
     may_go = asyncio.Event()
+    evicted: ClassVar[list[ModelId]] = []
+
+    async def evict(self, model_ids: Collection[ModelId]) -> None:
+        self.evicted += model_ids
+        await super().evict(model_ids)
 
     async def run_cycle(self, work: CycleWork) -> CycleOutcome:
         type(self).num_cycles += 1
@@ -94,6 +100,7 @@ async def counted(cluster: Cluster) -> type[Counting]:
 
     class Worker(Counting):
         may_go = asyncio.Event()
+        evicted: ClassVar[list[ModelId]] = []
 
     Worker.may_go.set()
     cluster.new_worker = Worker
@@ -155,7 +162,7 @@ async def test_a_pause_outlives_its_leader(cluster: Cluster, counted: type[Count
     await cluster.result(queued)
 
 
-async def test_an_evicted_run_goes_on_bit_exact(cluster: Cluster) -> None:
+async def test_an_evicted_run_goes_on_bit_exact(cluster: Cluster, counted: type[Counting]) -> None:
     """Also with an open gradient, and whatever it had left to replay."""
     await cluster.create(RUN)
     await cluster.create(OTHER)
@@ -167,6 +174,7 @@ async def test_an_evicted_run_goes_on_bit_exact(cluster: Cluster) -> None:
     assert ended.is_done
     assert "7" in ended.message
     assert set(cluster.runner.resident_runs()) == {OTHER}
+    assert counted.evicted == [RUN]
     [snapshot, *_] = await cluster.store.snapshots.newest(RUN)
     assert snapshot.seq_id == 7
     again = await command(cluster, CommandKind.EVICT)
@@ -236,6 +244,8 @@ async def test_a_run_without_a_state_is_refused_with_its_state(cluster: Cluster)
     await cluster.create(RUN)
     command_id = await give(cluster, CommandKind.EVICT)
     cluster.start()
+    # Else it may have been created by the time at which the command is read.
+    cluster.runner.set_paused(True)
     ended = await outcome(cluster, command_id)
     assert ended.is_done is False
     assert "creating" in ended.message
@@ -317,13 +327,20 @@ async def test_an_added_model_that_one_server_lacks_is_led_by_another(cluster: C
     """And the one that lacks it shows that it is served."""
     await cluster.drain()
     store = await Store.open(f"sqlite:///{tmp_path / 'test.db'}", clock=cluster.clock.now)
-    lacking = added_pool(cluster, cluster.store, lambda: Unloadable(cluster.blobs), holder="lacking")
+    tries: list[FakeExecutor] = []
+
+    def fail() -> FakeExecutor:
+        tries.append(Unloadable(cluster.blobs))
+        return tries[-1]
+
+    lacking = added_pool(cluster, cluster.store, fail, holder="lacking")
     first = asyncio.create_task(lacking.run())
     await until(lambda: "could not be loaded" in lacking.status.reason)
     having = added_pool(cluster, store, lambda: FakeExecutor(cluster.blobs), holder="having")
     second = asyncio.create_task(having.run())
     await until(lambda: having.status.is_ready and lacking.status.is_ready)
     assert not lacking.loaded.is_set()
+    assert len(tries) == 1, "whoever could not load it leaves it to others first"
     lacking.drain()
     having.drain()
     await asyncio.gather(first, second)
