@@ -159,6 +159,17 @@ def policy_losses(client: Client) -> None:
 
 
 @check
+def loss_by_metadata(client: Client) -> None:
+    """A run in which "ppo" is a loss that older versions cannot name."""
+    run = client.service.create_lora_training_client(
+        base_model=client.model, rank=RANK, seed=SEED, user_metadata={"treadle.loss.ppo": "gspo"}
+    )
+    renamed = loss_of(run.forward(policy_datums(), "ppo"))
+    assert renamed != loss_of(new_run(client).forward(policy_datums(), "ppo")), renamed
+    client.note("gspo loss by metadata", renamed)
+
+
+@check
 def custom_loss(client: Client) -> None:
     """A loss of the client's own, whose gradient goes out as weights."""
 
