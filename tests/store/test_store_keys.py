@@ -37,8 +37,15 @@ async def put(store: Store, given: TokenVerdict, *, organization: str = "explore
     )
 
 
-async def test_only_the_first_of_several_first_keys_is_made(store: Store) -> None:
-    made = await asyncio.gather(*(store.keys.add_first("admin", f"digest-{i}", author=OPS) for i in range(5)))
+async def test_only_the_first_of_several_first_keys_is_made(store: Store, database_url: str) -> None:
+    stores = [store, *[await Store.open(database_url) for _ in range(3)]]
+    # As servers that start together with the same file, and with files of their own.
+    digests = ["same", "same", "one", "other"]
+    made = await asyncio.gather(
+        *(each.keys.add_first("admin", digest, author=OPS) for each, digest in zip(stores, digests, strict=True))
+    )
+    for each in stores[1:]:
+        await each.close()
 
     assert [record is None for record in made].count(False) == 1
     assert len(await store.keys.list()) == 1

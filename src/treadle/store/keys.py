@@ -89,10 +89,11 @@ class Keys:
         return await self._writer.run(lambda conn: self._insert(conn, values, organization, author))
 
     async def add_first(self, user: str, digest: str, *, author: Author) -> KeyRecord | None:
-        """An admin key, if none was ever created; else None."""
+        """An admin key, if no key was ever created; else None. Of servers that start together, one makes it."""
         values = {"user": user, "digest": digest, "is_admin": True, "name": "bootstrap", "expires_at": None}
 
         def write(conn: sa.Connection) -> KeyRecord | None:
+            self._database.dialect.lock(conn, "the first key")
             is_first = conn.execute(_ANY).first() is None
             return self._insert(conn, values, None, author) if is_first else None
 
