@@ -20,6 +20,7 @@ from treadle.domain.records import CheckpointRecord, FinishedCycle, FinishedRequ
 from treadle.domain.states import SessionState
 from treadle.domain.usage import HOUR_S, SampleUsage, hour_of
 from treadle.gateway import GatewaySettings
+from treadle.gateway.keyset import cursor_of
 from treadle.store.slots import Slots
 from treadle.testing.builders import pass_op
 from treadle.wire.passes import encode_pass
@@ -310,6 +311,27 @@ async def test_usage_is_exported_as_csv(operator: Operator, monkeypatch: pytest.
     assert sorted(row["project_id"] for row in rows) == sorted(["a,b", '\'=HYPERLINK("x")', "c"])
     assert {row["sampled_tokens"] for row in rows} == {"5"}
     assert list(rows[0]) == ["tenant_id", "project_id", *AMOUNTS]
+
+
+@pytest.mark.parametrize(
+    "time",
+    ["0001-01-01T00:00:00+14:00", "9999-12-31T23:00:00-12:00", "9999-12-31T23:00:00Z", "1969-12-31T23:00:00Z"],
+)
+async def test_times_beyond_the_calendar_are_refused(operator: Operator, time: str) -> None:
+    for name in ("since", "before"):
+        for route in ("usage", "usage.csv"):
+            refused(await operator.call("GET", route, params={name: time}), 400)
+        assert (await operator.call("GET", "audit", params={name: time})).status_code in (200, 400)
+
+
+async def test_places_beyond_any_number_are_no_errors_of_the_server(operator: Operator) -> None:
+    for place in ([2**63 - 1], [2**62], [-(2**62)], [-(2**63)]):
+        for group_by in ("day", "hour"):
+            for tenant in ({}, {"tenant": "user:alice"}):
+                query = {"group_by": group_by, "after": cursor_of(place), **tenant}
+                assert (await operator.call("GET", "usage", params=query)).status_code in (200, 400)
+    for place in ([1e308, 2**62], [-1e308, 0]):
+        ok(await operator.call("GET", "audit", params={"after": cursor_of(place)}))
 
 
 async def test_hours_are_whole_ones(operator: Operator) -> None:

@@ -29,6 +29,8 @@ from treadle.wire.answers_admin_records import AuditEventsAnswer, UsageSumsAnswe
 
 router = Resource("/admin/v1")
 
+# The beginning of the year 9999: times of answers end with that one.
+MAX_TIME_S = 253_370_764_800
 # What is added up when nobody says which hours.
 DEFAULT_WINDOW_S = 7 * 24 * HOUR_S
 # What the key of a group says, and the types of its values.
@@ -159,14 +161,15 @@ def _sum_query(gateway: Gateway, query: UsageSumsQuery, *, limit: int) -> SumQue
 
 def _hour(name: str, time: datetime) -> int:
     seconds = time.timestamp()
+    if not 0 <= seconds <= MAX_TIME_S:
+        raise InvalidRequest(f"{name} is not in the years 1970 to 9998")
     if seconds != hour_of(seconds):
         raise InvalidRequest(f"{name} is not at the beginning of an hour of UTC")
     return int(seconds)
 
 
 def _behind(group_by: GroupBy, cursor: str) -> tuple[str | int, ...]:
-    types = tuple(int if name == "bucket_start" else str for name in KEY_FIELDS[group_by])
-    return place_of(cursor, *types)
+    return place_of(cursor, *(int if name == "bucket_start" else str for name in KEY_FIELDS[group_by]))
 
 
 def _usage(group_by: GroupBy, one: UsageSum) -> dict[str, object]:
