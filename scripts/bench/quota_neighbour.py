@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,10 +68,10 @@ class Operator:
 
 
 class Neighbour:
-    """The other process: says when its runs are there, then when it sent what fills the bucket, then offers."""
+    """The other process: says when its runs are there, and empties the bucket until it is told a pace."""
 
-    def __init__(self, url: str, *, burst: int) -> None:
-        command = [sys.executable, __file__, "--offer", url, "--burst", str(burst)]
+    def __init__(self, url: str) -> None:
+        command = [sys.executable, __file__, "--offer", url]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
@@ -93,7 +94,7 @@ class Neighbour:
         self._process.wait()
 
 
-def offer(url: str, burst: int) -> None:
+def offer(url: str) -> None:
     """The neighbour's own program."""
     os.nice(19)
     service = tinker.ServiceClient(base_url=url, api_key=NEIGHBOUR)
@@ -103,10 +104,13 @@ def offer(url: str, burst: int) -> None:
     ]
     data = [_datum(random.Random(1), NEIGHBOUR_TOKENS)]
     print("ready", flush=True)
+    told: list[float] = []
+    listener = threading.Thread(target=lambda: told.append(float(sys.stdin.readline())))
+    listener.start()
+    while not told:
+        _wait_for([client.forward_backward(data, "cross_entropy") for client in clients * 2], told)
+    pace = NEIGHBOUR_TOKENS / told[0]
     futures: list[Any] = []
-    for number in range(burst // NEIGHBOUR_TOKENS + 1):
-        futures.append(clients[number % NUM_RUNS].forward_backward(data, "cross_entropy"))
-    pace = NEIGHBOUR_TOKENS / float(sys.stdin.readline())
     due = time.monotonic()
     number = 0
     while True:
@@ -119,10 +123,21 @@ def offer(url: str, burst: int) -> None:
             futures += [each.optim_step(ADAM) for each in clients]
 
 
-def measure(url: str, operator: Operator, victim: Any, *, limit: int, factor: int, window_s: float) -> dict[str, float]:
+def _wait_for(futures: Sequence[Any], told: Sequence[float]) -> None:
+    """Return when these are done, or something was told."""
+    for future in futures:
+        while not told:
+            try:
+                future.result(timeout=0.2)
+                break
+            except TimeoutError:
+                continue
+
+
+def measure(url: str, operator: Operator, victim: Any, *, limit: int, factor: int, window_s: float) -> dict[str, Any]:
     """The victim's steps in one window beside a neighbour that offers `factor` times its quota."""
     operator.set(limit)
-    neighbour = Neighbour(url, burst=limit)
+    neighbour = Neighbour(url)
     try:
         _until(lambda: operator.use(QUOTA) >= limit * 0.95)
         neighbour.go(factor * limit / 60)
@@ -137,7 +152,7 @@ def measure(url: str, operator: Operator, victim: Any, *, limit: int, factor: in
     return {
         "p50_ms": float(np.percentile(steps, 50)) * 1000,
         "p99_ms": float(np.percentile(steps, 99)) * 1000,
-        "steps": len(steps),
+        "steps_ms": [round(step * 1000, 1) for step in steps],
         "neighbours_queued_tokens": queued,
     }
 
@@ -175,6 +190,15 @@ def changes(pairs: Sequence[dict[str, Any]], key: str) -> dict[str, float]:
     return report.spread([pair["ten"][key] / pair["once"][key] - 1 for pair in pairs])
 
 
+def pooled(pairs: Sequence[dict[str, Any]], percent: float) -> dict[str, float]:
+    """The same figures over all windows of a kind together, and their change."""
+    once, ten = (
+        float(np.percentile([step for pair in pairs for step in pair[kind]["steps_ms"]], percent))
+        for kind in ("once", "ten")
+    )
+    return {"once_ms": once, "ten_ms": ten, "change": ten / once - 1}
+
+
 def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     key_file = folder / "admin-key"
     env = {
@@ -200,12 +224,14 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
                     service.url, operator, victim, limit=args.limit, factor=factor, window_s=args.window_s
                 )
             pairs.append(pair)
-            print(f"pair {number + 1}: {json.dumps(pair)}", flush=True)
+            shown = {name: f"{pair[name]['p50_ms']:.0f} / {pair[name]['p99_ms']:.0f} ms" for name, _ in kinds}
+            print(f"pair {number + 1}: load {pair['load']}, p50 / p99: {shown}", flush=True)
         assert service.stop() == 0
     finally:
         service.kill()
     found = {"alone_p50_ms": alone[0], "limit": args.limit, "window_s": args.window_s, "pairs": pairs}
-    return found | {f"change_of_{key}": changes(pairs, key) for key in ("p50_ms", "p99_ms")}
+    found |= {f"change_of_{key}": changes(pairs, key) for key in ("p50_ms", "p99_ms")}
+    return found | {"pooled_p50": pooled(pairs, 50), "pooled_p99": pooled(pairs, 99)}
 
 
 def main() -> int:
@@ -216,11 +242,10 @@ def main() -> int:
     parser.add_argument("--size", choices=["tiny", "1m", "27m"], default="1m")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--offer", default=None, help=argparse.SUPPRESS)
-    parser.add_argument("--burst", type=int, default=0, help=argparse.SUPPRESS)
     report.add_arguments(parser)
     args = parser.parse_args()
     if args.offer is not None:
-        offer(args.offer, args.burst)
+        offer(args.offer)
         return 0
     result: dict[str, Any] = report.context()
     with tempfile.TemporaryDirectory() as folder:
@@ -234,6 +259,9 @@ def main() -> int:
     for key in ("p50_ms", "p99_ms"):
         change = result[f"change_of_{key}"]
         print(f"change of {key}: median {change['median']:+.1%} ({change['min']:+.1%} to {change['max']:+.1%})")
+    for percent in (50, 99):
+        over_all = result[f"pooled_p{percent}"]
+        print(f"p{percent} over all windows: {over_all['once_ms']:.0f} and {over_all['ten_ms']:.0f} ms")
     print(f"median change of p99 below {GOAL:.0%}: {result['change_of_p99_ms']['median'] < GOAL}")
     report.write(report.path_of(args, "quota_neighbour"), result)
     return 0
