@@ -178,10 +178,12 @@ class Server:
         await asyncio.gather(*(executor.stop() for executor in unused.values()))
         unused.clear()
         store.events.on_enqueued(pools.wake)
+        named = {PoolName(model.name): (model.source, model.revision) for model in settings.models}
+        directory = PoolDirectory(pools.views, watch, settings=named)
         used = self._metrics.used
         store.events.on_used(lambda base_model, kind, amount: used.labels(kind, base_model).inc(amount))
         with _listening(settings.server.host, settings.server.port) as listener:
-            return await self._serve_http(store, blobs, pools, PoolDirectory(pools.views, watch), listener)
+            return await self._serve_http(store, blobs, pools, directory, listener)
 
     def _launch_early(self) -> dict[str, LocalExecutor]:
         """Start worker processes; they import and load while this one opens its store.

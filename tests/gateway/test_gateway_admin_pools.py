@@ -180,7 +180,9 @@ async def test_a_removed_pool_is_not_served_and_its_queue_waits(operator: Operat
     assert POOL not in {model["model_name"] for model in served}
     for verb in ("pause", "resume", "drain"):
         assert "was removed" in refused(await operator.call("POST", f"pools/{verb}", json={"pool": POOL}), 400)
-    # Added again as it was, it goes on.
+    # Added again as it was, it goes on. Another model under its name would not fit its runs.
+    other = {"pool": POOL, "source": "org/other"}
+    assert "leave out the source" in refused(await operator.call("POST", "pools", json=other), 400)
     answer = await operator.post("pools", pool=POOL)
     assert (answer["state"], answer["is_ready"]) == ("serving", True)
     assert "removed" not in (await waiting(gateway, queued))[1]

@@ -6,7 +6,7 @@ Invariant: a `GatewayDeps` never changes; what moves (pools loading, draining) i
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -55,10 +55,20 @@ class PoolDirectory:
     """The pools of this server, looked up by name or by a client's base_model. Those that operators removed are not
     there, from the moment on at which `watch` knows."""
 
-    def __init__(self, views: Callable[[], Sequence[PoolView]], watch: PoolWatch | None = None) -> None:
-        """views: all that this server has. watch: what operators decided about them, kept up to date by its owner."""
+    def __init__(
+        self,
+        views: Callable[[], Sequence[PoolView]],
+        watch: PoolWatch | None = None,
+        *,
+        settings: Mapping[PoolName, tuple[str, str | None]] | None = None,
+    ) -> None:
+        """views: all that this server has. watch: what operators decided about them, kept up to date by its owner.
+
+        settings: source and revision of the pools that this server was started with.
+        """
         self._all_views = views
         self._watch = watch
+        self._settings = settings or {}
 
     @property
     def decisions(self) -> PoolDecisions:
@@ -68,6 +78,10 @@ class PoolDirectory:
     def decision(self, name: PoolName) -> PoolDecision | None:
         """What operators decided about the pool, which need not be served here."""
         return self.decisions.pools.get(name)
+
+    def settings_of(self, name: PoolName) -> tuple[str, str | None] | None:
+        """Source and revision of a pool that this server was started with, also of one that was removed."""
+        return self._settings.get(name)
 
     async def refresh(self) -> None:
         """Know what was decided until now. Raises StoreUnavailable."""

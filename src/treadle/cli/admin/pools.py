@@ -52,11 +52,18 @@ def _add_pools(pools: typer.Typer) -> None:
     @command(pools, "add", "pools add mine /models/my-finetune", "pools add Qwen/Qwen3-0.6B Qwen/Qwen3-0.6B")
     def add(
         pool: Annotated[str, typer.Argument(metavar="POOL", help="Its name for clients.")],
-        source: Annotated[str, typer.Argument(metavar="SOURCE", help="A hub's name or a directory of the servers.")],
+        source: Annotated[
+            str | None,
+            typer.Argument(
+                metavar="[SOURCE]",
+                help="A hub's name or a directory of the servers. Without it: what it was served from before.",
+            ),
+        ] = None,
         revision: Annotated[str | None, typer.Option(help="Of a hub's model.")] = None,
     ) -> None:
         """Serve another base model from now on, on all servers."""
-        body = {"pool": pool, "source": source} | ({} if revision is None else {"revision": revision})
+        asked = {"pool": pool, "source": source, "revision": revision}
+        body = {name: value for name, value in asked.items() if value is not None}
         done(
             server().send("POST", "pools", body=body), f"pool {pool} is added; `treadle admin pools list` shows it load"
         )

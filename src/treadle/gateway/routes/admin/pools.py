@@ -117,8 +117,12 @@ def _source_to_store(gateway: Gateway, body: AddPoolBody) -> str | None:
         raise InvalidRequest(
             f"pool {pool} is served already, from {view.source}{at}; choose another name, or remove it first"
         )
-    if body.source is None and gateway.deps.pools.decision(pool) is None:
+    decision = gateway.deps.pools.decision(pool)
+    if body.source is None and decision is None:
         raise InvalidRequest(f"source is missing: no pool {pool} was served before")
+    is_of_settings = decision is not None and decision.source is None
+    if is_of_settings and gateway.deps.pools.settings_of(pool) == (body.source, body.revision):
+        return None
     return body.source
 
 
