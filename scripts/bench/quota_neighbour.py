@@ -12,7 +12,6 @@ formed within a pair: a machine's drift meets both. Goal: the median change is b
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import statistics
