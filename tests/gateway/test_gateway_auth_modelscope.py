@@ -346,6 +346,22 @@ async def test_a_jwt_is_worth_what_its_verdict_is_worth(gateway: Harness, models
     assert is_invalid_token(await list_sessions(gateway, jwt))
 
 
+async def test_a_jwt_ends_with_its_verdict_when_that_is_sooner(gateway: Harness, modelscope: StandIn) -> None:
+    ok(await list_sessions(gateway))
+    # Too early to ask ModelScope again.
+    later(gateway, AGE_S / 3)
+    jwt = str(ok(await gateway.post("auth/token", key=MEMBER))["jwt"])
+    later(gateway, AGE_S * 2 / 3 - 1)
+    ok(await list_sessions(gateway, jwt))
+
+    later(gateway, 1)
+
+    assert is_invalid_token(await list_sessions(gateway, jwt))
+    assert modelscope.num_logins == 1
+    jwt = str(ok(await gateway.post("auth/token", key=MEMBER))["jwt"])
+    ok(await list_sessions(gateway, jwt))
+
+
 async def test_a_jwt_of_somebody_who_left_is_refused(gateway: Harness, modelscope: StandIn) -> None:
     jwt = str(ok(await gateway.post("auth/token", key=MEMBER))["jwt"])
     modelscope.members.clear()
