@@ -36,7 +36,8 @@ class SharingEnd:
 
 def is_effective() -> sa.ColumnElement[bool]:
     """Whether a row of project_members, joined with its project, counts: its tenant is in the owner's organisation."""
-    return _organization_of(project_members.c.tenant_id) == _organization_of(projects.c.tenant_id)
+    # Not =, which PostgreSQL would make a hash of all projects' organisations for.
+    return _organization_of(project_members.c.tenant_id).is_not_distinct_from(_organization_of(projects.c.tenant_id))
 
 
 def effective_members() -> sa.Subquery:
@@ -74,8 +75,7 @@ def readable_session_ids(tenant_id: TenantId) -> sa.ScalarSelect[str]:
     ).scalar_subquery()
 
 
-def _organization_of(tenant_id: sa.ColumnElement[str]) -> sa.ColumnElement[str]:
-    """The name of a tenant's organisation, "" for none, which is nobody's name."""
+def _organization_of(tenant_id: sa.ColumnElement[str]) -> sa.ScalarSelect[str | None]:
+    """The name of a tenant's organisation, NULL for none."""
     row = tenants.alias()
-    name = sa.select(row.c.organization).where(row.c.tenant_id == tenant_id).scalar_subquery()
-    return sa.func.coalesce(name, sa.literal_column("''"))
+    return sa.select(row.c.organization).where(row.c.tenant_id == tenant_id).scalar_subquery()
