@@ -22,7 +22,7 @@ from treadle.domain.limits import COMMAND_PATIENCE_S
 from treadle.domain.outcome import CycleOutcome, PoolFacts
 from treadle.domain.plan import CycleWork
 from treadle.domain.states import RequestState
-from treadle.errors import ConfigError
+from treadle.errors import ConfigError, WorkerDied
 from treadle.executor.base import DeathCallback, SamplesCallback
 from treadle.executor.fake import FakeExecutor
 from treadle.executor.faults import Fault, Moment, PlannedFault
@@ -345,6 +345,25 @@ async def test_an_added_model_that_one_server_lacks_is_led_by_another(cluster: C
     having.drain()
     await asyncio.gather(first, second)
     await store.close()
+
+
+async def test_an_added_model_that_kills_its_worker_is_left_to_others(cluster: Cluster) -> None:
+    """It may be too large for this machine's memory, and each try would take that from the other models."""
+
+    class TooLarge(FakeExecutor):
+        async def start(self, *, on_samples: SamplesCallback, on_death: DeathCallback) -> PoolFacts:
+            tries.append(self)
+            raise WorkerDied("the worker was killed by signal 9")
+
+    tries: list[FakeExecutor] = []
+    await cluster.drain()
+    runner = added_pool(cluster, cluster.store, lambda: TooLarge(cluster.blobs))
+    running = asyncio.create_task(runner.run())
+    await until(lambda: "could not be loaded: the worker was killed by signal 9" in runner.status.reason)
+    assert await cluster.store.leases.current(POOL) is None
+    assert len(tries) == 1
+    runner.drain()
+    await running
 
 
 async def test_a_pool_of_the_settings_that_cannot_be_loaded_ends_its_server(cluster: Cluster) -> None:

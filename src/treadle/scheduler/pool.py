@@ -298,8 +298,7 @@ class PoolRunner:
                 await self._serve_one()
                 return
             except (ServerError, ConfigError) as death:
-                # A first worker that cannot load is the operator's to mend; a later one is tried again.
-                if isinstance(death, Fenced) or not (self.loaded.is_set() or isinstance(death, WorkerDied)):
+                if isinstance(death, Fenced) or not self._may_replace(death):
                     raise
                 self._metrics.worker_deaths.labels(self.pool).inc()
                 self._num_deaths += 1
@@ -313,6 +312,13 @@ class PoolRunner:
                 num_deaths += 1
                 log.warning("worker is replaced", pool=self.pool, reason=death.message, pause_s=pause_s)
                 await self._pause(pause_s)
+
+    def _may_replace(self, death: ServerError | ConfigError) -> bool:
+        """Whether another worker may do better. A first one that cannot load is the operator's to mend.
+
+        Of an added pool neither may one that dies of loading: its model may be too large for this machine.
+        """
+        return self.loaded.is_set() or (isinstance(death, WorkerDied) and self._is_essential)
 
     async def _pause(self, pause_s: float) -> None:
         """Wait, unless the pool drains."""
