@@ -427,6 +427,7 @@ async def fuzz_everything(actors: Actors, count: int) -> None:
         assert (await actors.ask(name, "/api/v1/sessions")).status_code == 200
 
 
+@pytest.mark.timeout(400)
 async def test_random_bad_requests(actors: Actors) -> None:
     await fuzz_everything(actors, NUM_REQUESTS)
 
