@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -58,10 +59,11 @@ class Operated:
         return found
 
 
-def new_key(data_dir: Path, user: str, *, is_admin: bool = False) -> str:
+def new_key(data_dir: Path, user: str, *, is_admin: bool = False, env: dict[str, str] | None = None) -> str:
     """A key as `treadle keys create` prints it."""
     command = [sys.executable, "-m", "treadle.cli", "keys", "create", user, "--data", str(data_dir)]
-    done = subprocess.run([*command, *(["--admin"] if is_admin else [])], capture_output=True, text=True, check=True)
+    command += ["--admin"] if is_admin else []
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, **(env or {})})
     return next(word for word in done.stdout.split() if word.startswith("tml-"))
 
 
@@ -161,3 +163,46 @@ def test_a_model_that_cannot_be_loaded_ends_nothing(operated: Operated) -> None:
     operated.post("pools", pool=MODEL)
     operated.until(lambda: bool(operated.pool(MODEL)["is_ready"]), "it is back")
     new_run(operated.server.service(operated.user_key))
+
+
+@pytest.mark.slow
+@pytest.mark.postgres
+def test_two_servers_follow_one_operator(postgres_url: str, tmp_path: Path) -> None:
+    """Asked of the standby, done by the leader; what the leader leaves undone, the next one does."""
+    env = {"TREADLE_STORE__URL": postgres_url, "TREADLE_BLOBS__URL": str(tmp_path / "blobs")}
+    leader, standby = (ServerProcess(tmp_path / name, env=env) for name in ("a", "b"))
+    with leader, standby:
+        keys = [new_key(leader.data_dir, user, is_admin=user == "ops", env=env) for user in ("ops", "alice")]
+        headers = {"X-API-Key": keys[0]}
+        with httpx.Client(base_url=f"{standby.url}/admin/v1/", headers=headers, timeout=60) as admin:
+            operated = Operated(standby, admin, keys[1])
+            client = new_run(standby.service(keys[1]), seed=7)
+            expected = losses_of(new_run(leader.service(keys[1]), seed=7), range(3))
+            assert losses_of(client, range(1)) == expected[:1]
+            holder = operated.pool(MODEL)["leader"]
+
+            asked_at = time.monotonic()
+            operated.post("pools/pause", pool=MODEL, reason="upkeep")
+            with httpx.Client(base_url=f"{leader.url}/admin/v1/", headers=headers, timeout=60) as there:
+                names = ("state", "reason")
+                operated.until(
+                    lambda: (
+                        [tuple(pool[name] for name in names) for pool in there.get("pools").json()["pools"]]
+                        == [("paused", "upkeep")]
+                    ),
+                    "the other server follows",
+                )
+            print(f"a pause was seen by the other server after {time.monotonic() - asked_at:.2f} s")
+            passed = client.forward_backward(batch(seed=1), "cross_entropy")
+            stepped = client.optim_step(types.AdamParams(learning_rate=1e-3))
+            assert operated.command(client.model_id, "snapshot")["state"] == "done"
+
+            leader.kill()
+            operated.until(lambda: operated.pool(MODEL)["leader"] not in (None, holder), "the standby leads")
+            operated.until(lambda: bool(operated.pool(MODEL)["is_ready"]), "it has loaded")
+            assert operated.command(client.model_id, "evict")["state"] == "done"
+            assert operated.admin.get(f"runs/{client.model_id}").json()["queued"]["num_ops"] == 2, "still paused"
+            operated.post("pools/resume", pool=MODEL)
+            assert passed.result(timeout=60).metrics["loss:sum"] == expected[1]
+            stepped.result(timeout=60)
+            assert losses_of(client, range(2, 3)) == expected[2:]

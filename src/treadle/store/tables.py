@@ -124,7 +124,10 @@ IS_ALIVE = sa.or_(
     models.c.state == sa.literal_column("'ready'"),
 )
 _partial_index("ix_models_alive", models.c.tenant_id, where=IS_ALIVE)
+# For operators' listings, newest first.
 sa.Index("ix_models_created_at", models.c.created_at, models.c.model_id)
+sa.Index("ix_models_pool_created_at", models.c.pool, models.c.created_at, models.c.model_id)
+sa.Index("ix_models_state_created_at", models.c.state, models.c.created_at, models.c.model_id)
 
 # What a run's state can be restored from: its two newest (see snapshots.py).
 snapshots = sa.Table(

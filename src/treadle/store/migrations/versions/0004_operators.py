@@ -252,6 +252,8 @@ def _create_pool_tables() -> None:
         sqlite_autoincrement=True,
     )
     op.create_index("ix_models_created_at", "models", ["created_at", "model_id"])
+    op.create_index("ix_models_pool_created_at", "models", ["pool", "created_at", "model_id"])
+    op.create_index("ix_models_state_created_at", "models", ["state", "created_at", "model_id"])
     is_open = sa.text("done_at IS NULL")
     op.create_index(
         "ix_operator_commands_open", "operator_commands", ["pool"], sqlite_where=is_open, postgresql_where=is_open
