@@ -201,8 +201,8 @@ UNREAD_ANSWER_S = 60.0
 # Requests on one connection behind one that is not answered yet. The SDK sends none.
 MAX_PIPELINED = 16
 MAX_CONNECTIONS = 10_000
-# All clients of one office share an address, and an SDK opens some ten connections.
-MAX_CONNECTIONS_PER_ADDRESS = 512
+# All clients of one office share an address, and one SDK that waits for many samples opens up to 1,000 connections.
+MAX_CONNECTIONS_PER_ADDRESS = 4_096
 MAX_FAILED_LOGINS_PER_MINUTE = 100
 # Addresses that are remembered for their failed logins: beyond them the oldest are forgotten.
 MAX_REMEMBERED_ADDRESSES = 10_000
