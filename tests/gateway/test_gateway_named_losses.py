@@ -19,7 +19,7 @@ from treadle.config import LossSettings
 from treadle.domain.ids import TenantId
 from treadle.domain.limits import MAX_NAMED_LOSS_BYTES
 from treadle.errors import HubUnavailable, InvalidRequest
-from treadle.gateway import GatewaySettings, hub_files
+from treadle.gateway import GatewaySettings, hub_files, named_losses
 from treadle.gateway.hub_files import HubFile, fetch
 from treadle.gateway.named_losses import LossReviews, _object
 from treadle.review.process import Answer
@@ -213,10 +213,17 @@ class TestReview:
         assert num_served > 5
         assert (await review)["review"]["is_ok"]
 
-    async def test_a_server_that_stops_ends_its_review_for_good(self, gateway: Harness) -> None:
-        number = (await submit(gateway, content="while True: pass"))["named_loss_id"]
+    @pytest.mark.parametrize("is_running", [False, True], ids=["at once", "while the file runs"])
+    async def test_a_server_that_stops_ends_its_review_for_good(
+        self, gateway: Harness, is_running: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(named_losses, "TRACE_S", 1_000.0)
+        content = "import torch\ntorch.sys.modules['time'].sleep(1000)"
+        number = (await submit(gateway, content=content))["named_loss_id"]
         reviews = LossReviews(store=gateway.store, settings=LossSettings())
         task = await reviews.begin(number, OPERATOR)
+        while is_running and (reviews._process is None or reviews._process._process is None):
+            await gateway.store.ping()
         await reviews.stop()
         assert task.done()
         row = await gateway.store.named_losses.get(number)
