@@ -426,6 +426,32 @@ async def test_members_reading_again_costs_one_question_a_second(
     assert len(questions) == 1
 
 
+async def test_a_reading_on_its_way_while_the_sharing_ends_is_not_believed(
+    gateway: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = await new_project(gateway, OTHER_KEY)
+    first, second = await shared_estate(gateway, project), await shared_estate(gateway, project)
+    assert await can_read(gateway, first)
+    gateway.clock.advance(SHARING_CACHE_S)
+    assert await can_read(gateway, first), "under a number from now on"
+    ask = gateway.store.projects.shares
+
+    async def slow(*args: Any, **options: Any) -> bool:
+        found = await ask(*args, **options)
+        monkeypatch.setattr(gateway.store.projects, "shares", ask)
+        # On another gateway; this one looks at the number before the answer is there.
+        await gateway.store.projects.remove_member(project, [open_tenant(OTHER_KEY)], by=open_tenant(KEY))
+        gateway.clock.advance(SHARING_CACHE_S)
+        refused(await gateway.post("weights_info", {"tinker_path": first.path()}, key=OTHER_KEY), 404)
+        return found
+
+    monkeypatch.setattr(gateway.store.projects, "shares", slow)
+    ok(await gateway.post("weights_info", {"tinker_path": second.path()}, key=OTHER_KEY))
+    assert not await can_read(gateway, second)
+    gateway.clock.advance(SHARING_CACHE_S)
+    assert not await can_read(gateway, second)
+
+
 async def test_usage_by_project_stays_its_users(gateway: Harness) -> None:
     project = await new_project(gateway, OTHER_KEY)
     await shared_estate(gateway, project)

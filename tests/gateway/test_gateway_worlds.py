@@ -54,6 +54,8 @@ SESSION_READS = {
     "GET /api/v1/training_runs/{model_id}": (1,),
     "GET /api/v1/training_runs/{model_id}/checkpoints": (0,),
 }
+# Listings that take a project's id.
+BY_PROJECT = ("POST /api/v1/sessions/search", "GET /api/v1/training_runs")
 
 
 @pytest.fixture(params=["sqlite_url", pytest.param("postgres_url", marks=pytest.mark.postgres)])
@@ -84,6 +86,8 @@ class World:
     owner_of: dict[str, TenantId] = field(default_factory=dict)
     project_of: dict[str, str] = field(default_factory=dict)
     published: set[str] = field(default_factory=set)
+    # (project, tenant) of everybody who ever was a member: things of its own may still be there.
+    have_been_in: set[tuple[str, TenantId]] = field(default_factory=set)
 
     def are_together(self, one: TenantId, other: TenantId) -> bool:
         return self.organizations[one] == self.organizations[other]
@@ -160,6 +164,7 @@ async def add(world: World, project_id: str, tenant: TenantId) -> None:
     assert answer.status_code == (200 if world.are_together(tenant, project.owner) else 404), answer.text
     if answer.status_code == 200:
         project.members.add(tenant)
+        world.have_been_in.add((project_id, tenant))
 
 
 async def remove(world: World, project_id: str, tenant: TenantId) -> None:
@@ -243,10 +248,13 @@ async def breach_of(world: World, caller: TenantId, mine: Estate, theirs: Estate
     answers = await answers_about(world.gateway, mine, theirs, route, index, key=key)
     if not answers or is_refused(route, answers):
         return None
-    # Listings by project: of the caller's own, which is nothing here, or of one that it is in.
-    is_members = caller in world.projects.get(theirs.shared_project, Project(caller, set())).members
-    if is_members and theirs.shared_project in f"{asked.path} {asked.body}":
-        return None
+    # A project that the caller is in, or where it left things of its own: see `breach_of_listings`.
+    if theirs.shared_project in f"{asked.path} {asked.body}":
+        project = world.projects.get(theirs.shared_project)
+        is_member = project is not None and caller in project.members
+        has_been_in = route in BY_PROJECT and (theirs.shared_project, caller) in world.have_been_in
+        if is_member or has_been_in:
+            return None
     return "answered", route, index, answers
 
 
@@ -256,7 +264,8 @@ async def breach_of_a_token(world: World, caller: TenantId, mine: Estate, theirs
     headers = {"X-API-Key": KEY_OF[caller], "X-Tinker-Weights-Access-Token": KEY_OF[holder]}
     body = {"source_path": theirs.path(), "destination_project_id": "copies"}
     answer = await world.gateway.client.post("/api/v1/copy_weights", json=body, headers=headers)
-    may = holder == world.owner_of[theirs.session_id] or world.may_read(caller, theirs, "POST /api/v1/copy_weights", 0)
+    is_readable = world.may_read(caller, theirs, "POST /api/v1/copy_weights", 0)
+    may = world.owner_of[theirs.session_id] in (holder, caller) or is_readable
     return None if answer.status_code == (200 if may else 404) else ("token", may, answer.text)
 
 
