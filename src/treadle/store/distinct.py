@@ -8,8 +8,8 @@ from __future__ import annotations
 import sqlalchemy as sa
 
 
-def distinct_values(column: sa.Column[str], where: sa.ColumnElement[bool], *, limit: int | None) -> sa.CTE:
-    """The first `limit` values (None: all) of `column` for which `where` holds of the first one and of all behind it.
+def distinct_values(column: sa.Column[str], where: sa.ColumnElement[bool], *, limit: int) -> sa.CTE:
+    """The first `limit` values of `column` for which `where` holds; it must hold of all behind the first one, too.
 
     A CTE with the column `value`, whose last row may be NULL.
     """
@@ -17,4 +17,4 @@ def distinct_values(column: sa.Column[str], where: sa.ColumnElement[bool], *, li
     steps = first.cte("steps", recursive=True)
     following = sa.select(sa.func.min(column)).where(column > steps.c.value).correlate(steps).scalar_subquery()
     more = sa.select(following, steps.c.place + 1).where(steps.c.value.is_not(None))
-    return steps.union_all(more if limit is None else more.where(steps.c.place < limit))
+    return steps.union_all(more.where(steps.c.place < limit))

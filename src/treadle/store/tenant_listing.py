@@ -157,11 +157,18 @@ def _with_row(query: TenantQuery) -> sa.Select[tuple[str]]:
 def _with_sessions(query: TenantQuery) -> sa.Select[tuple[str]]:
     """The next tenants that have sessions."""
     is_behind = sessions.c.tenant_id > query.after
-    steps = distinct_values(sessions.c.tenant_id, is_behind, limit=query.limit if query.text is None else None)
-    statement = sa.select(steps.c.value.label("tenant_id")).where(steps.c.value.is_not(None))
     if query.text is not None:
-        statement = statement.where(steps.c.value.icontains(query.text, autoescape=True))
-    return statement.order_by(steps.c.value).limit(query.limit)
+        # Few fit, so all have to be looked at, and to read an index costs a fiftieth of a step in it.
+        fits = sessions.c.tenant_id.icontains(query.text, autoescape=True)
+        statement = sa.select(sessions.c.tenant_id).where(is_behind, fits).distinct()
+        return statement.order_by(sessions.c.tenant_id).limit(query.limit)
+    steps = distinct_values(sessions.c.tenant_id, is_behind, limit=query.limit)
+    return (
+        sa.select(steps.c.value.label("tenant_id"))
+        .where(steps.c.value.is_not(None))
+        .order_by(steps.c.value)
+        .limit(query.limit)
+    )
 
 
 def _load_of(row: AnyRow) -> Load:
