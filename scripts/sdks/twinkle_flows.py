@@ -52,9 +52,10 @@ def lora(client: Client) -> None:
 def self_cognition(client: Client) -> None:
     """Trained, and then sampled from the checkpoint that save_state wrote."""
     run = client.service.create_lora_training_client(base_model=client.model, rank=16)
-    # How soon it is learnt depends on the seed, which the script leaves to the server.
+    # How soon it is learnt depends on the seed, which the script leaves to the server. At 5e-3 the last step may throw
+    # some seeds off again.
     for _ in range(200):
-        loss = trained(run, examples(1), learning_rate=5e-3)
+        loss = trained(run, examples(1), learning_rate=2e-3)
         if loss < 0.02:
             break
     assert loss < 0.02, loss
