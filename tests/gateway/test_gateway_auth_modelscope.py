@@ -208,8 +208,6 @@ class TestWithShortPatience:
     async def test_when_modelscope_fails_who_is_unknown_is_asked_to_come_back(
         self, gateway: Harness, modelscope: StandIn, trouble: Trouble, troubled: str
     ) -> None:
-        if (trouble, troubled) == ("no name", "membership"):
-            trouble = "json list"
         modelscope.trouble, modelscope.troubled = trouble, troubled  # type: ignore[assignment]
 
         answer = await list_sessions(gateway)
