@@ -314,6 +314,21 @@ async def test_what_one_gateway_was_told_another_one_knows(
     refused(await list_sessions(other_gateway), 503)
 
 
+async def test_what_another_gateway_was_told_ends_what_this_one_believes(
+    gateway: Harness, modelscope: StandIn, other_gateway: Harness
+) -> None:
+    ok(await list_sessions(gateway))
+    ok(await list_sessions(other_gateway))
+    modelscope.members.clear()
+    later(gateway, AGE_S / 2)
+    ok(await list_sessions(gateway))  # asks in the background
+    await until(lambda: modelscope.num_logins == 2 and not gateway.app.state.gateway.auth._modelscope._asking)
+
+    later(gateway, VERDICT_CACHE_S)
+
+    refused(await list_sessions(other_gateway), 403)
+
+
 async def test_what_another_gateway_was_told_just_now_counts(
     gateway: Harness, modelscope: StandIn, other_gateway: Harness
 ) -> None:
