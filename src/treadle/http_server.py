@@ -139,11 +139,11 @@ class Connections:
 
     def _look(self, loop: asyncio.AbstractEventLoop) -> None:
         """End what is overdue; again in a tick, as long as anybody is connected."""
+        self._timer = loop.call_later(self._tick_s, self._look, loop) if self._open else None
         now = loop.time()
         elapsed, self._looked_at = now - self._looked_at, now
         for connection in tuple(self._open):
             connection.look(now, elapsed)
-        self._timer = loop.call_later(self._tick_s, self._look, loop) if self._open else None
 
 
 class _Reading(Enum):
