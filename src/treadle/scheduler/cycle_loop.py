@@ -36,7 +36,7 @@ from treadle.scheduler.outcomes import Booked, book_outcomes, take_states
 from treadle.scheduler.policy import plan_cycle
 from treadle.scheduler.preparing import Prepared, drop_half_done, prepare
 from treadle.scheduler.quarantine import Quarantine
-from treadle.scheduler.rates import RateGate
+from treadle.scheduler.rates import HELD_BACK_POLL_S, RateGate
 from treadle.scheduler.replay import RecoveryWatch, Replayer
 from treadle.scheduler.runs import Run, RunBook, is_over
 from treadle.scheduler.save_quotas import SaveGate
@@ -198,7 +198,9 @@ class CycleLoop:
                 if self._has_predecessor:
                     await self._take_over()
                 if not await self._run_one(executor):
-                    await _wait(self._wake, self._replayer.shortest_pause_s(POLL_S))
+                    await _wait(
+                        self._wake, self._replayer.shortest_pause_s(HELD_BACK_POLL_S if self._held_back else POLL_S)
+                    )
             except (WorkerDied, Fenced):
                 raise
             except StoreUnavailable as error:
@@ -313,7 +315,9 @@ class CycleLoop:
         self._policy_state = policy_state
         await self._forget_over(executor, runs)
         self._snapshotter.consider(executor, self._book.resident(), numerics_profile=self._numerics_profile)
-        return is_some_unread or is_something_left(queues, ledger)
+        # What is held back comes with the next poll; to look at it again now would only keep the others waiting.
+        rest = {model_id: rows for model_id, rows in queues.items() if model_id not in self._held_back}
+        return is_some_unread or is_something_left(rest, ledger)
 
     async def _gather(self) -> Queues:
         """Queue heads by run, after the gather window if some run still waits for its step.

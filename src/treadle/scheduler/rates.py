@@ -19,6 +19,9 @@ from treadle.domain.rates import RateKind
 from treadle.domain.records import RequestRecord
 from treadle.store import Store
 
+# How often those who wait for a rate are looked at: with PolicyWatch, a limit that is lifted is felt within a second.
+HELD_BACK_POLL_S = 0.5
+
 Rooms = Mapping[TenantId, float]
 """Tokens that may start now, of tenants that have a rate."""
 

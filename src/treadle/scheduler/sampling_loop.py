@@ -25,7 +25,7 @@ from treadle.executor.base import Executor
 from treadle.scheduler.outages import Outages
 from treadle.scheduler.preparing import Unread, drop_blobs, read_payloads
 from treadle.scheduler.quarantine import MAX_DEATHS, Quarantine
-from treadle.scheduler.rates import RateGate, SampleMeter, most_sampled
+from treadle.scheduler.rates import HELD_BACK_POLL_S, RateGate, SampleMeter, most_sampled
 from treadle.store import Store
 from treadle.telemetry.logs import get_logger
 from treadle.telemetry.metrics import Metrics
@@ -149,7 +149,7 @@ class SamplingLoop:
 
     async def _sleep(self) -> None:
         try:
-            async with asyncio.timeout(POLL_S):
+            async with asyncio.timeout(HELD_BACK_POLL_S if self._held_back else POLL_S):
                 await self._wake.wait()
         except TimeoutError:
             return
