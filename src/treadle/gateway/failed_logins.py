@@ -19,7 +19,7 @@ from treadle.gateway.caches import RecentRows
 from treadle.telemetry.metrics import Metrics
 
 # Where credentials may stand.
-_HEADERS = ("x-api-key", "twinkle-authorization", "authorization")
+_HEADERS = frozenset({b"x-api-key", b"twinkle-authorization", b"authorization"})
 
 
 class FailedLogins:
@@ -71,4 +71,4 @@ def _address(request: HTTPConnection) -> str:
 
 
 def _presented(request: HTTPConnection) -> int:
-    return hash(tuple(request.headers.get(name) for name in _HEADERS))
+    return hash(tuple((name, value) for name, value in request.scope["headers"] if name in _HEADERS))
