@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import csv
 import io
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from treadle.domain.outcome import EncodedResult
 from treadle.domain.records import CheckpointRecord, FinishedCycle, FinishedRequest, SessionRecord
 from treadle.domain.states import SessionState
 from treadle.domain.usage import HOUR_S, SampleUsage, hour_of
-from treadle.gateway import GatewaySettings
+from treadle.gateway import GatewaySettings, create_app
 from treadle.gateway.keyset import cursor_of
 from treadle.store.slots import Slots
 from treadle.testing.builders import pass_op
@@ -183,6 +184,21 @@ async def test_a_suspended_tenant_is_refused_at_once_and_let_in_again(operator: 
     answer = await operator.put("tenants/user:alice", is_suspended=False)
     assert (answer["is_suspended"], answer["suspended_reason"]) == (False, None)
     assert (await gateway.get("sessions", key=ALICE)).status_code == 200
+
+
+async def test_another_gateway_follows_a_suspension(operator: Operator) -> None:
+    other = create_app(operator.gateway.deps())
+    transport = httpx.ASGITransport(app=other)
+    async with (
+        other.router.lifespan_context(other),
+        httpx.AsyncClient(transport=transport, base_url="http://other", headers={"X-API-Key": ALICE}) as client,
+    ):
+        assert (await client.get("/api/v1/sessions")).status_code == 200
+        await operator.put("tenants/user:alice", is_suspended=True, suspended_reason="unpaid")
+        async with asyncio.timeout(20):
+            while (answer := await client.get("/api/v1/sessions")).status_code == 200:  # noqa: ASYNC110 (another process)
+                await asyncio.sleep(0.05)
+        assert "unpaid" in refused(answer, 403)
 
 
 @pytest.mark.parametrize(
