@@ -153,7 +153,6 @@ def _create_policy_tables() -> None:
         sa.Column("updated_at", sa.Double(), nullable=False),
         sa.PrimaryKeyConstraint("name", name="pk_control"),
     )
-    op.execute("INSERT INTO control (name, version, updated_at) VALUES ('policies', 0, 0)")
     op.create_table(
         "rate_windows",
         sa.Column("tenant_id", sa.Text(), nullable=False),
