@@ -21,19 +21,11 @@ LOSS_OPERATIONS = "loss_operations"
 _KNOWN_QUOTAS = frozenset(quota.value for quota in Quota)
 
 _VERSION = sa.select(control.c.version).where(control.c.name == POLICIES)
-# In words that both databases know, since whoever calls `changed` has a connection only. One statement: two servers that
-# both decide something first must not stand in each other's way.
+# In words that both databases know: whoever calls `changed` has a connection only. One statement, because two servers
+# that both decide something first must not stand in each other's way.
 _BUMP = sa.text(
     "INSERT INTO control (name, version, updated_at) VALUES (:name, 1, :now) "
     "ON CONFLICT (name) DO UPDATE SET version = control.version + 1, updated_at = excluded.updated_at"
-)
-_QUOTAS = frozenset(quota.value for quota in Quota)
-
-_VERSION = sa.select(control.c.version).where(control.c.name == POLICIES)
-_BUMP = (
-    control.update()
-    .where(control.c.name == POLICIES)
-    .values(version=control.c.version + 1, updated_at=sa.bindparam("now"))
 )
 _QUOTAS = sa.select(quotas.c.scope, quotas.c.quota, quotas.c.value)
 _RULES = sa.select(loss_rules.c.scope, loss_rules.c.loss, loss_rules.c.is_enabled, loss_rules.c.bounds)
