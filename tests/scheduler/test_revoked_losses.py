@@ -205,3 +205,28 @@ async def test_a_pass_that_was_begun_ends_too_and_leaves_nothing(cluster: Cluste
     assert await weights(cluster, 6) == await weights(cluster, 6, run=OTHER)
     assert (await cluster.model(RUN)).incarnation == 2
     assert (await cluster.model(OTHER)).incarnation == 1
+
+
+async def test_a_pass_that_only_looks_like_one_with_it_runs(cluster: Cluster) -> None:
+    """A payload's last bytes are its client's when no named loss was asked for: they can say anything."""
+    named_loss_id = await approve(cluster)
+    await revoke(cluster, named_loss_id)
+    await cluster.result(await cluster.create(RUN))
+    op = backward(1)
+    # What the gateway would put behind it, in a field that nobody reads.
+    forged = with_meaning(b"", MEANING)
+    unknown_field = b"\xfa\x3f" + _varint(len(forged)) + forged
+    payload = encode_pass(op) + unknown_field
+    assert named_loss_sha256(payload) == SHA256
+    request_id = await cluster.store.requests.enqueue(replace(_request(op), payload=payload))
+    (neighbour,) = await cluster.submit(step_op(2))
+    await cluster.result(request_id)
+    await cluster.result(neighbour)
+
+
+def _varint(number: int) -> bytes:
+    parts = bytearray()
+    while number > 0x7F:
+        parts.append(number & 0x7F | 0x80)
+        number >>= 7
+    return bytes((*parts, number))

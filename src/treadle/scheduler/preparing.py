@@ -25,7 +25,7 @@ from treadle.scheduler.runs import Run
 from treadle.scheduler.save_quotas import SaveGate
 from treadle.store import Store
 from treadle.telemetry.logs import get_logger
-from treadle.wire.passes import named_loss_sha256
+from treadle.wire.passes import has_named_loss, named_loss_sha256
 from treadle.wire.payloads import decode_payload
 
 log = get_logger(__name__)
@@ -129,13 +129,17 @@ def _refuse_pass(planned: PlannedOp, failure: Failure, run: Run, prepared: Prepa
 async def _revoked(planned: PlannedOp, payload: bytes, revoked_losses: Collection[str], store: Store) -> Failure | None:
     """Why a pass does not run any more, if its named loss was revoked."""
     sha256 = named_loss_sha256(payload)
-    if sha256 is None or sha256 not in revoked_losses:
+    if sha256 is None or sha256 not in revoked_losses or not has_named_loss(payload):
         return None
     reason = await store.named_losses.revocation_of(sha256)
     if reason is None:
         # It was approved a moment ago, which is not known here yet.
         return None
-    op = decode_payload(planned.kind, payload)
+    try:
+        op = decode_payload(planned.kind, payload)
+    except TreadleError as error:
+        # Its graph was one that another version of this server ran.
+        return Failure(error.message, Category(error.category))
     assert isinstance(op, PassOp)
     assert op.loss.custom is not None
     message = f"loss {op.loss.custom.name!r} was revoked before this pass ran: {reason or 'ask the operators why'}"

@@ -109,14 +109,19 @@ def with_meaning(body: bytes, meaning: LossMeaning) -> bytes:
 
 
 def named_loss_sha256(payload: bytes) -> str | None:
-    """Of the definition of the named loss that a stored pass is computed with; None for other losses.
+    """Of the definition of the named loss that a stored pass is computed with, if it is computed with one.
 
-    It reads the payload's end alone, so that asking costs nothing.
+    It reads the payload's end alone, so that asking costs nothing. Of other passes these are bytes of the client's,
+    which can say anything: `has_named_loss` tells.
     """
     if payload[-len(_NAMED_LOSS_TAIL) - _SHA256_CHARS : -_SHA256_CHARS] != _NAMED_LOSS_TAIL:
         return None
-    # Of other passes these are bytes of the client's.
     return payload[-_SHA256_CHARS:].decode("ascii", "replace")
+
+
+def has_named_loss(payload: bytes) -> bool:
+    """Whether a stored pass is computed with a named loss; a client's own setting of that key is never stored."""
+    return NAMED_LOSS in _parsed(payload).loss_fn_settings
 
 
 def with_inputs(body: bytes, inputs: Sequence[Mapping[str, NDArray[np.generic]]]) -> bytes:
