@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 from gateway_support import Harness, ok, refused
 
 from treadle.domain.keys import is_own_form, key_digest, new_key
+from treadle.domain.records import KeyRecord
 from treadle.errors import ConfigError
 from treadle.gateway.auth import OPEN_CACHE_S
-from treadle.gateway.authenticators.bootstrap import register_first_key
+from treadle.gateway.authenticators.bootstrap import _write, register_first_key
 
 
 @pytest.fixture
@@ -29,6 +33,10 @@ def bytes_of(path: Path) -> bytes | None:
 
 def text_of(path: Path) -> str:
     return path.read_text()
+
+
+def files_beside(path: Path) -> list[Path]:
+    return list(path.parent.glob("*.key*"))
 
 
 def mode_of(path: Path) -> int:
@@ -126,3 +134,65 @@ async def test_a_place_that_cannot_be_written_is_refused(gateway: Harness, tmp_p
         await register_first_key(gateway.store, tmp_path / "missing" / "admin.key")
 
     assert not await gateway.store.keys.any_ever()
+
+
+async def test_a_server_that_reads_what_another_one_writes_takes_nothing_away(
+    gateway: Harness, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two servers with one file: the second one finds the key of the first and stores it before the first does."""
+    add_first = gateway.store.keys.add_first
+
+    async def late(*arguments: Any, **options: Any) -> KeyRecord | None:
+        monkeypatch.setattr(gateway.store.keys, "add_first", add_first)
+        await register_first_key(gateway.store, path)
+        return await add_first(*arguments, **options)
+
+    monkeypatch.setattr(gateway.store.keys, "add_first", late)
+    await register_first_key(gateway.store, path)
+
+    [record] = await gateway.store.keys.list()
+    assert record == await gateway.store.keys.find(key_digest(text_of(path).strip()))
+
+
+async def test_servers_that_start_together_over_one_file_all_start(gateway: Harness, path: Path) -> None:
+    await asyncio.gather(*(register_first_key(gateway.store, path) for _ in range(8)))
+
+    [record] = await gateway.store.keys.list()
+    assert record == await gateway.store.keys.find(key_digest(text_of(path).strip()))
+    assert mode_of(path) == 0o600
+    assert files_beside(path) == [path]
+
+
+async def test_a_crash_while_the_file_is_written_is_mended_by_the_next_start(
+    gateway: Harness, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crash(_descriptor: int) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", crash)
+        with pytest.raises(KeyboardInterrupt):
+            _write(path, new_key())
+
+    await register_first_key(gateway.store, path)
+
+    assert await gateway.store.keys.find(key_digest(text_of(path).strip())) is not None
+
+
+async def test_what_is_no_file_is_refused_and_not_waited_for(gateway: Harness, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for place in (pipe, tmp_path, Path("/dev/zero")):
+        with pytest.raises(ConfigError, match="bootstrap_key_file"):
+            await asyncio.wait_for(register_first_key(gateway.store, place), timeout=10.0)
+
+    assert not await gateway.store.keys.any_ever()
+
+
+async def test_a_link_to_nowhere_is_not_followed(gateway: Harness, path: Path, tmp_path: Path) -> None:
+    path.symlink_to(tmp_path / "elsewhere")
+
+    with pytest.raises(ConfigError, match="bootstrap_key_file"):
+        await register_first_key(gateway.store, path)
+
+    assert bytes_of(tmp_path / "elsewhere") is None

@@ -4,13 +4,16 @@
     a file          the key in it is registered: a secrets manager put it there
 
 Either only while no key was ever created. It refuses to log a key and to overwrite a file. Invariant: a key is in the
-file before it is in the store, so that a crash in between is mended by the next start.
+file, whole, before it is in the store, so that a crash in between is mended by the next start.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
+import secrets
+import stat
 from pathlib import Path
 
 from treadle.domain.ids import TenantId
@@ -39,11 +42,16 @@ async def register_first_key(store: Store, path: Path) -> None:
     is_new = key is None
     if key is None:
         key = new_key()
-        await asyncio.to_thread(_write, path, key)
-    record = await store.keys.add_first(USER, key_digest(key), author=AUTHOR)
+        if not await asyncio.to_thread(_write, path, key):
+            # Another server with this file was faster; what it wrote is whole.
+            is_new, key = False, await asyncio.to_thread(_read, path)
+    if key is None:
+        raise ConfigError(f"{_SETTING}: {path} cannot be read: it leads nowhere, or went away")
+    digest = key_digest(key)
+    record = await store.keys.add_first(USER, digest, author=AUTHOR)
     if record is None:
-        # Another server of this database was faster.
-        if is_new:
+        # Another server of this database was faster. With this very key, if it has the same file.
+        if is_new and await store.keys.find(digest) is None:
             await asyncio.to_thread(path.unlink)
         log.info("first key made elsewhere", file=str(path))
         return
@@ -66,7 +74,7 @@ async def _compare(store: Store, path: Path, key: str | None) -> None:
 def _read(path: Path) -> str | None:
     """The key in the file; None when there is no file. Raises ConfigError, without a word of what is in it."""
     try:
-        text = path.read_text(encoding="ascii").strip()
+        text = _content(path).decode("ascii").strip()
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:
@@ -81,13 +89,31 @@ def _read(path: Path) -> str | None:
     return text
 
 
-def _write(path: Path, key: str) -> None:
-    """Raises ConfigError when the file cannot be made, or came to be meanwhile."""
+def _content(path: Path) -> bytes:
+    """What is in a file, as far as a key goes. Raises OSError, also for what is no file: a pipe would never end."""
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file")
+        return file.read(2 * _MAX_KEY_CHARS)
+
+
+def _write(path: Path, key: str) -> bool:
+    """Whether the key is in the file now, which comes to be with all of it or not at all; False when there is one.
+
+    Raises ConfigError when it cannot be made.
+    """
+    part = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w", encoding="ascii") as file:
-            file.write(key + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as file:
+                file.write(key + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.link(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+    except FileExistsError:
+        return False
     except OSError as error:
         raise ConfigError(f"{_SETTING}: {path} cannot be written: {error.strerror}") from None
+    return True
