@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from treadle.cli.admin.common import _options, _Options, print_json, print_table
 from treadle.cli.app import app
 from treadle.domain.keys import key_digest
 from treadle.domain.records import KeyRecord
@@ -86,3 +88,33 @@ def test_an_end_that_is_none_is_refused(tmp_path: Path, expires: str) -> None:
     assert refused.exit_code != 0
     assert "--expires" in str(refused.exception)
     assert not (tmp_path / "treadle.db").exists()
+
+
+def test_a_name_is_never_markup(tmp_path: Path) -> None:
+    data = ["--data", str(tmp_path)]
+    assert RUNNER.invoke(app, ["keys", "create", "eve", "--name", "[/bold] [red]", *data]).exit_code == 0
+
+    listed = RUNNER.invoke(app, ["keys", "list", *data])
+
+    assert listed.exit_code == 0
+    assert "[/bold] [red]" in listed.stdout
+
+
+def test_what_users_choose_commands_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    hostile = "\x1b]0;mine\x07\x9b2J [/b] \u202e\n"
+
+    print_table([{"name": hostile, "details": {"name": hostile}}], "name", "details")
+    print_json_of({"name": hostile})
+
+    out = capsys.readouterr().out
+    assert not {"\x1b", "\x07", "\x9b"} & {*out}
+    assert "\\x1b]0;mine\\x07\\x9b2J [/b] \\u202e" in out
+    assert json.loads(out[out.index('{\n  "name"') :]) == {"name": hostile}
+
+
+def print_json_of(answer: dict[str, object]) -> None:
+    token = _options.set(_Options(is_json=True))
+    try:
+        assert print_json(answer)
+    finally:
+        _options.reset(token)

@@ -35,6 +35,10 @@ def text_of(path: Path) -> str:
     return path.read_text()
 
 
+def link(path: Path, target: Path) -> None:
+    path.symlink_to(target)
+
+
 def files_beside(path: Path) -> list[Path]:
     return list(path.parent.glob("*.key*"))
 
@@ -190,7 +194,7 @@ async def test_what_is_no_file_is_refused_and_not_waited_for(gateway: Harness, t
 
 
 async def test_a_link_to_nowhere_is_not_followed(gateway: Harness, path: Path, tmp_path: Path) -> None:
-    path.symlink_to(tmp_path / "elsewhere")
+    link(path, tmp_path / "elsewhere")
 
     with pytest.raises(ConfigError, match="bootstrap_key_file"):
         await register_first_key(gateway.store, path)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from treadle.config import Settings, help_text
 from treadle.errors import ConfigError
@@ -64,3 +65,8 @@ def shown_time(seconds: float | None) -> str:
     if seconds is None:
         return ""
     return datetime.fromtimestamp(seconds, tz=UTC).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
+def plain(text: str) -> Text:
+    """What somebody chose, for a terminal: never read as markup, and what would command the terminal is spelled out."""
+    return Text("".join(letter if letter.isprintable() or letter in "\n\t" else ascii(letter)[1:-1] for letter in text))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from treadle.cli.common import ConfigOption, DataOption, open_store, shown_time, stderr, stdout
+from treadle.cli.common import ConfigOption, DataOption, open_store, plain, shown_time, stderr, stdout
 from treadle.config import Settings, load_settings
 from treadle.domain.ids import checked_name
 from treadle.domain.keys import checked_key_name, key_digest, new_key
@@ -84,9 +84,9 @@ def list_keys(data: DataOption = None, config: ConfigOption = None) -> None:
     for record in records:
         table.add_row(
             str(record.key_id),
-            record.user,
-            record.name or "",
-            organizations.get(record.tenant_id, ""),
+            plain(record.user),
+            plain(record.name or ""),
+            plain(organizations.get(record.tenant_id, "")),
             "yes" if record.is_admin else "",
             shown_time(record.created_at),
             shown_time(record.expires_at),

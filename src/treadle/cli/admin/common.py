@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from treadle.cli.admin.client import AdminServer
-from treadle.cli.common import shown_time, stderr, stdout
+from treadle.cli.common import plain, shown_time, stderr, stdout
 from treadle.domain.fairness import tenant_of_user
 from treadle.domain.ids import checked_name
 from treadle.errors import InvalidRequest
@@ -48,6 +48,8 @@ class _Options:
     key_file: Path | None = None
     is_json: bool = False
 
+
+_CONTROLS = {code: f"\\u{code:04x}" for code in range(0x7F, 0xA0)}
 
 _options: ContextVar[_Options] = ContextVar("options of treadle admin")
 
@@ -145,13 +147,14 @@ def print_table(rows: Sequence[Mapping[str, Any]], *columns: str, title: str | N
 def print_json(answer: Mapping[str, Any]) -> bool:
     """Print it as JSON if that was asked for; whether it was."""
     if _options.get().is_json:
-        typer.echo(json.dumps(answer, indent=2, ensure_ascii=False))
+        # Others than these are in no JSON as they are, and a terminal obeys some of them.
+        typer.echo(json.dumps(answer, indent=2, ensure_ascii=False).translate(_CONTROLS))
         return True
     return False
 
 
 def cell(value: object) -> Text:
-    """One value for people. Never read as markup: most of them are what users chose."""
+    """One value for people: most of them are what users chose."""
     match value:
         case None:
             return Text("")
@@ -162,9 +165,9 @@ def cell(value: object) -> Text:
         case float():
             return Text(f"{value:,.3f}")
         case dict() | list():
-            return Text(json.dumps(value, ensure_ascii=False))
+            return plain(json.dumps(value, ensure_ascii=False))
         case _:
-            return Text(_shown_text(str(value)))
+            return plain(_shown_text(str(value)))
 
 
 def tenant_id(text: str) -> str:
