@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from treadle.cli.admin.common import _options, _Options, print_json, print_table
+from treadle.cli.admin.common import _Options, _options, print_json, print_table
 from treadle.cli.app import app
 from treadle.domain.keys import key_digest
 from treadle.domain.records import KeyRecord
