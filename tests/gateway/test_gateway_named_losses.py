@@ -113,10 +113,20 @@ class TestSubmission:
             ({"content": None}, "with its content"),
             ({"revision": COMMIT}, "without a revision"),
             ({"content": "x = '\u202e'"}, "invisible character U+202E"),
+            # Drawn as a new line where Python reads on, and as none where Python begins one.
+            ({"content": "# see below\u2028x = 1"}, "invisible character U+2028"),
+            ({"content": "# see below\rx = 1\r\n"}, "invisible character U+000D"),
+            # A letter, for Python; nothing, for its reader.
+            ({"content": "x\u3164 = 1"}, "invisible character U+3164"),
             ({"content": "x" * (MAX_NAMED_LOSS_BYTES + 1)}, "65536"),
             ({"content": "\u00e9" * (MAX_NAMED_LOSS_BYTES // 2 + 1)}, "65538 bytes; allowed are 65536"),
             ({"form": "graph"}, "not JSON"),
             ({"form": "graph", "content": "[]"}, "is an object of inputs and graph"),
+            ({"form": "graph", "content": f'{{"inputs": {"[" * 300}{"]" * 300}}}'}, "graph is not an object"),
+            (
+                {"form": "graph", "content": f'{{"inputs": [], "graph": {"[" * 300}{"]" * 300}}}'},
+                "graph is not an object",
+            ),
             ({"form": "graph", "content": graph().replace("torch.exp", "os.system")}, "os.system"),
             ({"form": "cuda"}, "form"),
             ({"source": "ms://a/b/f.py", "content": None, "revision": COMMIT}, "with its sha256"),
@@ -373,6 +383,7 @@ class TestHubs:
             (redirect_to("http://127.0.0.1:1/"), "redirects to http://127.0.0.1, where"),
             (redirect_to("file:///etc/passwd"), "redirects to file://"),
             (redirect_to("//cdn.example/x"), "redirects to http://cdn.example, where"),
+            (redirect_to("//[::1"), "something that is no URL"),
             (redirect_to("/again"), "redirects over 5 times"),
             (answer_of(b"x" * (MAX_NAMED_LOSS_BYTES + 1)), "over 65536 bytes"),
             (b"HTTP/1.1 200 OK\r\n\r\n" + b"x" * 2**22, "over 65536 bytes"),

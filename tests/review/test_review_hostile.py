@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 
 import pytest
@@ -142,3 +143,20 @@ def test_a_review_can_be_ended_from_elsewhere() -> None:
     process.kill()
     with pytest.raises(ServerError, match="stopping"):
         process.ask(b"{}")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root becomes another user")
+def test_a_child_that_became_another_user_still_ends_with_the_server() -> None:
+    """The kernel forgets whose end is a process's own when it changes its user."""
+    script = (
+        "import ctypes\n"
+        "from treadle.review import confine\n"
+        # The call that is asked below is not one that the filter lets through.
+        "confine._filter_system_calls = lambda: False\n"
+        "assert 'other user' in confine.lock(confine.Bounds(10, 2**30), has_namespaces=False)\n"
+        "signal = ctypes.c_int()\n"
+        "assert ctypes.CDLL(None).prctl(2, ctypes.byref(signal), 0, 0, 0) == 0\n"
+        "print(signal.value)\n"
+    )
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert found.stdout == "9\n"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping
@@ -36,7 +37,7 @@ from treadle.review.process import FULL, Answer, Mode, ReviewProcess
 from treadle.store import Store
 from treadle.store.audit import Author
 from treadle.telemetry.logs import get_logger
-from treadle.wire.graphs import read_custom_loss, write_custom_loss
+from treadle.wire.graphs import loss_of_fields, write_custom_loss
 from treadle.wire.named_loss_bodies import SubmitLossBody
 
 log = get_logger(__name__)
@@ -44,6 +45,10 @@ log = get_logger(__name__)
 # Seconds for tracing a file, which takes tenths of one, and for the dry run.
 TRACE_S = 20.0
 DRY_RUN_S = 60.0
+# Unicode's Default_Ignorable_Code_Point, beyond what its categories say: drawn as nothing, and some are letters.
+_IGNORABLE = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2065\u3164\ufe00-\ufe0f\uffa0\ufff0-\ufff8\U000e0000-\U000e0fff]"
+)
 _STOPPED = "the server was stopped during the review; submit the loss again"
 
 
@@ -80,11 +85,17 @@ def check_content(content: bytes, sha256: str | None) -> str:
         text = content.decode()
     except UnicodeDecodeError:
         raise InvalidRequest("the file is not UTF-8") from None
-    for character in text:
-        # Control and format characters: some make a line look like another one.
-        if unicodedata.category(character) in ("Cc", "Cf") and character not in "\t\n\r":
+    # Old line ends alone: Python begins a line there, and what shows the file to people does not.
+    for character in text.replace("\r\n", "\n"):
+        if character not in "\t\n" and _hides_something(character):
             raise InvalidRequest(f"the file has the invisible character U+{ord(character):04X}")
     return found
+
+
+def _hides_something(character: str) -> bool:
+    """Whether it makes a line look like another one, or like two."""
+    is_unseen = unicodedata.category(character) in ("Cc", "Cf", "Zl", "Zp")
+    return is_unseen or _IGNORABLE.match(character) is not None
 
 
 def graph_of(name: str, content: bytes) -> CustomLoss:
@@ -99,7 +110,7 @@ def graph_of(name: str, content: bytes) -> CustomLoss:
 def _checked_loss(name: str, fields: object) -> CustomLoss:
     if not isinstance(fields, dict):
         raise InvalidRequest("a graph is an object of inputs and graph")
-    loss = read_custom_loss(orjson.dumps({"name": name, "inputs": fields.get("inputs"), "graph": fields.get("graph")}))
+    loss = loss_of_fields(name, fields)
     size = len(write_custom_loss(loss))
     if size > MAX_CUSTOM_LOSS_BYTES:
         raise InvalidRequest(f"the graph has {size} bytes; allowed are {MAX_CUSTOM_LOSS_BYTES}")

@@ -95,8 +95,7 @@ def enter_namespaces() -> list[str]:
     libc = ctypes.CDLL(None, use_errno=True)
     flags = _CLONE_NEWUSER | _CLONE_NEWNET | _CLONE_NEWIPC | _CLONE_NEWNS | _CLONE_NEWUTS
     parts = [NAMESPACES] if libc.unshare(flags) == 0 else []
-    # When the server ends, however it does, so does this.
-    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    _end_with_the_server()
     return parts
 
 
@@ -109,10 +108,18 @@ def lock(bounds: Bounds, *, has_namespaces: bool) -> list[str]:
             os.setgroups([])
             os.setgid(_NOBODY)
             os.setuid(_NOBODY)
+            # The kernel forgets it when a process becomes another user.
+            _end_with_the_server()
             parts.append(OTHER_USER)
     if sys.platform.startswith("linux") and _filter_system_calls():
         parts.append(SYSTEM_CALLS)
     return parts
+
+
+def _end_with_the_server() -> None:
+    """When the server ends, however it does, so does this, also when it only sleeps."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def _set_limits(bounds: Bounds) -> None:

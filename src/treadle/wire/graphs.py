@@ -79,6 +79,11 @@ def read_custom_loss(definition: bytes) -> CustomLoss:
     return _custom_loss(_object(fields, "the definition"))
 
 
+def loss_of_fields(name: str, fields: Mapping[str, Any]) -> CustomLoss:
+    """The loss that an object of `inputs` and `graph` is, under this name, checked. Raises InvalidRequest."""
+    return _custom_loss({"name": name, "inputs": fields.get("inputs"), "graph": fields.get("graph")})
+
+
 def read_inputs(definition: bytes) -> tuple[LossInput, ...]:
     """What the loss of a stored definition declares, without reading its graph."""
     return tuple(_input(given) for given in orjson.loads(definition)["inputs"])
