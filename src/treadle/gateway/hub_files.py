@@ -94,10 +94,7 @@ def _url_of(file: HubFile, settings: LossSettings) -> httpx.URL:
 
 def _next(url: httpx.URL, response: httpx.Response, hosts: frozenset[str]) -> httpx.URL:
     """Where a redirect leads. Raises InvalidRequest when that is no place of ours."""
-    try:
-        target = url.join(response.headers.get("location", ""))
-    except httpx.InvalidURL:
-        raise InvalidRequest(f"{url.host} redirects to something that is no URL") from None
+    target = url.join(response.headers.get("location", ""))
     is_same_server = (target.scheme, target.host, target.port) == (url.scheme, url.host, url.port)
     if is_same_server or (target.scheme == "https" and target.host in hosts):
         return target
