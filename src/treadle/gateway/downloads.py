@@ -4,7 +4,8 @@ A URL is this server's own, with a token that names the checkpoint, its blob and
 by itself could take over `file_urls` and `archive_url`, but for the end of a sharing; nothing else would change. It
 refuses to know who may have a URL: routes decide that, once, when they hand it out.
 Invariant: a URL serves the bytes that it was made for or nothing: not what took the checkpoint's name later, and
-nothing once the checkpoint is gone, or is no longer shared with the reader whom a project gave the URL.
+nothing once the checkpoint is gone, is no longer shared with the reader whom a project gave the URL, or while that
+reader is suspended; the owner is the reader of what is nobody else's.
 """
 
 from __future__ import annotations
@@ -105,7 +106,11 @@ async def _signed_record(gateway: Gateway, claims: dict[str, Any]) -> Checkpoint
     record = await gateway.store.checkpoints.find(claims["path"])
     if record is None or _digest(record.blob_key) != claims["blob"]:
         raise _forbidden()
-    if "reader" in claims and not await gateway.access.may_read_checkpoint(claims["reader"], record):
+    # Without a reader it is the owner's, or of something that was everybody's then.
+    reader = claims.get("reader", record.tenant_id)
+    if reader in gateway.policies.now.suspended and not record.public:
+        raise _forbidden()
+    if not await gateway.access.may_read_checkpoint(reader, record):
         raise _forbidden()
     return record
 

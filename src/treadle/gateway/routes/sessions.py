@@ -211,6 +211,10 @@ async def get_trace(request: Request, token: str) -> Response:
     session_id = SessionId(claims["session"])
     if "reader" in claims and not await gateway.access.is_shared(TenantId(claims["reader"]), session_id):
         raise _bad_url()
+    if suspended := gateway.policies.now.suspended:
+        session = await gateway.store.sessions.get(session_id)
+        if session is None or claims.get("reader", session.tenant_id) in suspended:
+            raise _bad_url()
     trace = await gateway.store.traces.of_session(session_id)
     now = gateway.deps.clock.now()
     # Ten megabytes, at most.
