@@ -79,6 +79,11 @@ _LOCKED_NAMESAKES = (
 _HOLDER = sa.select(_N.named_loss_id, _N.tenant_id).where(_N.name == sa.bindparam("of_name"), IS_APPROVED)
 _UPDATE = named_losses.update().where(_N.named_loss_id == sa.bindparam("id"))
 _DELETE = named_losses.delete().where(_N.named_loss_id == sa.bindparam("id"))
+_LOCKED_DEFINITION = (
+    sa.select(loss_definitions.c.sha256)
+    .where(loss_definitions.c.sha256 == sa.bindparam("of_definition"))
+    .with_for_update()
+)
 _DELETE_UNNAMED = loss_definitions.delete().where(
     loss_definitions.c.sha256 == sa.bindparam("of_definition"),
     ~sa.exists().where(_N.definition_sha256 == loss_definitions.c.sha256),
@@ -93,8 +98,10 @@ class NamedLosses:
         self._database = database
         self._writer = writer
         self._clock = clock
-        self._insert_definition: ConflictInsert = database.dialect.insert(loss_definitions).on_conflict_do_nothing(
-            index_elements=[loss_definitions.c.sha256]
+        insert = database.dialect.insert(loss_definitions)
+        # One that is there is locked by an update to itself, so that nobody removes it before it is named.
+        self._insert_definition: ConflictInsert = insert.on_conflict_do_update(
+            index_elements=[loss_definitions.c.sha256], set_={"created_at": loss_definitions.c.created_at}
         )
 
     async def approved(self, name: str, tenant_id: TenantId) -> NamedLoss | None:
@@ -117,6 +124,8 @@ class NamedLosses:
 
         def write(conn: sa.Connection) -> int:
             now = self._clock()
+            # Other gateways count too.
+            self._database.dialect.lock(conn, f"losses of {new.tenant_id}")
             _check_room(conn, new)
             row_id: int = conn.execute(
                 named_losses.insert().returning(_N.named_loss_id), self._row_of(conn, new, now)
@@ -184,6 +193,8 @@ class NamedLosses:
                 raise InvalidRequest(f"loss {old.name!r} is {old.status}; only a pending one can be withdrawn")
             conn.execute(_DELETE, {"id": named_loss_id})
             if old.definition_sha256 is not None:
+                # Before it is looked at who else names it: another gateway may be about to.
+                conn.execute(_LOCKED_DEFINITION, {"of_definition": old.definition_sha256}).all()
                 conn.execute(_DELETE_UNNAMED, {"of_definition": old.definition_sha256})
             event = "loss.withdrawn" if only_pending else "loss.removed"
             add_change(conn, author, event, old.subject, before=_state(old), after=None, now=now)
