@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx
@@ -486,3 +486,24 @@ async def consume(world: World, model_id: str, next_seq_id: int) -> None:
     """What is in front of this number is over."""
     advance = ModelAdvance(model_id=ModelId(model_id), next_seq_id=next_seq_id)
     await world.gateway.store.cycles.finish(await world.gateway.lease(), FinishedCycle(advances=(advance,)))
+
+
+class TestAheadOfItsRate:
+    @pytest.fixture
+    def settings(self) -> GatewaySettings:
+        # No hold ends by itself.
+        return replace(SETTINGS, hold_s=40)
+
+    async def test_whoever_runs_ahead_of_its_rate_is_answered_late(self, world: World, model_id: str) -> None:
+        """Two passes of 10 tokens are 30 s of this rate: the second is admitted, and answered behind the first."""
+        await world.set(trained_tokens_per_minute=40)
+        first = await world.send_pass(model_id, 1)
+        second = asyncio.create_task(world.send_pass(model_id, 2))
+        backlog = world.part.backlog
+        async with asyncio.timeout(10):
+            while not backlog.num_waiting:  # noqa: ASYNC110 (no event says that a call waits)
+                await asyncio.sleep(0)
+        assert await world.gateway.row(f"{model_id}:2")
+        await world.finish(first["request_id"])
+        async with asyncio.timeout(10):
+            assert (await second)["request_id"] == f"{model_id}:2"

@@ -38,6 +38,9 @@ MAX_PAUSE_S = 10.0
 READ_IDLE_EVERY_S = 5.0
 # Training ops are slowed down at the limits, and kept out (503, asked again) at this many times the limits.
 HARD_FACTOR = 2
+# Of a tenant with a rate, training ops are slowed down as soon as so many seconds of that rate wait: more would only be
+# read by every cycle that passes it over. Never kept out for it, since a slow rate may mean minutes.
+RATED_QUEUE_S = 15.0
 
 
 @dataclass(slots=True)
@@ -197,6 +200,21 @@ class Backlog:
             return _shared("bytes of requests", total.num_bytes, factor * limits.bytes)
         return None
 
+    def too_far_ahead(self, tenant_id: TenantId, *, factor: int = 1) -> Excess | None:
+        """Why a client is slowed down before its next training op: `excess`, or a queue too long for its rate."""
+        return self.excess(tenant_id, is_sample=False, factor=factor) or (
+            self._rate_excess(tenant_id) if factor == 1 else None
+        )
+
+    def _rate_excess(self, tenant_id: TenantId) -> Excess | None:
+        """Whether as many tokens wait as a tenant's rate lets run in RATED_QUEUE_S; one op alone never does."""
+        rate = self._policies().quota(tenant_id, Quota.TRAINED_PER_MINUTE)
+        own = self._loads.get((tenant_id, False), _NOTHING)
+        if rate is None or own.num_ops < 2 or own.num_tokens * 60 < rate * RATED_QUEUE_S:
+            return None
+        words = f"{own.num_tokens:,} of your tokens wait; {rate:,} a minute may run"
+        return Excess(QueueState.PAUSED_RATE_LIMIT, at_limit(Quota.TRAINED_PER_MINUTE, words))
+
     async def wait_for_room(
         self, tenant_id: TenantId, *, hold_s: float, is_over: Callable[[], bool], factor: int = 1
     ) -> Excess | None:
@@ -205,7 +223,7 @@ class Backlog:
         is_over: ends the wait early, when it is True at the next reading.
         """
         deadline = asyncio.get_running_loop().time() + hold_s
-        while (excess := self.excess(tenant_id, is_sample=False, factor=factor)) is not None:
+        while (excess := self.too_far_ahead(tenant_id, factor=factor)) is not None:
             remaining_s = deadline - asyncio.get_running_loop().time()
             if remaining_s <= 0 or is_over() or self._task is None:
                 return excess

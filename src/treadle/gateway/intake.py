@@ -118,7 +118,7 @@ async def answer_op(request: Request, place: NewRequest) -> Response:
     """
     gateway = gateway_of(request)
     assert place.model_id is not None
-    if gateway.backlog.excess(place.tenant_id, is_sample=False) is not None:
+    if gateway.backlog.too_far_ahead(place.tenant_id) is not None:
         room_of(request.scope).give_back()
         if await gateway.store.backlog.first_missing(place.model_id, before=place.seq_id) is None:
             await gateway.backlog.wait_for_room(
