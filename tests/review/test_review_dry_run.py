@@ -97,6 +97,14 @@ def test_what_a_long_datum_costs_too_much_is_said() -> None:
     assert "allowed are" in report_on(cubic)["long_datum"]
 
 
+def test_what_fails_for_the_datums_of_the_measurement_is_said() -> None:
+    # Finite for every length but theirs.
+    report = report_on("(logprobs / ((logprobs * 0 + 1).sum() - 128)).sum()", ranks='{"logprobs": 1}')
+    assert report["is_ok"] is True
+    assert "is not finite" in report["many_datums"]
+    assert report["ms_per_2048_tokens"]["16 datums"] is None
+
+
 def test_it_runs_in_a_process_of_its_own() -> None:
     loss = trace_file("INPUTS = {'logprobs': 1}\ndef loss(logprobs): return logprobs.sum(), {}", "mine")
     answer = ReviewProcess("dry_run", timeout_s=60.0, needs=frozenset()).ask(write_custom_loss(loss))

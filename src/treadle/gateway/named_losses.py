@@ -177,8 +177,10 @@ class LossReviews:
         except Exception as error:  # noqa: BLE001 (a background task: whatever it was, the review has ended)
             log.error("review failed unexpectedly", exc=error, named_loss_id=submission.named_loss_id)
             result = _failed("the server could not finish the review; submit the loss again", content)
-        await self._finish(submission.named_loss_id, result, author)
-        self._is_busy = False
+        try:
+            await self._finish(submission.named_loss_id, result, author)
+        finally:
+            self._is_busy = False
 
     async def _finish(self, named_loss_id: int, result: ReviewResult, author: Author) -> None:
         try:
