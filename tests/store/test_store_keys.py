@@ -144,3 +144,21 @@ async def test_verdicts_of_long_ago_are_dropped_by_the_way(store: Store) -> None
     assert sorted(found) == ["d3", "d4", "new"]
     await store.token_verdicts.forget("new", METHOD)
     assert await store.token_verdicts.find("new", METHOD) is None
+
+
+@pytest.mark.postgres
+async def test_keys_that_are_made_at_once_put_nobody_into_two_organizations(postgres_url: str) -> None:
+    here, there = await Store.open(postgres_url), await Store.open(postgres_url)
+    try:
+        for number in range(30):
+            user = f"user-{number}"
+            await here.keys.add(user, f"{number}", False)
+            added = await asyncio.gather(
+                here.keys.add(user, f"{number}-here", False, organization="one"),
+                there.keys.add(user, f"{number}-there", False, organization="two"),
+                return_exceptions=True,
+            )
+            assert sum(isinstance(one, InvalidRequest) for one in added) == 1, added
+    finally:
+        await here.close()
+        await there.close()

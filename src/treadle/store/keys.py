@@ -47,7 +47,10 @@ _EXPIRIES = sa.select(keys.c.digest, keys.c.expires_at).where(
 _NEWEST = sa.select(*_COLUMNS).order_by(keys.c.key_id.desc())
 _ANY = sa.select(sa.literal(1)).select_from(keys).limit(1)
 _ADD = keys.insert().returning(*_COLUMNS)
-_ORGANIZATION = sa.select(tenants.c.organization).where(tenants.c.tenant_id == sa.bindparam("of_tenant"))
+# Locked, where the database has locks of rows, so that nobody else decides it meanwhile.
+_ORGANIZATION = (
+    sa.select(tenants.c.organization).where(tenants.c.tenant_id == sa.bindparam("of_tenant")).with_for_update()
+)
 _ORGANIZATIONS = sa.select(tenants.c.tenant_id, tenants.c.organization).where(
     tenants.c.tenant_id.in_(sa.bindparam("ids", expanding=True)), tenants.c.organization.is_not(None)
 )
