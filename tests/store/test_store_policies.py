@@ -47,7 +47,8 @@ async def test_the_narrowest_scope_decides(store: Store) -> None:
 def test_scopes_are_read_as_they_are_written() -> None:
     for scope in (Scope("default"), Scope("organization", "acme"), Scope("tenant", "user:alice")):
         assert Scope.parse(str(scope)) == scope
-    for text in ("", "default:", "default:x", "tenant", "tenant:", "team:x"):
+    hopeless = ("tenant:alice", "tenant:*", "tenant:user:a/b", "tenant:user:a b", "organization:*", "organization: a")
+    for text in ("", "default:", "default:x", "tenant", "tenant:", "team:x", *hopeless):
         try:
             scope = Scope.parse(text)
         except ValueError:

@@ -30,6 +30,8 @@ PROJECT_PREFIX = "prj-"
 
 # What paths may begin with; ours begin with the first.
 PATH_SCHEMES = ("tinker", "twinkle")
+# A kind and a name, as every tenant's id that this server makes.
+TENANT_ID = re.compile(r"[a-z][a-z0-9_-]*:[^\s/\x00-\x1f]+")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._\-]{0,127}")
 
 

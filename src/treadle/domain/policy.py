@@ -7,14 +7,21 @@ Invariant: a picture never changes; a newer one has a higher version.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal
 
-from treadle.domain.ids import TenantId
+from treadle.domain.ids import TENANT_ID, TenantId
 
 ScopeKind = Literal["default", "organization", "tenant"]
+# What stands behind the kind: a decision about a tenant "alice", who is user:alice, would hold for nobody.
+_NAMES: Mapping[str, re.Pattern[str]] = {
+    "default": re.compile(""),
+    "organization": re.compile(r"[A-Za-z0-9_.-]+"),
+    "tenant": TENANT_ID,
+}
 
 
 class Quota(StrEnum):
@@ -47,11 +54,11 @@ class Scope:
 
     @staticmethod
     def parse(text: str) -> Scope:
-        """The inverse of str(). Raises ValueError."""
+        """The inverse of str(). Raises ValueError, also for a name that no tenant and no organisation can have."""
         kind, _, name = text.partition(":")
-        if (kind == "default" and not name) or (kind in ("organization", "tenant") and name):
+        if kind in _NAMES and _NAMES[kind].fullmatch(name):
             return Scope(kind, name)  # type: ignore[arg-type]  # one of the three
-        raise ValueError(f"{text[:80]!r} is not default, organization:NAME or tenant:ID")
+        raise ValueError(f"{text[:80]!r} is not default, organization:NAME or tenant:ID, such as tenant:user:alice")
 
 
 DEFAULT_SCOPE = Scope("default")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from treadle.domain.backlog import Load
-from treadle.domain.ids import TenantId, checked_name
+from treadle.domain.ids import TENANT_ID, TenantId, checked_name
 from treadle.domain.limits import MAX_ID_CHARS
 from treadle.domain.tenants import OrganizationRecord, TenantChange, TenantRecord, TenantStanding, user_of
 from treadle.domain.usage import HOUR_S, UsageKind
@@ -43,8 +42,6 @@ from treadle.wire.bodies import parse_body
 router = Resource("/admin/v1")
 
 FORBIDDEN = {403: ErrorAnswer}
-# A kind and a name, as every tenant's id that this server makes.
-_TENANT_ID = re.compile(r"[a-z][a-z0-9_-]*:[^\s/\x00-\x1f]+")
 
 
 @router.get("/tenants", query=TenantsQuery, answer=TenantsAnswer, others=FORBIDDEN)
@@ -81,7 +78,7 @@ async def put_tenant(request: Request, tenant_id: str) -> Response:
     gateway = gateway_of(request)
     principal = await gateway.admin(request)
     body = parse_body(TenantBody, await read_body(request, limit_bytes=MAX_JSON_BYTES))
-    if len(tenant_id) > MAX_ID_CHARS or not _TENANT_ID.fullmatch(tenant_id):
+    if len(tenant_id) > MAX_ID_CHARS or not TENANT_ID.fullmatch(tenant_id):
         raise InvalidRequest(f"{tenant_id[:120]!r} is not a tenant's id, such as user:alice")
     if not fields_of(body):
         raise InvalidRequest("nothing to change: give weight_class, organization, is_suspended or suspended_reason")
