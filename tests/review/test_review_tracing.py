@@ -87,6 +87,19 @@ def loss(logprobs, old_logprobs, advantages):
         ("class E(BaseException):\n    def __str__(self): raise SystemExit\nraise E", "line 6: E: "),
         ("return logprobs.sum() + unknown, {}", "line 4: NameError: name 'unknown'"),
         ("return logprobs.sum(), {'custom/a:mean': object()}", "NotImplementedError"),
+        ("return (logprobs * 2**63).sum(), {}", "takes an integer that does not fit into 64 bits"),
+        # A graph has none of this, so it would be another loss than the file's.
+        ("with torch.no_grad(): x = logprobs.exp()", "line 4: torch.no_grad() and torch.autograd.Function are not"),
+        ("with torch.inference_mode(): x = logprobs.exp()", "line 4: torch.no_grad()"),
+        (
+            "class F(torch.autograd.Function):\n"
+            "    @staticmethod\n"
+            "    def forward(ctx, x): return x * 2\n"
+            "F.apply(logprobs)",
+            "line 6: torch.no_grad() and torch.autograd.Function are not recorded",
+        ),
+        ("with torch.autocast('cpu'): x = logprobs.exp()", "line 4: torch.autocast is not recorded"),
+        ("logprobs.requires_grad = False", "line 4: .requires_grad of a tensor is set"),
     ],
 )
 def test_what_cannot_be_traced_is_refused_where_it_stands(body: str, reason: str) -> None:

@@ -129,6 +129,9 @@ class _Tracer(torch.fx.Tracer):
         self._num_nodes += 1
         if self._num_nodes > MAX_CUSTOM_LOSS_NODES:
             raise UntraceableError(f"{_line()}the graph has over {MAX_CUSTOM_LOSS_NODES} nodes")
+        lost = _lost_setting()
+        if lost is not None:
+            raise UntraceableError(f"{_line()}{lost}")
         match kind:
             case "call_function" if canonical_function(_name_of(target)) not in FUNCTIONS:
                 raise UntraceableError(f"{_line()}{_name_of(target)[:80]} is not an operation of custom losses")
@@ -142,6 +145,30 @@ class _Tracer(torch.fx.Tracer):
                     "torch.full_like or new_ones, or write a number"
                 )
         return super().create_node(kind, target, args, kwargs, *rest, **named)
+
+    def proxy(self, node: torch.fx.Node) -> torch.fx.Proxy:
+        return _Proxy(node, self)
+
+
+class _Proxy(torch.fx.Proxy):
+    """A value of the graph. What is set on it would be lost."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name not in ("node", "tracer"):
+            raise UntraceableError(f"{_line()}.{name[:80]} of a tensor is set, which a graph cannot hold")
+        super().__setattr__(name, value)
+
+
+def _lost_setting() -> str | None:
+    """Why a graph would compute something else than the file says here: torch.fx records operations, and none of what
+    surrounds them."""
+    if not torch.is_grad_enabled():
+        return "torch.no_grad() and torch.autograd.Function are not recorded in a graph; use .detach()"
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        return "torch.autocast is not recorded in a graph; convert with .to(dtype)"
+    if torch.get_default_dtype() is not torch.float32:
+        return "torch.set_default_dtype is not recorded in a graph; convert with .to(dtype)"
+    return None
 
 
 def _name_of(function: Any) -> str:
@@ -175,6 +202,8 @@ def _argument(node: torch.fx.Node, value: object) -> Argument:
             return slice(*(_argument(node, part) for part in (value.start, value.stop, value.step)))
         case Mapping():
             return {str(key): _argument(node, part) for key, part in value.items()}
+        case int() if not isinstance(value, bool) and not -(2**63) <= value < 2**63:
+            raise UntraceableError(f"{str(node.target)[:80]} takes an integer that does not fit into 64 bits")
         case None | bool() | int() | float() | str():
             return value
     if value is ...:
