@@ -37,7 +37,7 @@ from treadle.gateway.authenticators.bootstrap import register_first_key
 from treadle.gateway.chat.live import LiveSamples
 from treadle.gateway.deps import GatewayDeps, GatewaySettings, PoolDirectory, Readiness
 from treadle.http_server import Connections, http_config
-from treadle.scheduler.cycle_loop import CycleSettings
+from treadle.scheduler.clock_settings import CycleSettings
 from treadle.scheduler.holders import this_process
 from treadle.scheduler.pool import PoolRunner
 from treadle.scheduler.sweeps import Sweeper

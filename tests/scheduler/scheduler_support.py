@@ -31,7 +31,7 @@ from treadle.domain.records import FutureRecord, ModelRecord, NewRequest, Sampli
 from treadle.domain.states import Category, ModelState, RequestState, SessionState
 from treadle.executor.fake import FakeExecutor
 from treadle.executor.faults import Faults
-from treadle.scheduler.cycle_loop import CycleSettings
+from treadle.scheduler.clock_settings import CycleSettings
 from treadle.scheduler.pool import PoolRunner
 from treadle.store import Store
 from treadle.telemetry.metrics import Metrics

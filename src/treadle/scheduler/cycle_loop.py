@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 from treadle.blobs import BlobStore
-from treadle.domain import limits
 from treadle.domain.commands import OperatorCommand
 from treadle.domain.ids import ModelId, PoolName, RequestId, TenantId
 from treadle.domain.limits import MAX_HEADS_PER_MODEL
@@ -28,6 +26,7 @@ from treadle.domain.states import ModelState
 from treadle.errors import Fenced, StoreUnavailable, WorkerDied
 from treadle.executor.base import Executor
 from treadle.scheduler.budget import TokenBudget, guessed_tokens_per_s
+from treadle.scheduler.clock_settings import CycleSettings
 from treadle.scheduler.commands import CommandDesk
 from treadle.scheduler.committing import Committer
 from treadle.scheduler.finishing import CycleLedger, OpTimes
@@ -55,31 +54,6 @@ POLL_S = 1.0
 ERROR_PAUSE_S = 1.0
 
 
-@dataclass(frozen=True, slots=True)
-class CycleSettings:
-    """How the clock beats.
-
-    gather_window_s: how long ready work waits for company. budget_tokens: 0 follows target_cycle_s and the measured
-    speed. cap_fraction: of the budget, per tenant, when several wait. max_replay_s: worker seconds of one run that a
-    death may cost, as far as snapshots for that stay cheap.
-    """
-
-    gather_window_s: float
-    target_cycle_s: float
-    budget_tokens: int
-    cap_fraction: float
-    gap_wait_s: float
-    max_replay_s: float = limits.MAX_REPLAY_S
-
-
-def _no_weights() -> Mapping[TenantId, float]:
-    return {}
-
-
-def _never() -> bool:
-    return False
-
-
 class CycleLoop:
     """Runs the cycles of one worker. One task at a time calls `run`; `stop` ends it after the cycle in flight."""
 
@@ -95,9 +69,9 @@ class CycleLoop:
         clock: Callable[[], float],
         quarantine: Quarantine,
         outages: Outages,
-        weights: Callable[[], Mapping[TenantId, float]] = _no_weights,
+        weights: Callable[[], Mapping[TenantId, float]] = dict,
         policies: Callable[[], Policies] = Policies,
-        is_paused: Callable[[], bool] = _never,
+        is_paused: Callable[[], bool] = bool,
     ) -> None:
         """is_paused: an operator wants nothing to be planned. Call `wake_all` when that has changed."""
         self._pool = pool

@@ -21,8 +21,9 @@ from treadle.domain.policy import Policies
 from treadle.domain.records import LeaseRecord
 from treadle.errors import ConfigError, Fenced, ServerError, StoreUnavailable, WorkerDied
 from treadle.executor.base import DeathCallback, Executor
+from treadle.scheduler.clock_settings import CycleSettings
 from treadle.scheduler.commands import watch_commands
-from treadle.scheduler.cycle_loop import CycleLoop, CycleSettings
+from treadle.scheduler.cycle_loop import CycleLoop
 from treadle.scheduler.lease import Standby, keep_lease
 from treadle.scheduler.outages import Outages
 from treadle.scheduler.quarantine import Quarantine
