@@ -297,6 +297,19 @@ class TestNamedLosses:
         message = await failure_of(operated, pass_op(2, model_id=ModelId(model_id)), loss_fn="soft")
         assert message.endswith("(your submission of it is revoked: it leaks)")
 
+    @pytest.mark.parametrize("tenants", [None, [BOB], [ALICE]])
+    async def test_who_used_anothers_is_told_why_it_was_revoked(
+        self, operated: Harness, tenants: list[TenantId] | None
+    ) -> None:
+        submission = await submit(operated, "soft")
+        await approve(operated, submission, tenants)
+        await operated.store.named_losses.decide(submission.named_loss_id, LossStatus.REVOKED, "it leaks", OPERATOR)
+        await refresh(operated)
+        model_id = await new_run(operated, key=BOB_KEY)
+        message = await failure_of(operated, pass_op(1, model_id=ModelId(model_id)), key=BOB_KEY, loss_fn="soft")
+        # What was never for a tenant is not there for it.
+        assert message.endswith("(it was revoked: it leaks)") == (tenants != [ALICE])
+
     async def test_it_takes_the_inputs_that_it_declares_and_no_settings(self, operated: Harness) -> None:
         model_id = await new_run(operated)
         await approve(operated, await submit(operated, "soft"))

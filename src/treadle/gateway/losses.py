@@ -135,12 +135,15 @@ class LossDesk:
         raise loss_policy.not_enabled(name, await self._enabled(tenant_id), note=note)
 
     async def _note_of_submission(self, tenant_id: TenantId, name: str) -> str:
-        """Where the tenant's own submission of this name stands, for a refusal."""
+        """For a refusal: where the tenant's own submission of this name stands, or why another's was revoked."""
         submission = await self._store.named_losses.newest(name, tenant_id)
-        if submission is None or submission.status is LossStatus.APPROVED:
+        if submission is not None and submission.status is not LossStatus.APPROVED:
+            said = f": {submission.reason}" if submission.reason else ""
+            return f"your submission of it is {submission.status}{said}"
+        reason = await self._store.named_losses.reason_of_revocation(name, tenant_id)
+        if reason is None:
             return ""
-        said = f": {submission.reason}" if submission.reason else ""
-        return f"your submission of it is {submission.status}{said}"
+        return "it was revoked" + (f": {reason}" if reason else "")
 
     async def _enabled(self, tenant_id: TenantId) -> Sequence[str]:
         names = loss_policy.enabled_losses(self._policies.now, tenant_id)

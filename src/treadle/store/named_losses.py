@@ -70,6 +70,12 @@ _OF_DEFINITION = (
     .where(_N.definition_sha256 == sa.bindparam("of_definition"))
     .order_by(_N.named_loss_id.desc())
 )
+_REVOKED_BY_NAME = (
+    sa.select(_N.reason, _N.tenants)
+    .where(_N.name == sa.bindparam("of_name"), _N.status == LossStatus.REVOKED.value)
+    .order_by(_N.named_loss_id.desc())
+    .limit(1)
+)
 _PENDING = sa.select(_N.name).where(_N.tenant_id == sa.bindparam("of_tenant"), _N.status == LossStatus.PENDING.value)
 # Locked, so that operators on other gateways wait; SQLite has one writer anyway.
 _LOCKED = sa.select(*_LISTED).where(_N.named_loss_id == sa.bindparam("id")).with_for_update()
@@ -156,6 +162,15 @@ class NamedLosses:
         if any(row.status == LossStatus.APPROVED for row in rows):
             return None
         return next((row.reason for row in rows if row.status == LossStatus.REVOKED and row.reason), "")
+
+    async def reason_of_revocation(self, name: str, tenant_id: TenantId) -> str | None:
+        """Why the newest revoked loss of this name was revoked, "" when nobody said; None when there is none that the
+        tenant might use."""
+        row = await self._database.read(lambda conn: conn.execute(_REVOKED_BY_NAME, {"of_name": name}).one_or_none())
+        if row is None:
+            return None
+        tenants = _tenants_of(row)
+        return (row.reason or "") if tenants is None or tenant_id in tenants else None
 
     async def listing(
         self,
