@@ -118,5 +118,6 @@ async def test_a_restarted_server_knows_its_base_model_before_it_is_loaded(clust
     for source_dir, expected in ((facts.source_dir, facts), ("/another/model", None)):
         runner = cluster._new_runner()
         await runner.recall(source_dir)
-        assert runner.status == replace(elsewhere, facts=expected, is_ready=False, reason="waiting for the lease")
+        waits = replace(elsewhere, is_ready=False, reason="waiting for the lease", num_workers=0)
+        assert runner.status == replace(waits, facts=expected)
         assert not runner.served.is_set()
