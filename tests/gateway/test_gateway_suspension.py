@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 from gateway_support import KEY, OTHER_KEY, Harness, ok, open_tenant, refused
 from gateway_surface import Estate, new_estate
 from test_gateway_projects import new_project, shared_estate, signed_urls
 
-from treadle.domain.ids import CheckpointKind
+from treadle.domain.ids import CheckpointKind, TenantId
+from treadle.domain.keys import key_digest
 from treadle.domain.tenants import TenantChange
+from treadle.gateway import GatewaySettings
+from treadle.gateway.auth import KEY_CACHE_S
 from treadle.store.audit import Author
 
 BOSS = Author(open_tenant("tml-boss"), "boss")
+
+
+@pytest.fixture
+def settings() -> GatewaySettings:
+    """A question is held until its result is there."""
+    return GatewaySettings(is_loopback=True, hold_s=30.0)
 
 
 async def suspend(gateway: Harness, key: str, *, ends: bool = False) -> None:
@@ -74,3 +85,47 @@ async def test_its_key_as_an_access_token_opens_nothing(gateway: Harness) -> Non
     await suspend(gateway, KEY)
 
     refused(await gateway.post("copy_weights", copy, key=OTHER_KEY), 403)
+
+
+@pytest.mark.parametrize("end", ["revoke", "suspend", "expire"])
+async def test_a_result_that_comes_after_the_end_is_not_given_out(gateway: Harness, end: str) -> None:
+    """The question came before, and was held until there was a result."""
+    record = await gateway.store.keys.add("ada", key_digest("tml-ada"), False, expires_at=gateway.clock.now() + 100.0)
+    model_id = await gateway.new_model(await gateway.new_session(key="tml-ada"), key="tml-ada")
+    op = {"model_id": model_id, "seq_id": 1, "adam_params": {}}
+    request_id = ok(await gateway.post("optim_step", op, key="tml-ada"))["request_id"]
+    asking = asyncio.create_task(gateway.future(request_id, key="tml-ada"))
+    async with asyncio.timeout(30):
+        while not gateway.app.state.gateway.hub.num_waiters:  # noqa: ASYNC110 (nothing tells)
+            await asyncio.sleep(0.01)
+    match end:
+        case "revoke":
+            await gateway.store.keys.revoke(record.key_id)
+            gateway.clock.advance(KEY_CACHE_S)
+        case "suspend":
+            change = TenantChange(is_suspended=True)
+            await gateway.store.tenants.change(TenantId("user:ada"), change, author=BOSS)
+            await gateway.app.state.gateway.policies.refresh()
+        case "expire":
+            gateway.clock.advance(101.0)
+
+    await gateway.finish(request_id, b"{}")
+
+    refused(await asking, 403 if end == "suspend" else 401)
+
+
+class TestBehindAProxyOnTheMachine:
+    """Where everybody's connection comes from loopback."""
+
+    @pytest.mark.parametrize("header", ["X-Forwarded-For", "Forwarded", "X-Real-IP", "Via"])
+    async def test_nobody_counts_as_local(self, gateway: Harness, header: str) -> None:
+        await gateway.store.keys.add("ops", key_digest("tml-ops"), True)
+        gateway.clock.advance(1.0)
+        proxied, admin = {header: "192.0.2.1"}, {"X-API-Key": "tml-ops"}
+
+        refused(await gateway.client.get("/metrics", headers=proxied), 401)
+        assert (await gateway.client.get("/metrics", headers=proxied | admin)).status_code == 200
+        assert (await gateway.client.get("/metrics")).status_code == 200
+        for headers, is_local in ((admin, True), (admin | proxied, False)):
+            answer = ok(await gateway.client.get("/api/v1/get_server_capabilities", headers=headers))
+            assert ("/models/base" in [model["model_name"] for model in answer["supported_models"]]) == is_local

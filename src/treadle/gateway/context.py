@@ -152,6 +152,17 @@ class Gateway:
         return pool
 
 
+# What proxies add. Behind one on this machine, everybody seems to be here.
+_OF_PROXIES = ("x-forwarded-for", "forwarded", "x-real-ip", "via")
+
+
+def is_local_client(gateway: Gateway, request: Request) -> bool:
+    """Whether a client on this machine asks a server that serves this machine alone, with no proxy in between."""
+    if not gateway.settings.is_loopback or any(name in request.headers for name in _OF_PROXIES):
+        return False
+    return request.client is not None and request.client.host in ("127.0.0.1", "::1")
+
+
 def check_takes_new(pool: PoolView) -> None:
     """Raises InvalidRequest when operators let no run and no sampling session begin in the pool."""
     if pool.state is PoolState.DRAINING:

@@ -66,6 +66,8 @@ async def retrieve_future(request: Request) -> Response:
         case RequestState.QUEUED:
             return await _still_queued(gateway, request_id)
         case RequestState.DONE:
+            # It may have been held for long: whose access ended meanwhile is told nothing.
+            await gateway.caller(request)
             return await _result(
                 gateway, future, wants_protobuf=_wants_protobuf(request), wants_size=body.allow_metadata_only
             )

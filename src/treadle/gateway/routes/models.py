@@ -18,7 +18,7 @@ from treadle.gateway.answers import json_response
 from treadle.gateway.auth import Principal
 from treadle.gateway.bodies import MAX_JSON_BYTES, read_body
 from treadle.gateway.checkpoints import check_fits, holder_of_token, readable_checkpoint
-from treadle.gateway.context import Gateway, gateway_of, loaded_facts
+from treadle.gateway.context import Gateway, gateway_of, is_local_client, loaded_facts
 from treadle.gateway.deps import PoolView
 from treadle.gateway.intake import (
     Submission,
@@ -120,7 +120,7 @@ async def get_info(request: Request) -> Response:
     pool = gateway.deps.pools.by_name(model.pool)
     facts = None if pool is None else pool.facts
     tokenizer_id = model.base_model
-    if facts is not None and facts.tokenizer_dir is not None and _is_local_client(gateway, request):
+    if facts is not None and facts.tokenizer_dir is not None and is_local_client(gateway, request):
         tokenizer_id = facts.tokenizer_dir
     return json_response(
         {
@@ -242,10 +242,3 @@ async def _next_free_seq_id(gateway: Gateway, model: ModelRecord) -> int:
     last_seq_id = model.next_seq_id + MAX_SEQ_ID_LEAD
     known = await gateway.store.requests.known_seq_ids(model.model_id, model.next_seq_id, last_seq_id)
     return max(known, default=model.next_seq_id - 1) + 1
-
-
-def _is_local_client(gateway: Gateway, request: Request) -> bool:
-    """Whether the client can open this machine's files. A proxy in between makes everybody look local."""
-    if not gateway.settings.is_loopback or request.client is None or "x-forwarded-for" in request.headers:
-        return False
-    return request.client.host in ("127.0.0.1", "::1")

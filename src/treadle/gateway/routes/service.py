@@ -9,7 +9,7 @@ from treadle.domain.limits import MAX_DATUMS_PER_REQUEST
 from treadle.errors import Forbidden
 from treadle.gateway.answers import json_response
 from treadle.gateway.bodies import MAX_JSON_BYTES, read_body
-from treadle.gateway.context import gateway_of
+from treadle.gateway.context import gateway_of, is_local_client
 from treadle.gateway.deps import PoolView
 from treadle.gateway.routing import Resource
 from treadle.gateway.sdk_versions import parsed_version
@@ -64,13 +64,15 @@ async def dynamic_config(request: Request) -> Response:
 
 @router.get("/api/v1/get_server_capabilities", answer=CapabilitiesAnswer)
 async def get_server_capabilities(request: Request) -> Response:
-    """Every base model under its name, and under the local directory that the SDK can load a tokenizer from."""
+    """Every base model under its name; for clients on this machine also under the directory that they can load a
+    tokenizer from."""
     gateway = gateway_of(request)
     await gateway.caller(request)
+    is_local = is_local_client(gateway, request)
     models = [
         _supported(pool, name)
         for pool in gateway.deps.pools.all()
-        for name in (pool.name, *(pool.aliases if gateway.settings.is_loopback else ()))
+        for name in (pool.name, *(pool.aliases if is_local else ()))
     ]
     return json_response({"supported_models": models})
 
@@ -102,9 +104,10 @@ async def readyz(request: Request) -> Response:
 
 @router.get("/metrics", answer_type="text/plain", others={403: ErrorAnswer})
 async def metrics(request: Request) -> Response:
-    """Prometheus text. Open on a loopback server, else for admin keys (send it as a bearer token)."""
+    """Prometheus text, for admin keys (send one as a bearer token). Clients on the machine of a loopback server need
+    none, unless a proxy is in between."""
     gateway = gateway_of(request)
-    if not gateway.settings.is_loopback and not (await gateway.caller(request)).is_admin:
+    if not is_local_client(gateway, request) and not (await gateway.caller(request)).is_admin:
         raise Forbidden("metrics need an admin key: create one with `treadle keys create USER --admin`")
     return Response(gateway.deps.metrics.render(), headers={"content-type": METRICS_CONTENT_TYPE})
 
