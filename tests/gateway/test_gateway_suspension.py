@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 
 import pytest
 from gateway_support import KEY, OTHER_KEY, Harness, ok, open_tenant, refused
@@ -112,6 +113,28 @@ async def test_a_result_that_comes_after_the_end_is_not_given_out(gateway: Harne
     await gateway.finish(request_id, b"{}")
 
     refused(await asking, 403 if end == "suspend" else 401)
+
+
+@pytest.mark.parametrize("path", ["/admin/v1/keys", "/api/v1/create_session", "/api/v1/asample"])
+async def test_a_body_that_was_begun_before_the_end_is_not_obeyed(
+    gateway: Harness, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    """Whoever stole a key could else keep a few requests open, and end them when it is revoked."""
+    monkeypatch.setattr("treadle.gateway.bodies.FRESH_S", 0.0)
+    record = await gateway.store.keys.add("ops", key_digest("tml-ops"), True)
+    headers = {"X-API-Key": "tml-ops", "Content-Type": "application/json"}
+
+    async def body() -> AsyncIterator[bytes]:
+        yield b'{"user": "mallory", '
+        await gateway.store.keys.revoke(record.key_id)
+        gateway.clock.advance(KEY_CACHE_S)
+        yield b'"is_admin": true}'
+
+    refused(await gateway.client.post(path, content=body(), headers=headers), 401)
+
+    assert len(await gateway.store.keys.list()) == 1
+    sessions, _ = await gateway.store.sessions.list(None, 10)
+    assert not sessions
 
 
 class TestBehindAProxyOnTheMachine:

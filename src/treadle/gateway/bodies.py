@@ -1,14 +1,15 @@
 """Reading a request's body without ever holding more of it, or of all of them together, than the limits.
 
 It knows sizes, not meaning: bytes go on to wire, which decodes them. Invariants: the limit is enforced on the stream
-itself, so a missing or lying Content-Length changes nothing; and a large body is not read before there is room for it,
-until then the client's bytes stay in the network.
+itself, so a missing or lying Content-Length changes nothing; a large body is not read before there is room for it,
+until then the client's bytes stay in the network; and a body that came slowly is nobody's whose access ended meanwhile.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict, deque
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 from starlette.requests import Request
@@ -25,6 +26,8 @@ FREE_BODY_BYTES = 64 * 2**10
 ROOM_WAIT_S = 20.0
 # How long a large body may take to arrive once it has room: the SDK gives up on a submission after 60 s (120 in all).
 READ_WAIT_S = 60.0
+# Who the caller is was asked before its body was read; when that is longer ago, it is asked again.
+FRESH_S = 0.5
 # Where a request's Room is found.
 ROOM: Final = "treadle.room"
 
@@ -115,16 +118,29 @@ class BodyRoom:
 class Room:
     """What one request holds of its gateway's budgets; `give_back` is called when it is answered.
 
-    owner: whose turn it is to wait; set once the caller is known.
+    owner: whose turn it is to wait, the caller's once that is known.
     """
 
-    __slots__ = ("_all", "_plain", "_sent", "owner")
+    __slots__ = ("_all", "_ask_again", "_asked_at", "_plain", "_sent", "owner")
 
     def __init__(self, all_of_it: BodyRoom) -> None:
         self._all = all_of_it
         self._sent = 0
         self._plain = 0
         self.owner = ""
+        self._ask_again: Callable[[], Awaitable[object]] | None = None
+        self._asked_at = 0.0
+
+    def caller_is(self, owner: str, ask_again: Callable[[], Awaitable[object]]) -> None:
+        """The caller is known now. ask_again: raises when it is let in no more."""
+        self.owner = owner
+        self._ask_again = ask_again
+        self._asked_at = asyncio.get_running_loop().time()
+
+    async def check_caller(self) -> None:
+        """Ask again, when the answer is old. Raises what `ask_again` does."""
+        if self._ask_again is not None and asyncio.get_running_loop().time() - self._asked_at >= FRESH_S:
+            await self._ask_again()
 
     async def for_sent(self, num_bytes: int) -> None:
         """Hold room for a body that is about to be read. Raises Overloaded."""
@@ -138,6 +154,7 @@ class Room:
 
     def give_back(self) -> None:
         """The bodies are no longer needed. Idempotent."""
+        self._ask_again = None
         if self._sent:
             self._all.sent.give_back(self._sent)
             self._sent = 0
@@ -154,7 +171,14 @@ def room_of(scope: Scope) -> Room:
 
 
 async def read_body(request: Request, *, limit_bytes: int) -> bytes:
-    """The whole body. Raises BodyTooLarge as soon as more than `limit_bytes` are announced or have arrived."""
+    """The whole body. Raises BodyTooLarge as soon as more than `limit_bytes` are announced or have arrived, and what
+    the caller's authentication raises when its access ended while a slow body came."""
+    body = await _read_with_room(request, limit_bytes)
+    await room_of(request.scope).check_caller()
+    return body
+
+
+async def _read_with_room(request: Request, limit_bytes: int) -> bytes:
     announced = request.headers.get("content-length", "")
     size = int(announced) if announced.isdecimal() else limit_bytes
     if size > limit_bytes:

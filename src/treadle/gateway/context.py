@@ -98,7 +98,9 @@ class Gateway:
     async def caller(self, request: Request) -> Principal:
         """Who sent a request that reads. Raises Unauthenticated."""
         principal = await self.logged_in(request, self.auth.principal)
-        room_of(request.scope).owner = principal.tenant_id
+        room_of(request.scope).caller_is(
+            principal.tenant_id, ask_again=lambda: self.logged_in(request, self.auth.principal)
+        )
         return principal
 
     async def logged_in(self, request: Request, ask: Callable[[Headers, str], Awaitable[T]]) -> T:
