@@ -283,6 +283,23 @@ class TestWithFewCalls:
         assert (statuses.count(401), statuses.count(503)) == (10, 30)
         assert modelscope.max_open == 4
 
+    async def test_access_tokens_of_nobody_hold_up_nobody_elses(self, gateway: Harness, modelscope: StandIn) -> None:
+        """They come in bodies of callers who are let in."""
+        modelscope.users["ms-mallory-0123456789"] = "mallory"
+        modelscope.members.add("mallory")
+        for key in ("tml-ada", "tml-eve"):
+            await gateway.store.keys.add(key[4:], key_digest(key), False)
+
+        async def copy(key: str, token: str) -> httpx.Response:
+            body = {"source_path": "tinker://x/weights/y", "destination_project_id": "p", "weights_access_token": token}
+            return await gateway.post("copy_weights", body, key=key)
+
+        for i in range(10):
+            refused(await copy("tml-eve", f"ms-unknown-0123456789-{i}"), 403)
+        refused(await copy("tml-eve", "ms-unknown-0123456789-x"), 503)
+
+        refused(await copy("tml-ada", "ms-mallory-0123456789"), 404)
+
     async def test_good_tokens_are_not_counted(self, gateway: Harness, modelscope: StandIn) -> None:
         for i in range(25):
             token = f"ms-student-0123456789-{i}"

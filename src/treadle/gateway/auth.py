@@ -95,7 +95,7 @@ class Authenticator:
         return await self.principal_of(presented(headers), address=address)
 
     async def principal_of(self, token: str, *, address: str = "") -> Principal:
-        """Who holds this key, or this token: the one place that decides it.
+        """Who holds this key, or this token: the one place that decides it. address: of whoever shows it, or a name.
 
         Raises Unauthenticated, Forbidden for a suspended tenant and for users who are no members, and AuthUnavailable
         while a token cannot be checked.

@@ -39,15 +39,17 @@ async def readable_checkpoint(
     return record
 
 
-async def holder_of_token(auth: Authenticator, token: str | None) -> Principal | None:
+async def holder_of_token(auth: Authenticator, token: str | None, *, shown_by: Principal) -> Principal | None:
     """Whose key a weights access token is, None without one. Raises Forbidden for a token that nobody holds.
+
+    shown_by: the caller, who has a share of its own in the tokens that others are asked about.
 
     Not Unauthenticated, which the SDK would take for its own key's end, and answer with a new login.
     """
     if token is None:
         return None
     try:
-        return await auth.principal_of(token)
+        return await auth.principal_of(token, address=shown_by.tenant_id)
     except Unauthenticated as error:
         raise Forbidden("weights_access_token is not a key of this server: send a key of the weights' owner") from error
 

@@ -99,7 +99,7 @@ async def copy_weights(request: Request) -> Response:
     principal = await gateway.submitter(request)
     body = parse_body(CopyWeightsBody, await read_body(request, limit_bytes=MAX_JSON_BYTES))
     token = request.headers.get(ACCESS_TOKEN_HEADER) or body.weights_access_token
-    reader = await holder_of_token(gateway.auth, token)
+    reader = await holder_of_token(gateway.auth, token, shown_by=principal)
     source = await readable_checkpoint(
         gateway.access, principal, body.source_path, kinds=tuple(CheckpointKind), on_behalf_of=reader
     )

@@ -172,7 +172,7 @@ async def _load_into_run(submission: Submission) -> LoadWeightsOp:
 
 
 async def _loadable(gateway: Gateway, principal: Principal, body: LoadWeightsBody) -> CheckpointRecord:
-    reader = await holder_of_token(gateway.auth, body.weights_access_token)
+    reader = await holder_of_token(gateway.auth, body.weights_access_token, shown_by=principal)
     return await readable_checkpoint(gateway.access, principal, body.path, kinds=LOADABLE, on_behalf_of=reader)
 
 
