@@ -171,6 +171,8 @@ class TestReview:
         assert "decided_by" not in owners
         again = refused(await admin(gateway, "POST", f"losses/named/{number}/review"), 400)
         assert "is passed already" in again
+        bare = await admin(gateway, "POST", f"losses/named/{number}/approve", {"tenants": ["alice"]})
+        assert "tenant:user:alice" in refused(bare, 400), "nobody is called so"
         approved = await named(gateway, "approve", number, {"tenants": ["user:alice"]})
         assert (approved["status"], approved["tenants"]) == ("approved", ["user:alice"])
         assert "user:root" in approved["decided_by"]

@@ -9,9 +9,22 @@ from pydantic import AfterValidator, ConfigDict, Field, StringConstraints
 from treadle.domain.ids import TenantId
 from treadle.domain.limits import MAX_ID_CHARS, MAX_NAMED_LOSS_BYTES, MAX_PAGE_ROWS, MAX_TENANTS_PER_LOSS
 from treadle.domain.named_losses import UPLOAD, LossForm, LossStatus
+from treadle.domain.policy import Scope
 from treadle.wire.bodies import Body, Id, Text, _without_nul
 
-_Tenant = Annotated[TenantId, StringConstraints(min_length=1, max_length=MAX_ID_CHARS), AfterValidator(_without_nul)]
+
+def _is_tenant(tenant_id: str) -> str:
+    """As it is. Raises ValueError for what no tenant can be called, such as a user's bare name."""
+    Scope.parse(f"tenant:{tenant_id}")
+    return tenant_id
+
+
+_Tenant = Annotated[
+    TenantId,
+    StringConstraints(min_length=1, max_length=MAX_ID_CHARS),
+    AfterValidator(_without_nul),
+    AfterValidator(_is_tenant),
+]
 _Reason = Annotated[Text, StringConstraints(min_length=1, max_length=MAX_ID_CHARS)]
 
 
