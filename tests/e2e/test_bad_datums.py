@@ -164,7 +164,7 @@ def test_a_gradient_that_no_step_can_take_is_refused_with_its_request(
     [
         ("stable_reinforce", "stable_reinforce needs its provenance"),
         ("custom", "custom loss '' does not exist"),
-        ("dpo", "'dpo' is not known.*gspo"),
+        ("dpo", "'dpo' is not enabled for you.*gspo"),
     ],
 )
 def test_losses_that_lack_what_they_need_are_refused(server: ServerProcess, loss_fn: str, message: str) -> None:

@@ -19,6 +19,9 @@ from treadle.testing.driver import PATIENCE_S, Driver, started
 from treadle.testing.executor_contract import CHECKS, LORA, Run, assert_same
 from treadle.testing.recovery_contract import RECOVERY_CHECKS
 
+# By then a message to a process that does not read lies in its pipe, also on a busy machine.
+WRITTEN_S = 0.3
+
 
 async def check_a_newer_leader_ends_a_cycle_that_is_on_its_way(driver: Driver) -> None:
     run, undisturbed = await Run(driver).trained(), await Run(driver).trained()
@@ -29,10 +32,10 @@ async def check_a_newer_leader_ends_a_cycle_that_is_on_its_way(driver: Driver) -
     # Stopped, it finds both cycles when it goes on, so the first has certainly not ended.
     os.kill(pid_of(driver), signal.SIGSTOP)
     older = asyncio.ensure_future(driver.run_items(old))
-    await asyncio.sleep(0)
+    await asyncio.sleep(WRITTEN_S)
     driver.token += 1
     newer = asyncio.ensure_future(driver.run_items(new, restores=[restore]))
-    await asyncio.sleep(0)
+    await asyncio.sleep(WRITTEN_S)
     os.kill(pid_of(driver), signal.SIGCONT)
     outcome = await newer
     with pytest.raises(Fenced):
