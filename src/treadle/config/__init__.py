@@ -5,6 +5,7 @@ names.py says what `--model` means, bind.py which addresses are safe. Nothing he
 """
 
 from treadle.config.bind import check_bind, is_loopback
+from treadle.config.execution import EngineSettings, ExecutorSettings, SamplerSettings, VllmSettings, WorkerSettings
 from treadle.config.names import BUNDLED_MODEL, NamedModel, bundled_model_dir, local_dir_of, parse_model
 from treadle.config.sources import (
     FieldDoc,
@@ -23,13 +24,11 @@ from treadle.config.sources import (
 from treadle.config.tree import (
     AuthMethod,
     AuthSettings,
-    EngineSettings,
     LimitSettings,
     LogSettings,
     LossSettings,
     ModelScopeSettings,
     ModelSettings,
-    SamplerSettings,
     SchedulerSettings,
     ServerSettings,
     Settings,
@@ -41,6 +40,7 @@ __all__ = [
     "AuthSettings",
     "BUNDLED_MODEL",
     "EngineSettings",
+    "ExecutorSettings",
     "FieldDoc",
     "LimitSettings",
     "LogSettings",
@@ -54,6 +54,8 @@ __all__ = [
     "ServerSettings",
     "Settings",
     "StoreSettings",
+    "VllmSettings",
+    "WorkerSettings",
     "admin_key",
     "admin_url",
     "bundled_model_dir",

@@ -19,7 +19,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_settings import EnvSettingsSource, SettingsError
 
-from treadle.config.tree import ENV_PREFIX, ModelSettings, Section, Settings
+from treadle.config.section import Section
+from treadle.config.tree import ENV_PREFIX, ModelSettings, Settings
 from treadle.errors import ConfigError
 
 # Where `treadle admin` finds a server, and the key that it sends.

@@ -12,10 +12,12 @@ import re
 from pathlib import Path
 from typing import Any, Literal, Self, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from treadle.config.execution import EngineSettings, ExecutorSettings, SamplerSettings, WorkerSettings
 from treadle.config.names import BUNDLED_MODEL, local_dir_of, parse_model, why_name_is_refused
+from treadle.config.section import Section
 from treadle.domain import limits
 from treadle.domain.fairness import DEFAULT_WEIGHTS, WeightClass
 from treadle.errors import ConfigError
@@ -23,12 +25,6 @@ from treadle.errors import ConfigError
 ENV_PREFIX = "TREADLE_"
 
 AuthMethod: TypeAlias = Literal["open", "keys", "modelscope"]
-
-
-class Section(BaseModel):
-    """What all sections share: immutable, no unknown keys, documented by the strings under the fields."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class ServerSettings(Section):
@@ -94,6 +90,10 @@ class ModelSettings(Section):
     """A local directory, a hub name, or `treadle/tiny` for the bundled model."""
     revision: str | None = None
     """A branch, tag or commit of a hub model; empty means the hub's default. The commit is recorded."""
+    workers: int | None = Field(default=None, ge=1, le=limits.MAX_WORKERS_PER_POOL)
+    """Workers of this pool; empty: `worker.count`."""
+    samplers: int | None = Field(default=None, ge=0, le=limits.MAX_WORKERS_PER_POOL)
+    """Workers of this pool that only sample; empty: `worker.samplers`."""
 
     @model_validator(mode="before")
     @classmethod
@@ -118,38 +118,6 @@ class ModelSettings(Section):
     def local_dir(self) -> Path | None:
         """The directory to load from, or None when `source` is a hub name. Looks at the file system."""
         return local_dir_of(self.source)
-
-
-class EngineSettings(Section):
-    """How the base model is run."""
-
-    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
-    """Where the base model lives: auto, cpu, cuda or cuda:N. `auto` takes the GPU when there is one."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Number format of the base weights. `auto`: float32 on a CPU, bfloat16 on a GPU."""
-    hub: Literal["huggingface", "modelscope"] = "huggingface"
-    """Where hub names are looked up. `modelscope` needs the extra: pip install 'treadle[modelscope]'."""
-    threads: int = Field(default=0, ge=0)
-    """CPU threads of one worker; 0 chooses from the number of cores."""
-    micro_batch_tokens: int = Field(default=0, ge=0)
-    """Most tokens of several requests in one forward/backward; 0 chooses from the memory measured at the start."""
-
-
-class WorkerSettings(Section):
-    """The process that runs the model: where it keeps the runs that it holds, and what happens when it ends."""
-
-    park_after_s: float = Field(default=limits.PARK_AFTER_S, gt=0)
-    """Seconds without work after which a run leaves device memory: to host memory beside a GPU, to a file in the data
-    directory beside a CPU. It comes back when its next request runs."""
-    max_resident_bytes: int = Field(default=0, ge=0)
-    """Most device memory of runs, in bytes; beyond it the one that has been idle the longest leaves at once. 0: no
-    limit but the memory there is."""
-    hang_after_s: float = Field(default=limits.HANG_AFTER_S, ge=5)
-    """Seconds that a worker with work may be silent before it counts as hung and is replaced; ten times as long as
-    predicted for a cycle that was predicted to take longer. Loading the model is not bounded."""
-    spare: bool = True
-    """Keep a second worker process that has imported everything and takes over when the worker dies, some seconds
-    sooner than a new one. It holds no model, but about 0.3 GB of memory."""
 
 
 class SchedulerSettings(Section):
@@ -189,17 +157,6 @@ class SchedulerSettings(Section):
             WeightClass.STANDARD: self.weight_standard,
             WeightClass.BULK: self.weight_bulk,
         }
-
-
-class SamplerSettings(Section):
-    """The built-in sampler."""
-
-    max_running: int = Field(default=96, gt=0)
-    """Most sequences decoded together; one tenant gets at most three quarters of them."""
-    max_cached_tokens: int = Field(default=0, ge=0)
-    """Most tokens in the KV cache; 0 chooses from the memory there is."""
-    max_queued_samples_per_tenant: int = Field(default=4096, gt=0)
-    """Requests of any kind a tenant may have waiting before its samples are told to back off (429)."""
 
 
 class LimitSettings(Section):
@@ -399,6 +356,7 @@ class Settings(BaseSettings):
     server: ServerSettings = ServerSettings()
     engine: EngineSettings = EngineSettings()
     worker: WorkerSettings = WorkerSettings()
+    executor: ExecutorSettings = ExecutorSettings()
     scheduler: SchedulerSettings = SchedulerSettings()
     sampler: SamplerSettings = SamplerSettings()
     limits: LimitSettings = LimitSettings()

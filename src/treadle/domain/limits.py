@@ -215,3 +215,6 @@ MAX_ADDED_POOLS = 64
 MAX_OPEN_COMMANDS = 256
 # How long one waits for a run that is in the middle of a pass at the end of every cycle.
 COMMAND_PATIENCE_S = 60.0
+
+# Workers of one pool, and as many again that only sample: each holds the whole base model.
+MAX_WORKERS_PER_POOL = 256

@@ -195,7 +195,7 @@ class SampleOutcome:
     """One finished sample request. `is_transient` failures are answered 410, so that the SDK submits again.
 
     num_cached_tokens: of the prompt's tokens those that a prefix cache served.
-
+    needs_builtin: this sampler cannot do what is asked for, and the built-in one can; no result, no failure.
     recorded: its sequences, in order, when the request asked for record_stability_info.
     """
 
@@ -203,6 +203,7 @@ class SampleOutcome:
     result: SampleResult | None = None
     failure: Failure | None = None
     is_transient: bool = False
+    needs_builtin: bool = False
     encoded: EncodedResult | None = None
     num_prompt_tokens: int = 0
     num_sampled_tokens: int = 0

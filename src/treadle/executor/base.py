@@ -2,7 +2,8 @@
 
 An executor owns one worker of one pool. The scheduler awaits `run_cycle` for training and hands samples over
 with `submit_samples`; finished samples come back through the `on_samples` callback, on the event loop.
-Implementations: local.py (child process), fake.py (numpy, in process). They all pass testing/executor_contract.py.
+Implementations: local.py (child process), ray.py (actor), fake.py (numpy, in process). They all pass
+testing/executor_contract.py.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ DeathCallback = Callable[[str], None]
 PartsCallback = Callable[[Sequence[SampledPart]], None]
 
 
-class Executor(Protocol):
-    """One worker, wherever it runs."""
+class SamplingExecutor(Protocol):
+    """One worker that samples, wherever it runs."""
 
     async def start(self, *, on_samples: SamplesCallback, on_death: DeathCallback) -> PoolFacts:
         """Load the base model. Raises ServerError or ConfigError with the reason when it cannot.
@@ -31,6 +32,22 @@ class Executor(Protocol):
         """
         ...
 
+    def submit_samples(self, samples: Sequence[SampleWork]) -> None:
+        """Queue samples; each ends in exactly one SampleOutcome, unless the worker dies."""
+        ...
+
+    def cancel_samples(self, request_ids: Sequence[RequestId]) -> None:
+        """Drop samples that nobody waits for. Idempotent; unknown ids are ignored."""
+        ...
+
+    async def stop(self) -> None:
+        """End the worker. Idempotent; on_death is not called."""
+        ...
+
+
+class Executor(SamplingExecutor, Protocol):
+    """One worker that trains, and samples as well."""
+
     async def run_cycle(self, work: CycleWork) -> CycleOutcome:
         """Run one cycle whole.
 
@@ -39,14 +56,6 @@ class Executor(Protocol):
         next micro-batch, and the worker forgets the runs named in it. Raises WorkerDied when the worker ends, Fenced
         when the worker has seen a newer token.
         """
-        ...
-
-    def submit_samples(self, samples: Sequence[SampleWork]) -> None:
-        """Queue samples; each ends in exactly one SampleOutcome, unless the worker dies."""
-        ...
-
-    def cancel_samples(self, request_ids: Sequence[RequestId]) -> None:
-        """Drop samples that nobody waits for. Idempotent; unknown ids are ignored."""
         ...
 
     async def snapshot(
@@ -63,8 +72,4 @@ class Executor(Protocol):
 
     async def evict(self, model_ids: Sequence[ModelId]) -> None:
         """Forget runs' states and free their memory. Idempotent."""
-        ...
-
-    async def stop(self) -> None:
-        """End the worker. Idempotent; on_death is not called."""
         ...

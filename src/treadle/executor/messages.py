@@ -21,7 +21,9 @@ class WorkerConfig:
     """Everything a worker process needs to know; sent as the first message.
 
     num_threads and micro_batch_tokens 0 mean: choose from the model and the device. parking_dir: a directory of this
-    host for runs without work, None to keep them in memory; max_resident_bytes: of runs, 0 for no limit.
+    host for runs without work, None to keep them in memory; max_resident_bytes: of runs, 0 for no limit. staging_dir:
+    memory of this host, as a directory, where new sampler versions lie until their blobs are durable; None: a save is
+    answered when its blob is.
     """
 
     base_model: str
@@ -37,6 +39,7 @@ class WorkerConfig:
     parking_dir: str | None = None
     park_after_s: float = PARK_AFTER_S
     max_resident_bytes: int = 0
+    staging_dir: str | None = None
     hub: str = "huggingface"
     log_level: str = "info"
     log_format: Literal["console", "json"] = "console"

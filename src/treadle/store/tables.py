@@ -440,6 +440,9 @@ pool_settings = sa.Table(
     sa.Column("state", sa.Text, nullable=False),
     sa.Column("reason", sa.Text),
     sa.Column("updated_at", sa.Double, nullable=False),
+    # How many an operator wants; NULL: as the servers' settings say.
+    sa.Column("num_workers", sa.Integer),
+    sa.Column("num_samplers", sa.Integer),
 )
 
 # What operators asked the leader of a pool to do with a run.
