@@ -122,8 +122,7 @@ async def test_a_worker_that_nobody_waits_for_any_more_is_killed_while_it_loads(
         await starting
     threads_before_stop = threading.enumerate()
     await executor.stop()
-    assert executor._child is not None
-    assert executor._child.process.returncode == -signal.SIGKILL
+    assert executor._process.process.returncode == -signal.SIGKILL
     # Its end is told to the loop by a thread; the thread is gone once it has done so.
     receiving = next(thread for thread in threads_before_stop if thread.name == "treadle-worker-receive")
     await asyncio.to_thread(receiving.join)

@@ -12,8 +12,8 @@ from worker_support import Driver, MemoryBlobs, create, datums, item, model_id, 
 
 from treadle.domain.outcome import SnapshotWritten
 from treadle.domain.plan import StateTag
-from treadle.executor.child import ChildProcess
 from treadle.executor.messages import CallDone, Progress, Snapshot, Stop
+from treadle.executor.serving import WorkerService
 from treadle.worker.compute import ComputeLoop
 from treadle.worker.snapshots import SnapshotCall, Snapshots, SnapshotsDone
 from treadle.worker.work import DecodedCycle
@@ -180,9 +180,9 @@ def test_a_worker_that_only_waits_for_a_disk_says_that_it_is_alive(disk: SlowDis
     driver = new_driver(disk)
     driver.run_ops(create(model_id(0)))
     ours, theirs = Pipe(duplex=True)
-    child = ChildProcess(theirs)
-    child._inbox.put(Snapshot(5, ((tag(0), "a"),), with_open_gradient=False))
-    serving = threading.Thread(target=child._serve, args=(driver.worker,))
+    child = WorkerService(theirs.send)
+    child.put(Snapshot(5, ((tag(0), "a"),), with_open_gradient=False))
+    serving = threading.Thread(target=child.serve, args=(driver.worker,))
     serving.start()
     try:
         for _ in range(2):
@@ -194,7 +194,7 @@ def test_a_worker_that_only_waits_for_a_disk_says_that_it_is_alive(disk: SlowDis
         assert isinstance(message, CallDone)
         assert message.written.keys() == {model_id(0)}
     finally:
-        child._inbox.put(Stop())
+        child.put(Stop())
         serving.join()
         ours.close()
         theirs.close()
