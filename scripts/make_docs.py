@@ -1,5 +1,5 @@
-"""Write what is made from code in docs/: configuration.md from the Settings tree, the operations in custom-losses.md,
-openapi.json from the routes.
+"""Write what is made from code in docs/: configuration.md from the Settings tree, metrics.md from the registry, the
+operations in custom-losses.md, openapi.json from the routes.
 
     .venv/bin/python scripts/make_docs.py            writes
     .venv/bin/python scripts/make_docs.py --check    changes nothing, exits 1 when a page is not current
@@ -15,9 +15,12 @@ import sys
 from itertools import groupby
 from pathlib import Path
 
+from prometheus_client import CollectorRegistry
+
 from treadle.config import FieldDoc, Settings, field_docs
 from treadle.domain import custom_loss_names as names
 from treadle.gateway.app import api_document
+from treadle.telemetry.metrics import Metrics
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -112,8 +115,34 @@ def openapi_page() -> str:
     return json.dumps(api_document(), indent=1, ensure_ascii=False) + "\n"
 
 
+METRICS_HEAD = """\
+<!-- Made by scripts/make_docs.py from src/treadle/telemetry/metrics.py. Edit there, then run the script. -->
+# Metrics
+
+`GET /metrics` of every server answers Prometheus text about that server; [telemetry.md](telemetry.md) says who may ask,
+what to watch and when to be woken. Names are as Prometheus stores them. A label's values are pools (base models, named
+by the operator), kinds of requests, route templates and fixed words; never a tenant, an id or anything else that a
+client chose. `process_*` (memory, CPU, open files of the server's process) and `python_gc_*` are there as every Python
+service has them.
+"""
+
+
+def metrics_page() -> str:
+    """docs/metrics.md as it should be."""
+    parts = [METRICS_HEAD]
+    for section, docs in groupby(Metrics(CollectorRegistry()).docs, key=lambda doc: doc.section):
+        parts.append(f"## {section}\n\n| metric | type | labels | what it is |\n|---|---|---|---|")
+        for doc in docs:
+            names = f"`{doc.names[0]}`" + "".join(f", `_{name.rpartition('_')[2]}`" for name in doc.names[1:])
+            labels = ", ".join(f"`{label}`" for label in doc.labels)
+            parts.append(f"| {names} | {doc.kind} | {labels} | {doc.text} |")
+        parts.append("")
+    return "\n".join(parts).rstrip() + "\n"
+
+
 PAGES = {
     DOCS / "configuration.md": configuration_page,
+    DOCS / "metrics.md": metrics_page,
     DOCS / "custom-losses.md": custom_losses_page,
     DOCS / "openapi.json": openapi_page,
 }

@@ -42,6 +42,7 @@ from treadle.scheduler.holders import this_process
 from treadle.scheduler.pool import PoolRunner
 from treadle.scheduler.sweeps import Sweeper
 from treadle.scheduler.weights import TenantWeights
+from treadle.server_metrics import count_store, show_pools
 from treadle.server_pools import ServedPools
 from treadle.store import Store
 from treadle.store.policy_watch import PolicyWatch
@@ -180,8 +181,8 @@ class Server:
         store.events.on_enqueued(pools.wake)
         named = {PoolName(model.name): (model.source, model.revision) for model in settings.models}
         directory = PoolDirectory(pools.views, watch, settings=named)
-        used = self._metrics.used
-        store.events.on_used(lambda base_model, kind, amount: used.labels(kind, base_model).inc(amount))
+        count_store(self._metrics, store)
+        show_pools(self._metrics, pools)
         with _listening(settings.server.host, settings.server.port) as listener:
             return await self._serve_http(store, blobs, pools, directory, listener)
 

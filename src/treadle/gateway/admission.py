@@ -25,8 +25,13 @@ from treadle.domain.states import Category
 from treadle.errors import UserError
 from treadle.gateway.backlog import Backlog
 from treadle.store import Store
+from treadle.telemetry.context import bind_context
+from treadle.telemetry.logs import get_logger
+from treadle.telemetry.metrics import Metrics
 from treadle.telemetry.phases import Phase, phase
 from treadle.wire.payloads import encode_payload
+
+log = get_logger(__name__)
 
 T = TypeVar("T")
 
@@ -63,8 +68,9 @@ def sample_draft(op: SampleOp, *, max_context_length: int) -> Draft:
 class Admission:
     """Makes rows. Owns the decoding threads until `close`."""
 
-    def __init__(self, *, store: Store, blobs: BlobStore, backlog: Backlog) -> None:
+    def __init__(self, *, store: Store, blobs: BlobStore, backlog: Backlog, metrics: Metrics) -> None:
         self._store = store
+        self._metrics = metrics
         self._blobs = blobs
         self._backlog = backlog
         self._threads = ThreadPoolExecutor(NUM_DECODE_THREADS, thread_name_prefix="gateway-decode")
@@ -85,6 +91,7 @@ class Admission:
         place: the row without content. build: decodes and checks `num_bytes` of body; a UserError that it raises
         becomes the row's failure.
         """
+        bind_context(request_id=place.request_id)
         try:
             draft = await self.run(build, num_bytes=num_bytes)
         except UserError as refusal:
@@ -93,6 +100,7 @@ class Admission:
 
     async def submit_checked(self, place: NewRequest, draft: Draft) -> RequestId:
         """`submit` for content that was checked already."""
+        bind_context(request_id=place.request_id)
         row = await self._filled(place, draft)
         is_new = await self._store.requests.add(row)
         phase(Phase.QUEUED, request_id=row.request_id)
@@ -105,6 +113,9 @@ class Admission:
 
     async def submit_refused(self, place: NewRequest, refusal: UserError) -> RequestId:
         """The id of a request that fails with `refusal` through its future."""
+        bind_context(request_id=place.request_id)
+        log.debug("request refused at admission", kind=place.kind.value, error=type(refusal).__name__)
+        self._metrics.refused_at_admission.labels(place.pool, place.kind.value).inc()
         return await self._store.requests.enqueue(refused(place, refusal))
 
     async def submit_model(
@@ -114,6 +125,7 @@ class Admission:
 
         A replay changes nothing and gets the id of the first. max_alive: its tenant's quota of runs.
         """
+        bind_context(request_id=place.request_id)
         request_id = await self._store.models.create(model, await self._filled(place, draft), max_alive=max_alive)
         phase(Phase.QUEUED, request_id=request_id)
         return request_id

@@ -33,6 +33,7 @@ from treadle.gateway.named_losses import LossReviews
 from treadle.gateway.quotas import TenantQuotas
 from treadle.gateway.signing import Signer
 from treadle.store.policy_watch import PolicyWatch
+from treadle.telemetry.context import bind_context
 
 T = TypeVar("T")
 
@@ -74,12 +75,14 @@ class Gateway:
             pools=deps.pools,
             clock=deps.clock,
         )
-        self.admission = Admission(store=deps.store, blobs=deps.blobs, backlog=self.backlog)
+        self.admission = Admission(store=deps.store, blobs=deps.blobs, backlog=self.backlog, metrics=deps.metrics)
         self.tokenizers = Tokenizers()
         self.text_sessions = TextSessions()
+        self._end_showing: Callable[[], None] = lambda: None
 
     async def start(self) -> None:
         """Listen to committed rows. Called once, on the event loop that serves."""
+        self._end_showing = self.deps.metrics.on_scrape(self._show_held)
         if self.deps.policies is None:
             await self.policies.start()
         await self.hub.start()
@@ -87,6 +90,7 @@ class Gateway:
 
     async def stop(self) -> None:
         """Let every waiter go and end the threads. Idempotent."""
+        self._end_showing()
         await self.backlog.stop()
         await self.loss_reviews.stop()
         await self.hub.stop()
@@ -95,9 +99,15 @@ class Gateway:
             await self.policies.stop()
         self.admission.close()
 
+    def _show_held(self) -> None:
+        held = self.deps.metrics.held_calls
+        held.labels(until="result").set(self.hub.num_waiters)
+        held.labels(until="room").set(self.backlog.num_waiting)
+
     async def caller(self, request: Request) -> Principal:
         """Who sent a request that reads. Raises Unauthenticated."""
         principal = await self.logged_in(request, self.auth.principal)
+        bind_context(tenant_id=principal.tenant_id)
         room_of(request.scope).caller_is(
             principal.tenant_id, ask_again=lambda: self.logged_in(request, self.auth.principal)
         )

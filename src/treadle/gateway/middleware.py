@@ -18,7 +18,7 @@ from treadle.errors import InvalidToken, NotFound, TreadleError, Unauthenticated
 from treadle.gateway.answers import json_response
 from treadle.gateway.bodies import ROOM, BodyRoom, Room
 from treadle.gateway.routing import ROUTE_TEMPLATE
-from treadle.telemetry.logs import get_logger
+from treadle.telemetry.logs import get_logger, log_context
 from treadle.telemetry.metrics import Metrics
 
 log = get_logger(__name__)
@@ -51,6 +51,12 @@ class ErrorMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        call_id = secrets.token_hex(8)
+        with log_context(call_id=call_id):
+            await self._answer(scope, receive, send, call_id)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, call_id: str) -> None:
+        """call_id: of this HTTP call, in all of its log lines; a client that meets a bug of ours is told it."""
         started_at = time.perf_counter()
         status = 0
         room = scope[ROOM] = Room(self._body_room)
@@ -67,6 +73,7 @@ class ErrorMiddleware:
             # Nobody is left to answer.
             log.debug("client went away", method=scope["method"])
         except TreadleError as error:
+            self._metrics.refused_calls.labels(error=type(error).__name__, status=str(error.status)).inc()
             if status:
                 raise
             if error.status >= 500:
@@ -74,12 +81,11 @@ class ErrorMiddleware:
             body = {"detail": error.message, "category": error.category}
             await json_response(body, status=error.status, headers=_headers_of(error))(scope, receive, counting_send)
         except Exception as error:
-            error_id = secrets.token_hex(8)
-            log.error("request failed unexpectedly", exc=error, path=_template(scope), error_id=error_id)
+            log.error("request failed unexpectedly", exc=error, path=_template(scope), error_id=call_id)
             self._metrics.caught_errors.labels(boundary="middleware").inc()
             if status:
                 raise
-            body = {"detail": "internal error", "category": "server", "error_id": error_id}
+            body = {"detail": "internal error", "category": "server", "error_id": call_id}
             await json_response(body, status=500)(scope, receive, counting_send)
         finally:
             room.give_back()

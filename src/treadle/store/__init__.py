@@ -5,5 +5,6 @@ from __future__ import annotations
 from treadle.store.pools import PoolReport
 from treadle.store.sampling import Completion
 from treadle.store.store import Store
+from treadle.store.writer import CommitReport
 
-__all__ = ["Completion", "PoolReport", "Store"]
+__all__ = ["CommitReport", "Completion", "PoolReport", "Store"]

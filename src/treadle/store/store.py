@@ -58,7 +58,7 @@ from treadle.store.token_verdicts import TokenVerdicts
 from treadle.store.traces import Traces
 from treadle.store.upkeep import Upkeep
 from treadle.store.usage import Usage
-from treadle.store.writer import Writer
+from treadle.store.writer import CommitReport, Writer
 
 
 class Store:
@@ -158,6 +158,15 @@ class Store:
         if self._notifier is not None:
             await self._notifier.close()
         await self._database.close()
+
+    def on_commit(self, callback: Callable[[CommitReport], None]) -> None:
+        """Call back behind each transaction of the writer, on the event loop. One callback; the last one counts."""
+        self._writer.on_commit = callback
+
+    @property
+    def num_pending_writes(self) -> int:
+        """Writes that wait for the next transaction."""
+        return self._writer.num_pending
 
     async def ping(self) -> None:
         """Return when the database answers; else raise StoreUnavailable."""

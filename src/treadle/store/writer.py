@@ -9,6 +9,7 @@ are applied in the order they came.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,15 @@ _MAX_TRIES = 5
 
 BatchWrite: TypeAlias = Callable[[sa.Connection, Sequence[I]], Sequence[T]]
 """Writes many items at once and returns one value per item, in order."""
+
+
+@dataclass(frozen=True, slots=True)
+class CommitReport:
+    """One transaction: how many writes it took together, how long it took, whether it is durable."""
+
+    num_writes: int
+    seconds: float
+    is_durable: bool
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,6 +71,8 @@ class Writer:
         self._has_work = asyncio.Event()
         self._is_closing = False
         self._outage = Outage(database.dialect, "writes")
+        # Called on the event loop behind each transaction.
+        self.on_commit: Callable[[CommitReport], None] = lambda _: None
         self._task = asyncio.create_task(self._run(), name="store-writer")
 
     async def run(self, write: Callable[[sa.Connection], T], *, after_commit: Callable[[T], None] | None = None) -> T:
@@ -78,6 +90,11 @@ class Writer:
         """Like `run`, for a write that handles neighbours of its kind in one call: what it returned for `item`."""
         result: T = await self._submit(write, item, after_commit)
         return result
+
+    @property
+    def num_pending(self) -> int:
+        """Writes that wait for the next transaction."""
+        return len(self._pending)
 
     async def close(self) -> None:
         """Commit what waits, then stop. Idempotent."""
@@ -118,9 +135,11 @@ class Writer:
             is_applied = True
             return answers
 
+        began = time.perf_counter()
         try:
             values = await self._database.write(apply)
         except Exception as error:  # noqa: BLE001 (handed to the callers whose writes failed)
+            self.on_commit(CommitReport(len(group), time.perf_counter() - began, is_durable=False))
             if num_tries < _MAX_TRIES and self._may_pass(error, is_applied=is_applied):
                 await self._commit(group, num_tries=num_tries + 1)
             elif len(group) > 1 and not is_applied and self._database.dialect.outage(error) is None:
@@ -133,6 +152,7 @@ class Writer:
                 self._reject(group, error)
             return
         self._outage.is_over()
+        self.on_commit(CommitReport(len(group), time.perf_counter() - began, is_durable=True))
         for pending, value in zip(group, values, strict=True):
             pending.resolve(value)
 

@@ -6,6 +6,7 @@
 It refuses to know what is logged, and configures nothing at import: `configure_logging` is called once, by the process
 that owns standard error. Invariants: an event without a traceback is exactly one line, whatever its fields contain; and
 no line has more than the prefix of what looks like a key or a token, tracebacks and other libraries' lines included.
+Which request, run or cycle a line belongs to is bound once (context.py), not passed to every event.
 """
 
 from __future__ import annotations
@@ -14,15 +15,14 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
-from types import MappingProxyType
+from collections.abc import Mapping
 from typing import Literal, TextIO
 
 from treadle.masking import masked
+from treadle.telemetry.context import bind_context, current_context, log_context
 
-_CONTEXT: ContextVar[Mapping[str, object]] = ContextVar("treadle_log_context", default=MappingProxyType({}))
+__all__ = ["Logger", "bind_context", "configure_logging", "get_logger", "log_context"]
+
 _ROOT = "treadle"
 _FIELDS = "treadle_fields"
 
@@ -50,23 +50,13 @@ class Logger:
 
     def _write(self, level: int, event: str, fields: Mapping[str, object], exc: BaseException | None = None) -> None:
         if self._logger.isEnabledFor(level):
-            extra = {_FIELDS: {**_CONTEXT.get(), **fields}}
+            extra = {_FIELDS: {**current_context(), **fields}}
             self._logger.log(level, "%s", event, extra=extra, exc_info=exc)
 
 
 def get_logger(name: str) -> Logger:
     """The logger of a module; pass `__name__`."""
     return Logger(logging.getLogger(name))
-
-
-@contextmanager
-def log_context(**fields: object) -> Iterator[None]:
-    """Adds `fields` to every event written inside the block, in this thread or task and those it starts."""
-    token = _CONTEXT.set({**_CONTEXT.get(), **fields})
-    try:
-        yield
-    finally:
-        _CONTEXT.reset(token)
 
 
 def configure_logging(
@@ -97,7 +87,7 @@ class _JsonFormatter(logging.Formatter):
             "logger": record.name,
             "event": record.getMessage(),
         }
-        event.update(getattr(record, _FIELDS, {}))
+        event.update(_fields_of(record))
         if record.exc_info:
             event["traceback"] = self.formatException(record.exc_info)
         return masked(json.dumps(event, default=str))
@@ -107,11 +97,17 @@ class _ConsoleFormatter(logging.Formatter):
     """`time level event key=value ...`; a traceback follows on lines of its own."""
 
     def format(self, record: logging.LogRecord) -> str:
-        fields = getattr(record, _FIELDS, {})
+        fields = _fields_of(record)
         parts = [_timestamp(record), f"{record.levelname.lower():<7}", " ".join(record.getMessage().splitlines())]
         parts += [f"{key}={_plain(value)}" for key, value in fields.items()]
         line = " ".join(parts)
         return masked(line + "\n" + self.formatException(record.exc_info) if record.exc_info else line)
+
+
+def _fields_of(record: logging.LogRecord) -> Mapping[str, object]:
+    """Ours bring theirs along; a line of another library is written where it came to be, with what is bound there."""
+    fields: Mapping[str, object] | None = getattr(record, _FIELDS, None)
+    return current_context() if fields is None else fields
 
 
 def _timestamp(record: logging.LogRecord) -> str:

@@ -23,6 +23,7 @@ from treadle.gateway.context import Gateway, gateway_of
 from treadle.gateway.routing import Resource
 from treadle.gateway.waiting import why_queued
 from treadle.store import Completion
+from treadle.telemetry.context import bind_context
 from treadle.wire.answers import EmptyAnswer, ErrorAnswer
 from treadle.wire.answers_results import CompletionsAnswer, QueuedAnswer, ResultAnswer
 from treadle.wire.bodies import CancelFutureBody, RetrieveFutureBody, RetrieveFuturesBody, parse_body
@@ -62,6 +63,7 @@ async def retrieve_future(request: Request) -> Response:
     body = parse_body(RetrieveFutureBody, await read_body(request, limit_bytes=MAX_JSON_BYTES))
     request_id = RequestId(body.request_id)
     future = await gateway.hub.future(request_id, principal.tenant_id, hold_s=gateway.settings.hold_s)
+    bind_context(request_id=request_id)
     match future.state:
         case RequestState.QUEUED:
             return await _still_queued(gateway, request_id)

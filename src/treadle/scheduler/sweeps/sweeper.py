@@ -7,6 +7,7 @@ end anywhere, and another server may do the same at the same time; one that fail
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Sequence
 
 from treadle.blobs import BlobStore
@@ -79,6 +80,7 @@ class Sweeper:
             ("rates", self._rates),
         )
         counts = {}
+        began = time.perf_counter()
         for name, work in sweeps:
             try:
                 counts[name] = await work(self._clock())
@@ -88,7 +90,11 @@ class Sweeper:
             except Exception as error:  # noqa: BLE001 (background sweep: what is left is swept the next time)
                 log.error("sweep failed", what=name, exc=error)
                 self._metrics.caught_errors.labels("sweep").inc()
+        self._metrics.sweep_seconds.observe(time.perf_counter() - began)
+        self._metrics.last_sweep.set(time.time())
         swept = {name: count for name, count in counts.items() if count}
+        for name, count in swept.items():
+            self._metrics.swept.labels(what=name).inc(count)
         if swept:
             log.info("swept", **swept)
         return counts

@@ -1,0 +1,42 @@
+"""Numbers of the whole server: what the store's writer does, what pools are like at a scrape.
+
+It refuses to know how they are shown. Invariant: nothing here waits, and a scrape costs no query.
+"""
+
+from __future__ import annotations
+
+from treadle.server_pools import ServedPools
+from treadle.store import CommitReport, Store
+from treadle.telemetry.metrics import Metrics
+
+
+def count_store(metrics: Metrics, store: Store) -> None:
+    """Count what this process commits from now on."""
+    used = metrics.used
+    store.events.on_used(lambda base_model, kind, amount: used.labels(kind, base_model).inc(amount))
+
+    def committed(report: CommitReport) -> None:
+        if not report.is_durable:
+            metrics.store_failed_commits.inc()
+            return
+        metrics.store_commit_seconds.observe(report.seconds)
+        metrics.store_commit_writes.observe(report.num_writes)
+
+    store.on_commit(committed)
+    metrics.on_scrape(lambda: metrics.store_pending_writes.set(store.num_pending_writes))
+
+
+def show_pools(metrics: Metrics, pools: ServedPools) -> None:
+    """Show at each scrape how the pools are."""
+    shown: set[str] = set()
+
+    def refresh() -> None:
+        views = {str(view.name): view for view in pools.views()}
+        for pool in shown - views.keys():
+            metrics.pool_ready.remove(pool)
+        for pool, view in views.items():
+            metrics.pool_ready.labels(pool).set(view.is_ready)
+        shown.clear()
+        shown.update(views)
+
+    metrics.on_scrape(refresh)
