@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from treadle.config import bundled_model_dir
-from treadle.domain.ids import BlobKey, ModelId, op_request_id
+from treadle.domain.ids import BlobKey, ModelId, SamplingSessionId, op_request_id
 from treadle.domain.losses import resolve_loss
 from treadle.domain.ops import (
     AdamParams,
@@ -49,6 +49,9 @@ class MemoryBlobs:
             raise NotFound(f"there is no blob {key}")
         return self.blobs[key]
 
+    def exists(self, key: str) -> bool:
+        return key in self.blobs
+
 
 def model_id(index: int = 0) -> ModelId:
     return ModelId(f"session:train:{index}")
@@ -81,6 +84,11 @@ def save(run: ModelId, seq_id: int) -> SaveWeightsOp:
 
 def publish(run: ModelId, seq_id: int) -> SaveForSamplerOp:
     return SaveForSamplerOp(run, seq_id, name=f"at-{seq_id}")
+
+
+def hand_off(run: ModelId, seq_id: int) -> SaveForSamplerOp:
+    """A save without a name, as save_weights_and_get_sampling_client sends it."""
+    return SaveForSamplerOp(run, seq_id, sampling_session_id=SamplingSessionId(f"session:sample:{seq_id}"))
 
 
 def item(
@@ -154,6 +162,7 @@ def new_driver(
     micro_batch_tokens: int = 0,
     parking_dir: Path | None = None,
     max_resident_bytes: int = 0,
+    staging_dir: Path | None = None,
     clock: ManualClock | None = None,
 ) -> Driver:
     """A fresh worker on the bundled model; several of them may share the blobs, as processes do."""
@@ -170,6 +179,7 @@ def new_driver(
         micro_batch_tokens=micro_batch_tokens,
         parking_dir=parking_dir,
         max_resident_bytes=max_resident_bytes,
+        staging_dir=staging_dir,
         clock=(clock or ManualClock()).monotonic,
     )
     return Driver(worker)

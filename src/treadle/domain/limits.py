@@ -51,6 +51,12 @@ PARK_AFTER_S = 60.0
 # Encoded snapshots that wait for the disk, in bytes: beside these the next run waits for its turn, and training goes
 # on. A snapshot larger than this waits alone.
 MAX_UNWRITTEN_SNAPSHOT_BYTES = 256 * 2**20
+# Sampler versions that one worker keeps in shared memory of its machine: one of an 8B model at rank 32 (350 MB). A
+# larger one waits alone; without room a save is answered when its blob is durable. Each that waits holds a file open.
+MAX_STAGED_BYTES = 512 * 2**20
+MAX_STAGED_FILES = 256
+# How long weights that neither memory nor the blob store has may be on their way from another machine.
+WEIGHTS_ON_THEIR_WAY_S = 30.0
 # A worker that has work and says nothing for this long is hung, unless it was predicted to take a tenth of it or more.
 HANG_AFTER_S = 60.0
 # So much longer than predicted may a cycle take before its worker counts as hung.

@@ -35,6 +35,8 @@ class Phase(StrEnum):
     SAVE = "save"
     SAVE_FOR_SAMPLER = "save for sampler"
     SAVE_EXTERNAL = "save external"
+    # Worker: a version that its save was answered for from memory is about to be written durably.
+    WRITE_BEHIND = "write behind"
     LOAD = "load"
     # Worker: a run's state was read back, the ops behind it are to come.
     RESTORED = "restored"

@@ -1,4 +1,4 @@
-"""The two things a worker does with blobs. Any blob store fits; the worker never learns which one it is."""
+"""What a worker does with blobs. Any blob store fits; the worker never learns which one it is."""
 
 from __future__ import annotations
 
@@ -12,4 +12,8 @@ class BlobIO(Protocol):
 
     def read(self, key: str) -> bytes:
         """The bytes under `key`. Raises NotFound when there are none."""
+        ...
+
+    def exists(self, key: str) -> bool:
+        """Whether `key` can be read."""
         ...

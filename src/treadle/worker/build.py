@@ -17,6 +17,7 @@ from treadle.sampler.builtin import open_sampler
 from treadle.telemetry.logs import get_logger
 from treadle.worker.blob_io import BlobIO
 from treadle.worker.guarded_sampler import GuardedSampler
+from treadle.worker.handoff import Handoff
 from treadle.worker.modelscope_hub import fetch_from_modelscope
 from treadle.worker.parking import FileShelf, PinnedShelf, Shelf
 from treadle.worker.slots import ParkingRules
@@ -51,12 +52,15 @@ def build_worker(
     parking_dir: Path | None = None,
     park_after_s: float = PARK_AFTER_S,
     max_resident_bytes: int = 0,
+    staging_dir: Path | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Worker:
     """A worker with its base model loaded. 0 for the three sizes means: choose from model and device.
 
     parking_dir: where idle runs are parked, None for nowhere; max_resident_bytes: of runs, 0 for no limit.
-    Raises ConfigError when the model cannot be loaded or its architecture is not supported.
+    staging_dir: memory of this machine as a directory, for versions on their way to the blobs; None: they go there
+    first. Raises ConfigError when the model cannot be loaded, its architecture is not supported, or that directory
+    cannot be used.
     """
     device = _chosen_device(device)
     if hub == "modelscope" and not Path(source).is_dir():
@@ -81,6 +85,7 @@ def build_worker(
         sampler=GuardedSampler(lambda: open_sampler(base, limits=limits)),
         blobs=blobs,
         limits=passes,
+        handoff=Handoff(blobs, staging_dir=staging_dir),
         parking=_parking_rules(base, parking_dir, park_after_s, max_resident_bytes),
         clock=clock,
     )

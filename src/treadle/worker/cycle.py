@@ -53,6 +53,7 @@ from treadle.worker.blob_io import BlobIO
 from treadle.worker.device_loss import reraise_if_device_is_lost
 from treadle.worker.encryption import encrypted
 from treadle.worker.failures import MustRestore, failure_of, internal_failure, must_restore
+from treadle.worker.handoff import Handoff
 from treadle.worker.micro_batches import MicroBatches, check_fits
 from treadle.worker.open_pass import OpenPass
 from treadle.worker.restoring import restore_run
@@ -77,11 +78,21 @@ class _DueStep:
 class CycleRunner:
     """Executes cycles one after another; passes that are spread over cycles wait in it for their next part."""
 
-    def __init__(self, *, base: BaseModel, slots: Slots, versions: Versions, blobs: BlobIO, limits: PassLimits) -> None:
+    def __init__(
+        self,
+        *,
+        base: BaseModel,
+        slots: Slots,
+        versions: Versions,
+        blobs: BlobIO,
+        handoff: Handoff,
+        limits: PassLimits,
+    ) -> None:
         self._base = base
         self._slots = slots
         self._versions = versions
         self._blobs = blobs
+        self._handoff = handoff
         self._micro_batches = MicroBatches(base, limits, make_room=self._make_room)
         self._open_passes: dict[RequestId, OpenPass] = {}
         # Steps whose runs are on the device and must stay there until they are taken.
@@ -166,7 +177,7 @@ class CycleRunner:
         return make()
 
     def _make_room(self) -> None:
-        """Free what nobody needs at this moment: runs can come back, versions are in their blobs."""
+        """Free what nobody needs at this moment: runs can come back, versions can be read again."""
         self._slots.park_all(busy=self.busy_runs)
         self._versions.forget_all()
 
@@ -219,9 +230,11 @@ class CycleRunner:
             case OptimStepOp():
                 raise AssertionError("steps are taken together, not alone")
             case SaveWeightsOp():
-                return self._save(op.model_id, op.seq_id, item.item.blob_key, with_optimizer=True)
+                return self._save(op, item.item.blob_key, self._blobs.write)
             case SaveForSamplerOp():
-                saved = self._save(op.model_id, op.seq_id, item.item.blob_key, with_optimizer=False)
+                # A name promises that the weights stay whatever happens; without one they are for the next samples.
+                write = self._handoff.keep if op.name is None else self._blobs.write
+                saved = self._save(op, item.item.blob_key, write)
                 self._keep_version(op.model_id, saved.blob_key)
                 return saved
             case SaveExternalOp():
@@ -243,13 +256,16 @@ class CycleRunner:
         self._slots.put(state, StateTag(op.model_id, incarnation=incarnation, applied_seq=op.seq_id))
         return ModelResult(op.model_id)
 
-    def _save(self, model_id: ModelId, seq_id: int, key: BlobKey | None, *, with_optimizer: bool) -> BlobResult:
+    def _save(
+        self, op: SaveWeightsOp | SaveForSamplerOp, key: BlobKey | None, write: Callable[[str, bytes], int]
+    ) -> BlobResult:
         assert key is not None, "the scheduler assigns a key to every save"
-        state = self._state(model_id)
-        data = encode_state(state, self._base, with_optimizer=with_optimizer, applied_seq=seq_id)
-        name = phases.Phase.SAVE if with_optimizer else phases.Phase.SAVE_FOR_SAMPLER
-        phases.phase(name, model_id=model_id, seq_id=seq_id)
-        return BlobResult(blob_key=key, num_bytes=self._blobs.write(key, data), lora=state.spec)
+        state = self._state(op.model_id)
+        is_whole = isinstance(op, SaveWeightsOp)
+        data = encode_state(state, self._base, with_optimizer=is_whole, applied_seq=op.seq_id)
+        name = phases.Phase.SAVE if is_whole else phases.Phase.SAVE_FOR_SAMPLER
+        phases.phase(name, model_id=op.model_id, seq_id=op.seq_id)
+        return BlobResult(blob_key=key, num_bytes=write(key, data), lora=state.spec)
 
     def _export(self, op: SaveExternalOp, key: BlobKey | None) -> BlobResult:
         """The run's weights as a PEFT directory; encrypted before a byte of it is written."""

@@ -1,7 +1,7 @@
 """Adapter versions that samples read: immutable copies, by the key of the blob that holds them.
 
-A publish puts its copy here, so the first sample after it reads memory; anything else is read from its blob
-once and kept while there is room. Dropping a version loses nothing: its blob remains.
+A publish puts its copy here, so the first sample after it reads memory; anything else is read once, from where its
+trainer left it on this machine or from its blob, and kept while there is room. Dropping a version loses nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from treadle.domain.ids import BlobKey
 from treadle.engine.adapter import AdapterWeights
 from treadle.engine.base_model import BaseModel
 from treadle.engine.files import decode_weights
-from treadle.worker.blob_io import BlobIO
+from treadle.worker.handoff import Handoff
 
 # Versions kept in memory, least recently used dropped first. A rank-32 adapter of the bundled model is about 1 MB,
 # of an 8B model 350 MB in float32; the byte bound below is what holds there.
@@ -23,9 +23,9 @@ MAX_VERSION_BYTES = 2 * 2**30
 class Versions:
     """A bounded cache from blob key to adapter weights. Not thread-safe."""
 
-    def __init__(self, base: BaseModel, blobs: BlobIO) -> None:
+    def __init__(self, base: BaseModel, handoff: Handoff) -> None:
         self._base = base
-        self._blobs = blobs
+        self._handoff = handoff
         self._by_key: OrderedDict[BlobKey, AdapterWeights] = OrderedDict()
         self._num_bytes = 0
 
@@ -34,13 +34,13 @@ class Versions:
         self._keep(key, weights.copy())
 
     def get(self, key: BlobKey) -> AdapterWeights:
-        """The version under `key`, read from its blob when needed.
+        """The version under `key`, read when needed.
 
-        Raises NotFound when there is no such blob, InvalidRequest when it does not fit the base model.
+        Raises as Handoff.read when it cannot be had, InvalidRequest when it does not fit the base model.
         """
         weights = self._by_key.get(key)
         if weights is None:
-            weights = decode_weights(self._blobs.read(key), self._base)
+            weights = decode_weights(self._handoff.read(key), self._base)
             self._keep(key, weights)
         self._by_key.move_to_end(key)
         return weights

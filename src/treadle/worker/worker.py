@@ -23,11 +23,15 @@ from treadle.worker.blob_io import BlobIO
 from treadle.worker.cycle import CycleRunner
 from treadle.worker.device_loss import reraise_if_device_is_lost
 from treadle.worker.failures import failure_of, internal_failure
+from treadle.worker.handoff import Handoff
 from treadle.worker.slots import ParkingRules, Slots
 from treadle.worker.versions import Versions
 from treadle.worker.work import DecodedCycle, DecodedSample
 
 log = get_logger(__name__)
+
+# Less than an executor waits for a worker that is told to stop.
+LAST_WRITES_S = 7.0
 
 
 class Worker:
@@ -40,20 +44,24 @@ class Worker:
         sampler: Sampler,
         blobs: BlobIO,
         limits: PassLimits,
+        handoff: Handoff | None = None,
         parking: ParkingRules | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """handoff: where versions without a name go; None: to the blobs, before their save is answered."""
         self._base = base
         self._sampler = sampler
         self._blobs = blobs
         self._slots = Slots(base, parking, clock=clock)
-        self._versions = Versions(base, blobs)
+        self._handoff = handoff or Handoff(blobs)
+        self._versions = Versions(base, self._handoff)
         self._token = 0
         self._runner = CycleRunner(
             base=base,
             slots=self._slots,
             versions=self._versions,
             blobs=blobs,
+            handoff=self._handoff,
             limits=limits,
         )
         self._refused: list[SampleOutcome] = []
@@ -158,6 +166,10 @@ class Worker:
         if self._sampler.has_work:
             phases.phase(phases.Phase.SAMPLING)
         return (*refused, *finished)
+
+    def close(self) -> None:
+        """The worker is to end: make durable what its saves were answered for, for so long as an end may take."""
+        self._handoff.close(LAST_WRITES_S)
 
     def sampled_parts(self) -> tuple[SampledPart, ...]:
         """What running samples that somebody watches have got since the last call."""
