@@ -1,8 +1,8 @@
 """Blobs as objects of a bucket (S3 and what speaks its protocol, Google Cloud Storage), through obstore.
 
 It refuses to know rows, checkpoints and formats, and the credentials: obstore takes those from the environment, as the
-provider's own tools do. Invariant: an object under its key is complete; the service makes a finished upload visible
-at once, and keeps nothing readable of one that did not finish.
+provider's own tools do, or asks for those of a file (bucket_urls.py). Invariant: an object under its key is complete;
+the service makes a finished upload visible at once, and keeps nothing readable of one that did not finish.
 
 A small object is created on the condition that its key is free. An upload in parts knows no such condition, so a
 large one is preceded by a look: of two writers that name one large blob at the same moment, both could succeed.
@@ -15,12 +15,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import ObjectStore, from_url
 
 from treadle.blobs.base import BlobInfo, checked_key
+from treadle.blobs.bucket_urls import BucketUrl, parse_bucket_url, read_credentials
 from treadle.errors import ConfigError, NotFound, ServerError, StoreUnavailable
 from treadle.telemetry.logs import get_logger
 
@@ -41,11 +43,18 @@ class ObjectBlobs:
 
     @staticmethod
     def at(url: str) -> ObjectBlobs:
-        """The blobs below s3://BUCKET/PREFIX or gs://BUCKET/PREFIX. Nothing is connected yet. Raises ConfigError."""
+        """The blobs below s3://BUCKET/PREFIX or gs://BUCKET/PREFIX, with the options of bucket_urls.py.
+
+        Nothing is connected yet. Raises ConfigError.
+        """
+        place = parse_bucket_url(url)
+        options = _options_of(place)
         try:
-            return ObjectBlobs(from_url(url, retry_config={"retry_timeout": timedelta(seconds=RETRY_S)}))
+            return ObjectBlobs(
+                from_url(place.bare, retry_config={"retry_timeout": timedelta(seconds=RETRY_S)}, **options)
+            )
         except (BaseError, ValueError) as error:
-            raise ConfigError(f"blobs cannot be kept at {url!r}: {_first_line(error)}") from error
+            raise ConfigError(f"blobs cannot be kept at {place.bare!r}: {_first_line(error)}") from error
 
     def write(self, key: str, data: bytes | bytearray | memoryview) -> int:
         """See `BlobStore.write`; for large blobs see the module."""
@@ -140,6 +149,21 @@ class ObjectBlobs:
         except FileNotFoundError:
             return False
         return True
+
+
+def _options_of(place: BucketUrl) -> dict[str, Any]:
+    """What a bucket's URL says, as obstore takes it. Raises ConfigError for a file without credentials."""
+    options: dict[str, Any] = {}
+    config = {"aws_endpoint": place.endpoint, "aws_region": place.region}
+    if any(config.values()):
+        options["config"] = {name: value for name, value in config.items() if value is not None}
+    if place.endpoint is not None and place.endpoint.startswith("http://"):
+        options["client_options"] = {"allow_http": True}
+    if place.credentials_file is not None:
+        file = place.credentials_file
+        read_credentials(file)
+        options["credential_provider"] = lambda: read_credentials(file)
+    return options
 
 
 def _exists_already(key: str) -> ServerError:

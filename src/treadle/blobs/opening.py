@@ -14,7 +14,7 @@ _BUCKET_SCHEMES = ("s3", "gs")
 
 
 def open_blobs(place: str | Path, *, create: bool = True) -> BlobStore:
-    """The blob store at a directory path, a file:// URL, or s3://BUCKET/PREFIX and gs://BUCKET/PREFIX.
+    """The blob store at a directory path, a file:// URL, or s3://BUCKET/PREFIX and gs://BUCKET/PREFIX with options.
 
     A directory is created when missing, unless `create` is False; a bucket is not looked at. Raises ConfigError for
     anything else, or without the library that a bucket needs, and StoreUnavailable when the directory cannot be used.

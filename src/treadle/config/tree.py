@@ -193,7 +193,9 @@ class BlobSettings(Section):
     """Where checkpoints, snapshots and large requests are kept."""
 
     url: str = ""
-    """A directory, shared by all servers of one database; empty means `blobs` in the data directory."""
+    """A directory that all servers of one database and their workers share, or a bucket, which needs the extra
+    `object-store`: `gs://BUCKET/PREFIX` or `s3://BUCKET/PREFIX`, where `?endpoint=http://minio:9000`, `region` and
+    `credentials_file` (of the form of AWS's tools) may follow. Empty: `blobs` in the data directory."""
 
 
 class RetentionSettings(Section):
