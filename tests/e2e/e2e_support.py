@@ -17,10 +17,10 @@ from typing import IO, Any
 
 import httpx
 import tinker
+from backends import ready_s, settings_of
 from tinker import types
 
 MODEL = "treadle/tiny"
-READY_S = 60.0
 
 
 def free_port() -> int:
@@ -55,7 +55,7 @@ class ServerProcess:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._args = list(args)
-        self._env = {"TREADLE_WORKER__SPARE": "false", **(env or {})}
+        self._env = {"TREADLE_WORKER__SPARE": "false", **settings_of(data_dir), **(env or {})}
         self._on_log = on_log
         self._lines: queue.Queue[str] = queue.Queue()
         self.process: subprocess.Popen[str] | None = None
@@ -92,7 +92,7 @@ class ServerProcess:
 
     def wait_ready(self) -> None:
         """Return at the ready line."""
-        line = self._lines.get(timeout=READY_S)
+        line = self._lines.get(timeout=ready_s())
         assert line == f"treadle ready: {self.url}", line
 
     def kill(self) -> None:
