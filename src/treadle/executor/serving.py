@@ -85,6 +85,7 @@ class WorkerService:
         while True:
             for message in self._pending(loop):
                 if isinstance(message, Stop):
+                    worker.close()
                     return
                 self._accept(loop, message)
             finished = loop.run_unit()
@@ -164,4 +165,5 @@ def _worker_of(config: WorkerConfig) -> Worker:
         parking_dir=None if config.parking_dir is None else Path(config.parking_dir),
         park_after_s=config.park_after_s,
         max_resident_bytes=config.max_resident_bytes,
+        staging_dir=None if config.staging_dir is None else Path(config.staging_dir),
     )
