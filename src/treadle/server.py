@@ -47,6 +47,7 @@ from treadle.server_pools import ServedPools
 from treadle.store import Store
 from treadle.store.policy_watch import PolicyWatch
 from treadle.store.pool_watch import PoolWatch
+from treadle.telemetry.collector import tracing_to
 from treadle.telemetry.logs import configure_logging, get_logger
 from treadle.telemetry.metrics import Metrics
 
@@ -69,7 +70,8 @@ def run(settings: Settings, *, make_executor: MakeExecutor = LocalExecutor) -> i
     make_executor: a worker that is not started yet, for its configuration.
     """
     configure_logging(level=settings.log.level, style=settings.log.format)
-    with _claimed(settings), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+    loop_factory = uvloop.new_event_loop
+    with _claimed(settings), tracing_to(settings.otel), asyncio.Runner(loop_factory=loop_factory) as runner:
         return runner.run(Server(settings, make_executor=make_executor).serve())
 
 

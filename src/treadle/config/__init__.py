@@ -21,6 +21,7 @@ from treadle.config.sources import (
     origin_of_each_value,
     tinker_api_key,
 )
+from treadle.config.telemetry import OtelSettings
 from treadle.config.tree import (
     AuthMethod,
     AuthSettings,
@@ -49,6 +50,7 @@ __all__ = [
     "ModelSettings",
     "NamedModel",
     "Origin",
+    "OtelSettings",
     "SamplerSettings",
     "SchedulerSettings",
     "ServerSettings",

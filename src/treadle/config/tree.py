@@ -18,6 +18,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from treadle.config.execution import EngineSettings, ExecutorSettings, SamplerSettings, WorkerSettings
 from treadle.config.names import BUNDLED_MODEL, local_dir_of, parse_model, why_name_is_refused
 from treadle.config.section import Section
+from treadle.config.telemetry import OtelSettings
 from treadle.domain import limits
 from treadle.domain.fairness import DEFAULT_WEIGHTS, WeightClass
 from treadle.errors import ConfigError
@@ -368,6 +369,7 @@ class Settings(BaseSettings):
     auth: AuthSettings = AuthSettings()
     losses: LossSettings = LossSettings()
     log: LogSettings = LogSettings()
+    otel: OtelSettings = OtelSettings()
 
     @property
     def database_url(self) -> str:

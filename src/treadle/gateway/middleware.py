@@ -11,6 +11,7 @@ from __future__ import annotations
 import secrets
 import time
 
+from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -18,8 +19,10 @@ from treadle.errors import InvalidToken, NotFound, TreadleError, Unauthenticated
 from treadle.gateway.answers import json_response
 from treadle.gateway.bodies import ROOM, BodyRoom, Room
 from treadle.gateway.routing import ROUTE_TEMPLATE
+from treadle.telemetry.context import current_context
 from treadle.telemetry.logs import get_logger, log_context
 from treadle.telemetry.metrics import Metrics
+from treadle.telemetry.tracing import Span, SpanKind, emit, from_traceparent, is_tracing, new_trace, request_trace
 
 log = get_logger(__name__)
 
@@ -89,13 +92,48 @@ class ErrorMiddleware:
             await json_response(body, status=500)(scope, receive, counting_send)
         finally:
             room.give_back()
-            self._count(scope, status, time.perf_counter() - started_at)
+            seconds = time.perf_counter() - started_at
+            self._count(scope, status, seconds)
+            if is_tracing():
+                _trace(scope, status, seconds)
 
     def _count(self, scope: Scope, status: int, seconds: float) -> None:
         route = _template(scope)
         self._metrics.http_requests.labels(route=route, status=str(status)).inc()
         if route not in LONG_POLLS:
             self._metrics.http_seconds.labels(route=route).observe(seconds)
+
+
+def _trace(scope: Scope, status: int, seconds: float) -> None:
+    """Emit the span of an answered call: a part of its request's trace, if it was about one that is in the queue.
+
+    What the client says in `traceparent` is linked to then; else the call is a part of the client's trace.
+    """
+    route, context, now = _template(scope), current_context(), time.time()
+    if route in TOP_LEVEL:
+        return
+    request_id = context.get("request_id")
+    theirs = from_traceparent(Headers(scope=scope).get("traceparent"))
+    parent = theirs if request_id is None else request_trace(str(request_id))
+    attributes: dict[str, str | int] = {
+        "http.request.method": str(scope["method"]),
+        "http.route": route,
+        "http.response.status_code": status,
+    }
+    attributes |= {f"treadle.{name}": str(value) for name, value in context.items()}
+    emit(
+        Span(
+            name=f"{scope['method']} {route}",
+            at=(new_trace() if parent is None else parent.new_child()),
+            began_at=now - seconds,
+            ended_at=now,
+            parent=parent,
+            kind=SpanKind.SERVER,
+            attributes=attributes,
+            links=() if theirs is None or theirs is parent else (theirs,),
+            error=f"status {status}" if status >= 500 else "",
+        )
+    )
 
 
 class PrefixMiddleware:

@@ -26,6 +26,7 @@ from treadle.gateway.chat.text import Sampled
 from treadle.gateway.chat.weights import Weights, sampling_session_of
 from treadle.gateway.context import Gateway
 from treadle.gateway.intake import pass_limits
+from treadle.telemetry.context import bind_context
 from treadle.wire.bodies import SampleBody, SamplingParamsBody
 from treadle.wire.ops import sample_op
 from treadle.wire.sampled import SampledResult, decode_sample_result
@@ -263,6 +264,8 @@ async def _admitted(
         num_bytes=num_bytes,
     )
     samples = Samples(gateway, principal, [place for place, _ in drafted], asked.prompts)
+    if len(drafted) == 1:
+        bind_context(request_id=drafted[0][0].request_id)
     watch = Watch(gateway, samples.request_ids, num_samples=asked.num_samples) if streams else None
     submitting = [asyncio.create_task(gateway.admission.submit_checked(place, draft)) for place, draft in drafted]
     try:
