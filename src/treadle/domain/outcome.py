@@ -178,9 +178,36 @@ class SnapshotWritten:
     compute_s: float
 
 
+class CyclePart(StrEnum):
+    """What a worker does in a cycle, in this order."""
+
+    RESTORE = "restore"
+    SETUP = "setup"
+    PASSES = "passes"
+    STEPS = "steps"
+    PUBLISH = "publish"
+
+
+@dataclass(frozen=True, slots=True)
+class WorkTiming:
+    """A part of a cycle: when it began on the worker's clock (epoch seconds), and its wall seconds.
+
+    Passes and steps of all runs go together; a restore is of one run, a set-up or a publish of one request.
+    """
+
+    part: CyclePart
+    began_at: float
+    seconds: float
+    model_id: ModelId | None = None
+    request_id: RequestId | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class CycleOutcome:
-    """All ops of one cycle, in plan order. compute_s: wall seconds of the worker; num_forwards: base passes run."""
+    """All ops of one cycle, in plan order. compute_s: wall seconds of the worker; num_forwards: base passes run.
+
+    timings: of its parts; none from a worker that takes no times.
+    """
 
     token: int
     cycle: int
@@ -188,6 +215,7 @@ class CycleOutcome:
     compute_s: float
     num_forwards: int
     restores: tuple[RestoreOutcome, ...] = ()
+    timings: tuple[WorkTiming, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,7 @@ from treadle.executor.messages import (
     ToWorker,
     WorkerConfig,
 )
+from treadle.telemetry.context import bind_context
 from treadle.telemetry.logs import get_logger
 from treadle.worker.build import build_worker
 from treadle.worker.compute import ComputeLoop
@@ -61,6 +62,7 @@ class WorkerService:
 
     def run(self, config: WorkerConfig) -> int:
         """Load the model and serve until told to stop; the exit status."""
+        bind_context(pool=config.base_model)
         try:
             worker = _worker_of(config)
         except Exception as error:  # noqa: BLE001 (worker entry: whatever stops the load must reach the operator)

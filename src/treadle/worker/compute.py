@@ -15,6 +15,7 @@ from treadle.domain.ids import RequestId
 from treadle.domain.limits import PROGRESS_EVERY_S
 from treadle.domain.outcome import CycleOutcome, SampledPart, SampleOutcome
 from treadle.domain.share import DeviceShare, Side, charge, next_side
+from treadle.telemetry.context import log_context
 from treadle.worker.snapshots import SnapshotCall, Snapshots, SnapshotsDone
 from treadle.worker.work import DecodedCycle, DecodedSample
 from treadle.worker.worker import Worker
@@ -114,7 +115,8 @@ class ComputeLoop:
     def _train(self) -> Finished:
         assert self._running is not None
         try:
-            next(self._running.units)
+            with log_context(cycle=self._running.cycle.cycle):
+                next(self._running.units)
         except StopIteration as done:
             self._running = None
             return Finished(cycle=done.value)

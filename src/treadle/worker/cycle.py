@@ -32,6 +32,7 @@ from treadle.domain.ops import (
 from treadle.domain.outcome import (
     BlobResult,
     CycleOutcome,
+    CyclePart,
     Failure,
     ModelResult,
     OpOutcome,
@@ -58,6 +59,7 @@ from treadle.worker.micro_batches import MicroBatches, check_fits
 from treadle.worker.open_pass import OpenPass
 from treadle.worker.restoring import restore_run
 from treadle.worker.slots import Slots
+from treadle.worker.timings import Timings
 from treadle.worker.versions import Versions
 from treadle.worker.work import DecodedCycle, DecodedItem
 
@@ -128,17 +130,19 @@ class CycleRunner:
         self._lost = {}
         self._micro_batches.num_forwards = 0
         restores = []
+        timings = Timings()
         for restore in cycle.restores:
-            restores.append(self._restore(restore))
+            with timings.of(CyclePart.RESTORE, restore.model_id):
+                restores.append(self._restore(restore))
             self._slots.park_over_limit(busy=self.busy_runs)
             yield
         by_phase: dict[Phase, list[DecodedItem]] = {phase: [] for phase in Phase}
         for item in cycle.items:
             by_phase[phase_of(item.item.planned.kind)].append(item)
-        yield from self._run_alone(by_phase[Phase.SETUP])
-        yield from self._run_passes(by_phase[Phase.PASS])
-        yield from self._run_steps(by_phase[Phase.STEP])
-        yield from self._run_alone(by_phase[Phase.PUBLISH])
+        yield from self._run_alone(by_phase[Phase.SETUP], CyclePart.SETUP, timings)
+        yield from timings.over(CyclePart.PASSES, self._run_passes(by_phase[Phase.PASS]))
+        yield from timings.over(CyclePart.STEPS, self._run_steps(by_phase[Phase.STEP]))
+        yield from self._run_alone(by_phase[Phase.PUBLISH], CyclePart.PUBLISH, timings)
         outcomes = tuple(self._outcomes[item.item.planned.request_id] for item in cycle.items)
         return CycleOutcome(
             token=cycle.token,
@@ -147,6 +151,7 @@ class CycleRunner:
             compute_s=time.perf_counter() - started,
             num_forwards=self._micro_batches.num_forwards,
             restores=tuple(restores),
+            timings=tuple(timings.taken),
         )
 
     def _restore(self, restore: RestoreItem) -> RestoreOutcome:
@@ -185,10 +190,12 @@ class CycleRunner:
         """The run's state, on the device. Raises as Slots.state does."""
         return self.with_room(lambda: self._slots.state(model_id))
 
-    def _run_alone(self, items: Sequence[DecodedItem]) -> Iterator[None]:
+    def _run_alone(self, items: Sequence[DecodedItem], part: CyclePart, timings: Timings) -> Iterator[None]:
         """Ops that are not passes, one per piece."""
         for item in items:
-            self._run_one(item)
+            planned = item.item.planned
+            with timings.of(part, planned.model_id, planned.request_id):
+                self._run_one(item)
             self._slots.park_over_limit(busy=self.busy_runs)
             yield
 
