@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -38,8 +38,11 @@ class StartedProcess:
         self.connection.close()
 
 
-def start_process(command: Sequence[str]) -> StartedProcess:
-    """A process that imports what a worker needs and waits for its configuration on the pipe."""
+def start_process(command: Sequence[str], *, environment: Mapping[str, str] | None = None) -> StartedProcess:
+    """A process that imports what a worker needs and waits for its configuration on the pipe.
+
+    environment: the process's own, None for this one's. Raises OSError when the command cannot be run.
+    """
     ours, theirs = Pipe(duplex=True)
     # A session of its own: Ctrl-C reaches the server only, which then drains before it stops the worker.
     process = subprocess.Popen(
@@ -47,6 +50,7 @@ def start_process(command: Sequence[str]) -> StartedProcess:
         pass_fds=[theirs.fileno()],
         stdin=subprocess.DEVNULL,
         start_new_session=True,
+        env=environment,
     )
     theirs.close()
     return StartedProcess(tuple(command), process, ours)
