@@ -28,7 +28,9 @@ from prometheus_client import CollectorRegistry
 from treadle.blobs import BlobStore, open_blobs
 from treadle.config import ModelSettings, Settings, check_bind, is_loopback
 from treadle.domain.ids import PoolName
+from treadle.domain.roles import Role
 from treadle.errors import ConfigError, StoreUnavailable, TreadleError
+from treadle.executor.base import SamplingExecutor
 from treadle.executor.local import LocalExecutor
 from treadle.executor.messages import WorkerConfig
 from treadle.executor.spare import WORKER_COMMAND, Spare
@@ -244,7 +246,7 @@ class Server:
         policies = self._policies
         assert policies is not None, "it is read before there are pools"
 
-        def make_executor() -> LocalExecutor:
+        def make_executor(index: int, role: Role) -> SamplingExecutor:
             return launched.pop() if launched else self._executor(model)
 
         return PoolRunner(

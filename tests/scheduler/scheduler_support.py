@@ -28,10 +28,12 @@ from treadle.domain.outcome import Failure
 from treadle.domain.policy import Policies
 from treadle.domain.quanta import cut_quanta, quantum_tokens
 from treadle.domain.records import FutureRecord, ModelRecord, NewRequest, SamplingSessionRecord, SessionRecord
+from treadle.domain.roles import Role, Scale
 from treadle.domain.states import Category, ModelState, RequestState, SessionState
 from treadle.executor.fake import FakeExecutor
 from treadle.executor.faults import Faults
 from treadle.scheduler.clock_settings import CycleSettings
+from treadle.scheduler.cycle_loop import CycleLoop
 from treadle.scheduler.pool import PoolRunner
 from treadle.store import Store
 from treadle.telemetry.metrics import Metrics
@@ -62,6 +64,8 @@ class Cluster:
         self.faults = Faults()
         self.new_worker: Callable[[BlobStore], FakeExecutor] = lambda blobs: FakeExecutor(blobs, faults=self.faults)
         self.settings = SETTINGS
+        # How many workers the next runner has.
+        self.scale = Scale()
         # What operators decided, as every runner knows it.
         self.policies = Policies()
         self.runner = self._new_runner()
@@ -90,9 +94,10 @@ class Cluster:
             metrics=Metrics(CollectorRegistry()),
             clock=self.clock.now,
             policies=lambda: self.policies,
+            scale=self.scale,
         )
 
-    def _make_executor(self) -> FakeExecutor:
+    def _make_executor(self, _index: int, _role: Role) -> FakeExecutor:
         executor = self.new_worker(self.blobs)
         self.executors.append(executor)
         return executor
@@ -101,6 +106,11 @@ class Cluster:
     def worker(self) -> FakeExecutor:
         """The newest worker."""
         return self.executors[-1]
+
+    def loops(self) -> list[CycleLoop]:
+        """Those of the workers that train, while the pool is led."""
+        crew = self.runner._crew
+        return [] if crew is None else crew._loops()
 
     def start(self) -> None:
         """Lead the pool with a fresh runner, as a restarted server does."""

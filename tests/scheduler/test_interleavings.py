@@ -23,7 +23,7 @@ from treadle.domain.records import SnapshotRecord
 from treadle.domain.states import Category, ModelState
 from treadle.executor.fake import FakeExecutor
 from treadle.executor.faults import Fault, Moment, PlannedFault
-from treadle.scheduler import pool, snapshots
+from treadle.scheduler import slot, snapshots
 from treadle.testing.builders import datum, pass_op, sample_op, step_op
 
 RUN = ModelId("session:train:0")
@@ -33,7 +33,7 @@ OTHER = ModelId("session:train:1")
 @pytest.fixture(autouse=True)
 def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dead workers are replaced without a pause."""
-    monkeypatch.setattr(pool, "RESTART_PAUSES_S", (0.0,))
+    monkeypatch.setattr(slot, "RESTART_PAUSES_S", (0.0,))
 
 
 @pytest.fixture
@@ -134,7 +134,7 @@ async def test_2_of_two_leaders_only_the_newer_one_applies_an_op(cluster: Cluste
     assert (await step_metrics(cluster, stepped))["num_steps"] == 2
     Held.go.set()
     await cluster.run(backward(5), step_op(6))
-    assert old._cycles is None, "it stands by"
+    assert old._crew is None, "it stands by"
     old.drain()
     assert old_task is not None
     await old_task
@@ -197,7 +197,7 @@ async def test_4_a_gradient_that_has_grown_too_long_is_part_of_the_snapshot(
     for run in (RUN, OTHER):
         await cluster.run(backward(1, run=run), step_op(2, model_id=run), backward(3, run=run))
     monkeypatch.setattr(snapshots, "MAX_REPLAY_BYTES", 1)
-    loop = cluster.runner._cycles
+    (loop,) = cluster.loops()
     assert loop is not None
     loop._snapshotter._budget._max_replay_bytes = 1
     await cluster.run(backward(4))
@@ -252,7 +252,7 @@ async def test_7_a_run_that_was_put_away_comes_back_as_it_was(cluster: Cluster) 
     await both(cluster)
     for run in (RUN, OTHER):
         await cluster.run(backward(1, run=run), step_op(2, model_id=run), backward(3, run=run))
-    loop = cluster.runner._cycles
+    (loop,) = cluster.loops()
     assert loop is not None
     loop.park_cold([RUN])
     snapshot = await registered_at(cluster, 3)

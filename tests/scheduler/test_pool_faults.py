@@ -20,7 +20,7 @@ from treadle.domain.states import Category, ModelState
 from treadle.errors import ServerError, StoreUnavailable, WorkerDied
 from treadle.executor.base import DeathCallback, SamplesCallback
 from treadle.executor.fake import FakeExecutor
-from treadle.scheduler import committing, cycle_loop, pool
+from treadle.scheduler import committing, cycle_loop, slot
 from treadle.testing.builders import datum, pass_op, sample_op, step_op
 
 RUN = ModelId("session:train:0")
@@ -196,8 +196,8 @@ async def test_a_run_that_is_over_is_forgotten(cluster: Cluster) -> None:
     (late,) = await cluster.submit(backward(3))
     await cluster.failure(late)
     await _whole_cycle_of_another_run(cluster)
-    assert cluster.runner._cycles is not None
-    assert cluster.runner._cycles._book.known(RUN) is None
+    (loop,) = cluster.loops()
+    assert loop._book.known(RUN) is None
 
 
 class Interrupted(FakeExecutor):
@@ -278,7 +278,7 @@ class PoisonedCreation(FakeExecutor):
 async def test_a_run_whose_creation_kills_its_worker_fails_alone(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pool, "RESTART_PAUSES_S", (0.0,))
+    monkeypatch.setattr(slot, "RESTART_PAUSES_S", (0.0,))
     cluster.new_worker = PoisonedCreation
     await cluster.restart()
     created = await cluster.create(RUN)
@@ -301,7 +301,7 @@ class PoisonedLater(FakeExecutor):
 async def test_a_pass_that_kills_its_worker_in_a_later_part_is_given_up(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pool, "RESTART_PAUSES_S", (0.0,))
+    monkeypatch.setattr(slot, "RESTART_PAUSES_S", (0.0,))
     await _slow(cluster, PoisonedLater)
     await cluster.create(RUN)
     (poison,) = await cluster.submit(split_pass(1))
@@ -319,7 +319,7 @@ async def test_a_drain_does_not_wait_for_the_next_try_to_start_a_worker(
             has_died.set()
             raise WorkerDied("killed while loading")
 
-    monkeypatch.setattr(pool, "RESTART_PAUSES_S", (1000.0,))
+    monkeypatch.setattr(slot, "RESTART_PAUSES_S", (1000.0,))
     cluster.new_worker = StillBorn
     await cluster.restart()
     await has_died.wait()

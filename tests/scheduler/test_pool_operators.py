@@ -15,7 +15,6 @@ import pytest
 from prometheus_client import CollectorRegistry
 from scheduler_support import PATIENCE_S, POOL, SETTINGS, TENANT, Cluster
 
-from treadle.blobs import BlobStore
 from treadle.domain.commands import CommandKind, CommandOutcome
 from treadle.domain.ids import ModelId, RequestId, TenantId
 from treadle.domain.limits import COMMAND_PATIENCE_S
@@ -304,7 +303,8 @@ async def test_an_added_model_that_cannot_be_loaded_says_why_and_is_tried_again(
     await cluster.drain()
     workers: list[FakeExecutor] = []
 
-    def make(blobs: BlobStore = cluster.blobs) -> FakeExecutor:
+    def make(*_: object) -> FakeExecutor:
+        blobs = cluster.blobs
         workers.append(Unloadable(blobs) if len(workers) < 2 else FakeExecutor(blobs))
         return workers[-1]
 
@@ -329,14 +329,14 @@ async def test_an_added_model_that_one_server_lacks_is_led_by_another(cluster: C
     store = await Store.open(f"sqlite:///{tmp_path / 'test.db'}", clock=cluster.clock.now)
     tries: list[FakeExecutor] = []
 
-    def fail() -> FakeExecutor:
+    def fail(*_: object) -> FakeExecutor:
         tries.append(Unloadable(cluster.blobs))
         return tries[-1]
 
     lacking = added_pool(cluster, cluster.store, fail, holder="lacking")
     first = asyncio.create_task(lacking.run())
     await until(lambda: "could not be loaded" in lacking.status.reason)
-    having = added_pool(cluster, store, lambda: FakeExecutor(cluster.blobs), holder="having")
+    having = added_pool(cluster, store, lambda *_: FakeExecutor(cluster.blobs), holder="having")
     second = asyncio.create_task(having.run())
     await until(lambda: having.status.is_ready and lacking.status.is_ready)
     assert not lacking.loaded.is_set()
@@ -357,7 +357,7 @@ async def test_an_added_model_that_kills_its_worker_is_left_to_others(cluster: C
 
     tries: list[FakeExecutor] = []
     await cluster.drain()
-    runner = added_pool(cluster, cluster.store, lambda: TooLarge(cluster.blobs))
+    runner = added_pool(cluster, cluster.store, lambda *_: TooLarge(cluster.blobs))
     running = asyncio.create_task(runner.run())
     await until(lambda: "could not be loaded: the worker was killed by signal 9" in runner.status.reason)
     assert await cluster.store.leases.current(POOL) is None
@@ -382,7 +382,7 @@ async def test_a_pool_that_is_removed_while_it_loads_ends_at_once(cluster: Clust
             raise AssertionError
 
     await cluster.drain()
-    runner = added_pool(cluster, cluster.store, lambda: Slow(cluster.blobs))
+    runner = added_pool(cluster, cluster.store, lambda *_: Slow(cluster.blobs))
     running = asyncio.create_task(runner.run())
     await until(lambda: "loading" in runner.status.reason)
     runner.drain()

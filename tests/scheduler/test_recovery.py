@@ -19,7 +19,7 @@ from treadle.domain.states import Category, ModelState
 from treadle.errors import ServerError, StoreUnavailable
 from treadle.executor.fake import DEFAULT_FACTS, FakeExecutor
 from treadle.executor.faults import Fault, Moment, PlannedFault
-from treadle.scheduler import cycle_loop, pool, quarantine, replay, sampling_loop
+from treadle.scheduler import cycle_loop, quarantine, replay, sampling_loop, slot
 from treadle.store.tables import payloads
 from treadle.testing.builders import datum, pass_op, sample_op, step_op
 
@@ -30,7 +30,7 @@ OTHER = ModelId("session:train:1")
 @pytest.fixture(autouse=True)
 def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dead workers are replaced, and runs tried again, without a pause."""
-    monkeypatch.setattr(pool, "RESTART_PAUSES_S", (0.0,))
+    monkeypatch.setattr(slot, "RESTART_PAUSES_S", (0.0,))
     monkeypatch.setattr(replay, "FIRST_PAUSE_S", 0.001)
 
 

@@ -30,7 +30,7 @@ from treadle.domain.states import ModelState, RequestState
 from treadle.executor import fake_model
 from treadle.executor.fake import DEFAULT_FACTS, FakeExecutor
 from treadle.executor.faults import Fault, Moment, PlannedFault
-from treadle.scheduler import pool, quarantine, replay, snapshots
+from treadle.scheduler import quarantine, replay, slot, snapshots
 from treadle.testing.builders import create_op, datum, pass_op, step_op
 from treadle.testing.driver import Driver
 
@@ -66,7 +66,7 @@ class PoolMachine(RuleBasedStateMachine):
         self.stack = ExitStack()
         self.folder = Path(self.stack.enter_context(tempfile.TemporaryDirectory()))
         for module, name, value in (
-            (pool, "RESTART_PAUSES_S", (0.0,)),
+            (slot, "RESTART_PAUSES_S", (0.0,)),
             # So many deaths as there are here would make poison of anything.
             (quarantine, "MAX_DEATHS", 1_000),
             (replay, "FIRST_PAUSE_S", 0.001),
@@ -203,7 +203,7 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(run=st.sampled_from(RUNS))
     def put_away(self, run: ModelId) -> None:
         async def put_away() -> None:
-            if (cycles := self.cluster.runner._cycles) is not None:
+            for cycles in self.cluster.loops():
                 cycles.park_cold([run])
 
         self.run(put_away())

@@ -12,7 +12,7 @@ from treadle.domain.outcome import PoolFacts
 from treadle.errors import WorkerDied
 from treadle.executor.base import DeathCallback, SamplesCallback
 from treadle.executor.fake import FakeExecutor
-from treadle.scheduler import pool
+from treadle.scheduler import slot
 from treadle.testing.builders import pass_op
 
 RUN = ModelId("session:train:0")
@@ -21,7 +21,7 @@ RUN = ModelId("session:train:0")
 async def test_workers_that_ran_a_cycle_are_replaced_at_once_however_often_they_die(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pool, "RESTART_PAUSES_S", (0.0, 1000.0))
+    monkeypatch.setattr(slot, "RESTART_PAUSES_S", (0.0, 1000.0))
     await cluster.result(await cluster.create(RUN))
     for seq_id in range(1, 4):
         await cluster.run(pass_op(seq_id, model_id=RUN))
@@ -40,15 +40,15 @@ async def test_workers_that_die_of_starting_are_given_pauses(cluster: Cluster, m
             num_started += 1
             raise WorkerDied("killed while loading")
 
-    async def pause(_: pool.PoolRunner, pause_s: float) -> None:
+    async def pause(_: slot.Slot, pause_s: float) -> None:
         pauses.append(pause_s)
         if len(pauses) == 3:
             has_paused.set()
             await asyncio.Event().wait()
 
-    monkeypatch.setattr(pool.PoolRunner, "_pause", pause)
+    monkeypatch.setattr(slot.Slot, "_pause", pause)
     cluster.new_worker = StillBorn
     await cluster.restart()
     await has_paused.wait()
     assert num_started == 3
-    assert pauses == list(pool.RESTART_PAUSES_S[:3])
+    assert pauses == list(slot.RESTART_PAUSES_S[:3])

@@ -11,7 +11,7 @@ from scheduler_support import PATIENCE_S, TENANT, Cluster, _sample_request
 from treadle.domain.ids import RequestId, TenantId
 from treadle.domain.plan import SampleWork
 from treadle.executor.fake import FakeExecutor
-from treadle.scheduler.sampling_loop import MAX_HANDED_OVER, MAX_HANDED_OVER_PER_TENANT
+from treadle.scheduler.samplers import MAX_HANDED_OVER, MAX_HANDED_OVER_PER_TENANT
 from treadle.testing.builders import sample_op
 
 NEWCOMER = TenantId("newcomer")

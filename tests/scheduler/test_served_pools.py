@@ -71,7 +71,7 @@ class OneServer:
                 pool=PoolName(model.name),
                 store=store,
                 blobs=blobs,
-                make_executor=lambda: Worker(blobs, model, self),
+                make_executor=lambda _index, _role: Worker(blobs, model, self),
                 settings=SETTINGS,
                 holder=name,
                 lease_ttl_s=1000.0,

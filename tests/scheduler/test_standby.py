@@ -40,7 +40,7 @@ def second_server(cluster: Cluster, store: Store, *, holder: str) -> PoolRunner:
         pool=POOL,
         store=store,
         blobs=cluster.blobs,
-        make_executor=lambda: FakeExecutor(cluster.blobs),
+        make_executor=lambda _index, _role: FakeExecutor(cluster.blobs),
         settings=SETTINGS,
         holder=holder,
         lease_ttl_s=1000.0,

@@ -1,7 +1,8 @@
-"""What the workers of a pool do. It refuses to know how many there are and where they run."""
+"""What the workers of a pool do, and how many are wanted. It refuses to know where they run."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import StrEnum
 
 
@@ -12,3 +13,11 @@ class Role(StrEnum):
     BOTH = "both"
     TRAINING = "training"
     SAMPLING = "sampling"
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """workers: that train. samplers: that only sample; with 0 the others do that too."""
+
+    workers: int = 1
+    samplers: int = 0

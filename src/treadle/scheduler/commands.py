@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Awaitable, Callable, Collection
 
 from treadle.domain.commands import CommandKind, CommandOutcome, OperatorCommand
-from treadle.domain.ids import PoolName
+from treadle.domain.ids import PoolName, TenantId
 from treadle.domain.limits import COMMAND_PATIENCE_S
 from treadle.domain.records import LeaseRecord
 from treadle.domain.states import ModelState
@@ -62,12 +62,15 @@ class CommandDesk:
         lease: LeaseRecord,
         clock: Callable[[], float],
         write: Callable[[Executor, Run], Awaitable[None]],
+        is_ours: Callable[[TenantId], bool] = lambda _: True,
     ) -> None:
+        """is_ours: whether commands about this tenant's runs are for the desk of this worker."""
         self._pool = pool
         self._store = store
         self._lease = lease
         self._clock = clock
         self._write = write
+        self._is_ours = is_ours
         self._open: dict[int, OperatorCommand] = {}
 
     def take(self, commands: Collection[OperatorCommand]) -> bool:
@@ -80,6 +83,9 @@ class CommandDesk:
         """Carry out what can be now. One that fails holds up nobody. Raises WorkerDied, Fenced, StoreUnavailable."""
         for command in list(self._open.values()):
             run = await book.get(command.model_id)
+            if not self._is_ours(run.record.tenant_id):
+                book.forget([command.model_id])
+                continue
             outcome = _known_outcome(command, run)
             if outcome is None and _must_wait(command, run, self._clock()):
                 continue

@@ -10,9 +10,9 @@ from collections.abc import Callable
 
 from treadle.blobs import BlobStore
 from treadle.domain.policy import Policies
-from treadle.domain.records import FinishedCycle, LeaseRecord
+from treadle.domain.records import FinishedCycle
 from treadle.errors import StoreUnavailable
-from treadle.scheduler.outages import Outages
+from treadle.scheduler.lead import Lead
 from treadle.scheduler.preparing import drop_blobs
 from treadle.store import Store
 
@@ -23,22 +23,22 @@ COMMIT_PAUSE_S = 0.25
 
 
 class Committer:
-    """Commits cycles under one lease."""
+    """Commits one worker's cycles under one lease."""
 
     def __init__(
         self,
         *,
         store: Store,
         blobs: BlobStore,
-        lease: LeaseRecord,
-        outages: Outages,
+        lead: Lead,
+        slot: str,
         policies: Callable[[], Policies] = Policies,
     ) -> None:
         self._policies = policies
         self._store = store
         self._blobs = blobs
-        self._lease = lease
-        self._outages = outages
+        self._lead = lead
+        self._slot = slot
 
     async def commit(self, finished: FinishedCycle) -> None:
         """Return once it is public. Raises Fenced, and StoreUnavailable when the database stays away.
@@ -48,13 +48,18 @@ class Committer:
         deadline = asyncio.get_running_loop().time() + COMMIT_PATIENCE_S
         while True:
             try:
-                unused = await self._store.cycles.finish(self._lease, finished, policies=self._policies())
+                unused = await self._store.cycles.finish(
+                    self._lead.lease,
+                    finished,
+                    policies=self._policies(),
+                    still_in_flight=self._lead.others(self._slot),
+                )
             except StoreUnavailable as error:
                 if asyncio.get_running_loop().time() >= deadline:
                     raise
-                self._outages.noticed(error)
+                self._lead.outages.noticed(error)
                 await asyncio.sleep(COMMIT_PAUSE_S)
             else:
                 break
-        self._outages.over()
+        self._lead.outages.over()
         await drop_blobs(self._blobs, unused)

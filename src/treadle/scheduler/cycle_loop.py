@@ -4,7 +4,9 @@ One request's life in this file: `_gather` sees its row, `plan_cycle` picks it, 
 the executor runs it, `finish` commits its outcome in one fenced transaction. Rows keep QUEUED until then, so a
 death at any point leaves nothing to clean up: the next leader plans the same rows again. What a worker lacks of a run
 is restored and replayed in the same cycles (replay.py).
-Invariant: the state a worker holds is the committed one, or it is dropped before the run's next op.
+Of a pool with several workers each has a loop of its own, over the runs of the tenants that live there (tenancy.py).
+Invariants: the state a worker holds is the committed one, or it is dropped before the run's next op; the book has only
+runs of tenants whose home this is.
 """
 
 from __future__ import annotations
@@ -15,13 +17,12 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from treadle.blobs import BlobStore
 from treadle.domain.commands import OperatorCommand
 from treadle.domain.ids import ModelId, PoolName, RequestId, TenantId
-from treadle.domain.limits import MAX_HEADS_PER_MODEL
 from treadle.domain.ops import OpKind, phase_of
 from treadle.domain.ops import Phase as OpPhase
 from treadle.domain.outcome import CycleOutcome, PoolFacts
 from treadle.domain.plan import CyclePlan, CycleWork, ModelQueue, PolicyInput, PolicyState
 from treadle.domain.policy import Policies
-from treadle.domain.records import LeaseRecord
+from treadle.domain.records import SnapshotRecord
 from treadle.domain.states import ModelState
 from treadle.errors import Fenced, StoreUnavailable, WorkerDied
 from treadle.executor.base import Executor
@@ -30,8 +31,9 @@ from treadle.scheduler.clock_settings import CycleSettings
 from treadle.scheduler.commands import CommandDesk
 from treadle.scheduler.committing import Committer
 from treadle.scheduler.finishing import CycleLedger, OpTimes
-from treadle.scheduler.outages import Outages
+from treadle.scheduler.lead import Lead
 from treadle.scheduler.outcomes import Booked, book_outcomes, take_states
+from treadle.scheduler.persisting import Persister
 from treadle.scheduler.policy import plan_cycle
 from treadle.scheduler.preparing import Prepared, drop_half_done, prepare
 from treadle.scheduler.quarantine import Quarantine
@@ -39,8 +41,9 @@ from treadle.scheduler.rates import HELD_BACK_POLL_S, RateGate
 from treadle.scheduler.replay import RecoveryWatch, Replayer
 from treadle.scheduler.runs import Run, RunBook, is_over
 from treadle.scheduler.save_quotas import SaveGate
-from treadle.scheduler.snapshots import RUNS_PER_CALL, SnapshotBudget, Snapshotter, write_snapshots
+from treadle.scheduler.snapshots import SnapshotBudget, Snapshotter
 from treadle.scheduler.sorting import Queues, QueueSorter, is_settled, is_something_left, model_queue
+from treadle.scheduler.tenancy import SlotTenancy
 from treadle.store import Store
 from treadle.telemetry.logs import get_logger
 from treadle.telemetry.metrics import Metrics
@@ -63,31 +66,37 @@ class CycleLoop:
         pool: PoolName,
         store: Store,
         blobs: BlobStore,
-        lease: LeaseRecord,
+        lead: Lead,
+        slot: str,
+        tenancy: SlotTenancy,
         settings: CycleSettings,
         metrics: Metrics,
         clock: Callable[[], float],
         quarantine: Quarantine,
-        outages: Outages,
         weights: Callable[[], Mapping[TenantId, float]] = dict,
         policies: Callable[[], Policies] = Policies,
         is_paused: Callable[[], bool] = bool,
     ) -> None:
-        """is_paused: an operator wants nothing to be planned. Call `wake_all` when that has changed."""
+        """slot: the worker's name in its pool. tenancy: whose runs are its.
+
+        is_paused: an operator wants nothing to be planned. Call `wake_all` when that has changed.
+        """
+        lease = lead.lease
         self._pool = pool
         self._metrics = metrics
         self._store = store
         self._blobs = blobs
-        self._lease = lease
+        self._lead = lead
+        self._slot = slot
+        self._tenancy = tenancy
         self._settings = settings
         self._clock = clock
         self._quarantine = quarantine
-        self._outages = outages
         self._weights = weights
         self._policies = policies
         self._is_paused = is_paused
         self._book = RunBook(store)
-        self._committer = Committer(store=store, blobs=blobs, lease=lease, outages=outages, policies=policies)
+        self._committer = Committer(store=store, blobs=blobs, lead=lead, slot=slot, policies=policies)
         self._rates = RateGate(store, policies)
         # Runs of which nothing may run until their tenant is below its rate: nobody waits for their company.
         self._held_back: set[ModelId] = set()
@@ -105,12 +114,22 @@ class CycleLoop:
         )
         self._budget = TokenBudget(target_cycle_s=settings.target_cycle_s, fixed_tokens=settings.budget_tokens)
         self._policy_state = PolicyState()
-        self._cycle = lease.cycle
         self._sent_at: dict[RequestId, float] = {}
         self._cold: set[ModelId] = set()
-        self._desk = CommandDesk(pool=pool, store=store, lease=lease, clock=clock, write=self._write_now)
+        self._persister = Persister(pool=pool, snapshotter=self._snapshotter, register=self._register)
+        self._desk = CommandDesk(
+            pool=pool,
+            store=store,
+            lease=lease,
+            clock=clock,
+            write=self._persister.write_one,
+            is_ours=tenancy.answers_for,
+        )
         self._numerics_profile = ""
-        self._has_predecessor = True
+        # What was read last was more than one reading holds.
+        self._is_cut = False
+        # A new leader's runs are restored, and so are those behind a death.
+        self._recovery.begin("a new leader")
         # Cycles that were committed, over all workers.
         self.num_finished = 0
         self._is_stopping = False
@@ -164,13 +183,12 @@ class CycleLoop:
         """
         # A fresh worker holds nothing, and what was committed is in the store.
         self._book = RunBook(self._store)
-        self._numerics_profile = facts.numerics_profile
+        self._numerics_profile = self._persister.numerics_profile = facts.numerics_profile
         self._budget.expect(guessed_tokens_per_s(facts))
         self._is_abandoned = False
         while not (self._is_stopping or self._is_abandoned):
             try:
-                if self._has_predecessor:
-                    await self._take_over()
+                await self._lead.take_over(self._quarantine)
                 if not await self._run_one(executor):
                     await _wait(
                         self._wake, self._replayer.shortest_pause_s(HELD_BACK_POLL_S if self._held_back else POLL_S)
@@ -178,80 +196,55 @@ class CycleLoop:
             except (WorkerDied, Fenced):
                 raise
             except StoreUnavailable as error:
-                self._outages.noticed(error)
+                self._lead.outages.noticed(error)
                 self._metrics.caught_errors.labels("cycle_loop").inc()
                 await asyncio.sleep(ERROR_PAUSE_S)
             except Exception as error:  # noqa: BLE001 (cycle loop: the rows are still queued, so it tries again)
-                log.error("cycle failed", pool=self._pool, cycle=self._cycle, exc=error)
+                log.error("cycle failed", pool=self._pool, slot=self._slot, exc=error)
                 self._metrics.caught_errors.labels("cycle_loop").inc()
                 await asyncio.sleep(ERROR_PAUSE_S)
 
-    async def _take_over(self) -> None:
-        """What the leader before had in flight may be what ended it."""
-        in_flight = await self._store.leases.in_flight(self._pool)
-        self._quarantine.inherit(in_flight)
-        self._recovery.begin("a new leader")
-        self._has_predecessor = False
-        if in_flight:
-            log.warning("requests were in flight when the last leader ended", pool=self._pool, num=len(set(in_flight)))
-
     async def persist(self, executor: Executor) -> None:
-        """Write every resident run whose newest snapshot is older than its state, so that a restart needs no replay.
+        """Write every resident run of which no snapshot holds all. Raises WorkerDied."""
+        await self._persister.write_all(executor, self._book)
 
-        What cannot be written is replayed from its log instead. Raises WorkerDied.
-        """
-        await self._snapshotter.settle()
-        await self._commit(self._new_ledger())
-        stale = [run for run in self._book.resident() if not run.is_covered]
-        num_written = await self._persist(executor, stale)
-        log.info("runs persisted", pool=self._pool, num_runs=num_written)
-        if num_written < len(stale):
-            log.warning("runs are left to a replay", pool=self._pool, num_runs=len(stale) - num_written)
-
-    async def _persist(self, executor: Executor, runs: Sequence[Run]) -> int:
-        """Write and register the states of these runs, some at a time; how many could be."""
-        num_written = 0
-        for start in range(0, len(runs), RUNS_PER_CALL):
-            written = await write_snapshots(
-                executor,
-                runs[start : start + RUNS_PER_CALL],
-                numerics_profile=self._numerics_profile,
-                with_open_gradient=True,
-            )
-            ledger = self._new_ledger()
-            ledger.snapshots += [record for record, _ in written.values()]
-            await self._commit(ledger)
-            num_written += len(written)
-        return num_written
+    async def _register(self, snapshots: Sequence[SnapshotRecord]) -> None:
+        ledger = self._new_ledger()
+        ledger.snapshots += snapshots
+        await self._commit(ledger)
 
     def _new_ledger(self) -> CycleLedger:
         """What a commit starts with: snapshots that are durable by now."""
         landed = list(self._snapshotter.landed)
         return CycleLedger(now=self._clock(), numerics_profile=self._numerics_profile, snapshots=landed)
 
-    async def _put_away(self, executor: Executor) -> None:
-        """See `park_cold`. Whatever cannot be written is replayed from its log, should anybody come back."""
-        wanted = [run for model_id in self._cold if (run := self._book.known(model_id)) is not None]
-        self._cold.clear()
-        idle = [run for run in wanted if run.tag is not None and run.part is None]
-        await self._snapshotter.settle()
-        await self._persist(executor, [run for run in idle if not run.is_covered])
-        model_ids = [run.record.model_id for run in idle]
-        self._book.forget(model_ids)
-        await executor.evict(model_ids)
-        log.info("runs put away", pool=self._pool, num_runs=len(model_ids))
+    async def _let_go(self, executor: Executor) -> None:
+        """Release those who are to live elsewhere; one with a request half done when that has ended."""
+        for tenant_id in self._tenancy.leaving():
+            runs = self._book.of_tenant(tenant_id)
+            if any(run.is_half_done for run in runs):
+                continue
+            await self._persister.let_go(executor, self._book, runs)
+            self._tenancy.released(tenant_id)
 
-    async def _write_now(self, executor: Executor, run: Run) -> None:
-        """Have a registered snapshot of the run's committed state, if it can be written."""
-        await self._snapshotter.settle()
-        await self._commit(self._new_ledger())
-        if not run.is_covered:
-            await self._persist(executor, [run])
+    def _without_leaving(self, queues: Queues) -> Queues:
+        """Of tenants that are about to leave only the request that is half done."""
+        leaving = set(self._tenancy.leaving())
+        kept: Queues = {}
+        for model_id, rows in queues.items():
+            run = self._book.known(model_id)
+            if rows[0].tenant_id not in leaving:
+                kept[model_id] = rows
+            elif run is not None and run.is_half_done and run.part is not None:
+                kept[model_id] = tuple(row for row in rows if row.request_id == run.part[0])
+        return kept
 
     async def _run_one(self, executor: Executor) -> bool:
         """Run one cycle if there is anything to do; whether something that was queued before it may be left."""
         if self._cold:
-            await self._put_away(executor)
+            cold, self._cold = self._cold, set()
+            await self._persister.put_away(executor, self._book, cold)
+        await self._let_go(executor)
         is_paused = self._is_paused()
         if is_paused:
             # Nobody else takes it back then, and a wait that ends at once would stop the whole process.
@@ -259,7 +252,7 @@ class CycleLoop:
         await self._desk.obey(executor, self._book)
         if is_paused:
             return False
-        queues = await self._gather()
+        queues = self._without_leaving(await self._gather())
         if self._is_paused():
             return False
         ledger = self._new_ledger()
@@ -291,7 +284,7 @@ class CycleLoop:
         self._snapshotter.consider(executor, self._book.resident(), numerics_profile=self._numerics_profile)
         # What is held back comes with the next poll; to look at it again now would only keep the others waiting.
         rest = {model_id: rows for model_id, rows in queues.items() if model_id not in self._held_back}
-        return is_some_unread or is_something_left(rest, ledger)
+        return is_some_unread or self._is_cut or is_something_left(rest, ledger)
 
     async def _gather(self) -> Queues:
         """Queue heads by run, after the gather window if some run still waits for its step.
@@ -315,8 +308,9 @@ class CycleLoop:
             await _wait(self._may_be_settled, remaining_s)
 
     async def _heads(self) -> Queues:
-        rows = await self._store.requests.heads(self._pool, MAX_HEADS_PER_MODEL)
-        return {row[0].model_id: row for row in rows if row and row[0].model_id is not None}
+        reading = await self._tenancy.read()
+        self._is_cut = reading.is_cut
+        return reading.queues
 
     async def _models(self, queues: Queues, runs: Mapping[ModelId, Run]) -> Mapping[ModelId, ModelQueue]:
         """What planning sees of these queues: not the passes of tenants that are over a rate."""
@@ -409,16 +403,15 @@ class CycleLoop:
     async def _execute(self, executor: Executor, prepared: Prepared) -> CycleOutcome:
         """Book the cycle as in flight and run it; at a death it stays so for the quarantine."""
         request_ids = [item.planned.request_id for item in prepared.items]
-        self._cycle += 1
-        await self._store.cycles.begin(self._lease, self._cycle, self._quarantine.note_of(request_ids))
-        phase(Phase.CYCLE_BEGUN, pool=self._pool, cycle=self._cycle)
+        cycle = await self._lead.begin(self._slot, self._quarantine.note_of(request_ids))
+        phase(Phase.CYCLE_BEGUN, pool=self._pool, cycle=cycle)
         now = self._clock()
         for request_id in request_ids:
             self._sent_at.setdefault(request_id, now)
         num_tokens = sum(item.planned.num_tokens for item in prepared.items)
         work = CycleWork(
-            token=self._lease.token,
-            cycle=self._cycle,
+            token=self._lead.lease.token,
+            cycle=cycle,
             items=tuple(prepared.items),
             restores=tuple(prepared.restores.values()),
             predicted_s=self._budget.predict_s(num_tokens),
@@ -426,7 +419,7 @@ class CycleLoop:
         self._quarantine.cycle_begins(request_ids)
         outcome = await executor.run_cycle(work)
         self._quarantine.cycle_ended()
-        assert outcome.cycle == self._cycle, f"an outcome of cycle {outcome.cycle} in cycle {self._cycle}"
+        assert outcome.cycle == cycle, f"an outcome of cycle {outcome.cycle} in cycle {cycle}"
         return outcome
 
     def _times(self, queues: Queues, prepared: Prepared) -> Mapping[RequestId, OpTimes]:

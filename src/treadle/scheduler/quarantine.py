@@ -3,8 +3,9 @@
 At a worker's death everything that was in flight may be to blame. Training ops are suspects at once: they run one per
 cycle, while samples wait. Samples have no state to lose, so they are suspects only at their second death, and are
 then thinned out, death by death, until one runs alone and cycles wait. Only a death while alone counts, and the third
-is final. Pure: it knows no worker, no store and no clock; the loops ask it.
-Invariant: what it condemns ended a worker MAX_DEATHS times with nothing else in flight.
+is final. Each worker of a pool has a quarantine of its own, and they share what they know of requests: a run that moves
+and a sample that is handed over again take their deaths along. Pure: it knows no worker, no store and no clock; the
+loops ask it. Invariant: what it condemns ended a worker MAX_DEATHS times with nothing else in flight there.
 """
 
 from __future__ import annotations
@@ -26,19 +27,33 @@ DEATHS_TO_SUSPECT_A_SAMPLE = 2
 THINNING = 8
 
 
-class Quarantine:
-    """Shared by the loops of one pool, and older than any worker of it."""
+class Suspicions:
+    """What is known of requests, shared by the quarantines of one pool.
+
+    suspects: training ops with their deaths while alone; those without one are suspects all the same. died_at: where
+    a sample was in flight at its last death.
+    """
 
     def __init__(self) -> None:
-        # Deaths while alone, by suspect; those without one are suspects all the same.
-        self._suspects: dict[RequestId, int] = {}
-        self._unstorable: Counter[RequestId] = Counter()
-        self._leader_ends: Counter[RequestId] = Counter()
+        self.suspects: dict[RequestId, int] = {}
+        self.unstorable: Counter[RequestId] = Counter()
+        self.leader_ends: Counter[RequestId] = Counter()
+        self.sample_deaths: Counter[RequestId] = Counter()
+        self.sample_deaths_alone: Counter[RequestId] = Counter()
+        self.died_at: dict[RequestId, Quarantine] = {}
+
+
+class Quarantine:
+    """Shared by the loops that feed one worker and its successors."""
+
+    def __init__(self, suspicions: Suspicions | None = None) -> None:
+        """suspicions: of its pool; None: it is the only one."""
+        self._known = suspicions or Suspicions()
         self._cycle: tuple[RequestId, ...] = ()
         self._samples: set[RequestId] = set()
-        self._sample_deaths: Counter[RequestId] = Counter()
-        self._sample_deaths_alone: Counter[RequestId] = Counter()
         self._max_samples_together: int | None = None
+        # Its worker was taken away for good.
+        self.is_closed = False
         self._has_cycle_suspects = False
         self._has_sample_suspects = False
         self._listeners: list[Callable[[], None]] = []
@@ -65,8 +80,14 @@ class Quarantine:
     def sample_ended(self, request_id: RequestId) -> None:
         """The sampler answered: it is no suspect."""
         self._samples.discard(request_id)
-        self._sample_deaths.pop(request_id, None)
-        self._sample_deaths_alone.pop(request_id, None)
+        self._known.sample_deaths.pop(request_id, None)
+        self._known.sample_deaths_alone.pop(request_id, None)
+        self._known.died_at.pop(request_id, None)
+        self._tell_if_thinned()
+
+    def sample_handed_back(self, request_id: RequestId) -> None:
+        """It is not with the worker any more, and how it ends is not known yet."""
+        self._samples.discard(request_id)
         self._tell_if_thinned()
 
     def worker_died(self) -> None:
@@ -83,8 +104,9 @@ class Quarantine:
     def _note_sample_deaths(self, *, is_alone: bool) -> None:
         were_suspects = any(self._is_suspect_sample(request_id) for request_id in self._samples)
         for request_id in self._samples:
-            self._sample_deaths[request_id] += 1
-            self._sample_deaths_alone[request_id] += int(is_alone)
+            self._known.sample_deaths[request_id] += 1
+            self._known.died_at[request_id] = self
+            self._known.sample_deaths_alone[request_id] += int(is_alone)
         if any(self._is_suspect_sample(request_id) for request_id in self._samples):
             together = len(self._samples) // THINNING
             # Cycles that died beside suspects do not clear these.
@@ -96,21 +118,21 @@ class Quarantine:
     @property
     def suspects(self) -> frozenset[RequestId]:
         """Training ops that run one per cycle."""
-        return frozenset(self._suspects)
+        return frozenset(self._known.suspects)
 
     def suspect(self, request_ids: Iterable[RequestId], *, deaths: int = 0) -> None:
         """These training ops may have ended a worker; `deaths`: how many of those count."""
         for request_id in request_ids:
-            self._suspects[request_id] = self._suspects.get(request_id, 0) + deaths
-        while len(self._suspects) > MAX_SUSPECTS:
-            del self._suspects[next(iter(self._suspects))]
+            self._known.suspects[request_id] = self._known.suspects.get(request_id, 0) + deaths
+        while len(self._known.suspects) > MAX_SUSPECTS:
+            del self._known.suspects[next(iter(self._known.suspects))]
 
     def inherit(self, in_flight: Sequence[RequestId]) -> None:
         """What was in flight when the leader before ended, as `note_of` put it."""
         num_ends = Counter(in_flight)
         self.suspect(num_ends)
         if len(num_ends) == 1:
-            self._leader_ends.update(num_ends)
+            self._known.leader_ends.update(num_ends)
 
     def note_of(self, request_ids: Sequence[RequestId]) -> list[RequestId]:
         """What the next leader should find of a cycle: its requests; one alone once more per leader that it outlived.
@@ -118,21 +140,21 @@ class Quarantine:
         Deaths of workers are not in it: a new leader counts those anew.
         """
         is_alone = len(request_ids) == 1
-        return [id_ for id_ in request_ids for _ in range(1 + self._leader_ends[id_] * is_alone)]
+        return [id_ for id_ in request_ids for _ in range(1 + self._known.leader_ends[id_] * is_alone)]
 
     def suspect_unstorable(self, request_ids: Sequence[RequestId]) -> None:
         """The outcome of one of these training ops could not be stored; it is found as poison is found."""
         self.suspect(request_ids)
         if len(request_ids) == 1:
-            self._unstorable[request_ids[0]] += 1
+            self._known.unstorable[request_ids[0]] += 1
 
     def verdict(self, request_id: RequestId) -> str | None:
         """Why a training op is given up, or None."""
-        if self._suspects.get(request_id, 0) >= MAX_DEATHS:
+        if self._known.suspects.get(request_id, 0) >= MAX_DEATHS:
             return f"this request ended its worker {MAX_DEATHS} times"
-        if self._leader_ends[request_id] >= MAX_LEADER_ENDS:
+        if self._known.leader_ends[request_id] >= MAX_LEADER_ENDS:
             return f"its server ended {MAX_LEADER_ENDS} times while it ran nothing but this request"
-        if self._unstorable[request_id] >= MAX_DEATHS:
+        if self._known.unstorable[request_id] >= MAX_DEATHS:
             return f"the outcome of this request could not be stored {MAX_DEATHS} times"
         return None
 
@@ -142,9 +164,9 @@ class Quarantine:
         Not before: a pass that kills its worker in a later part would be cleared by each earlier one.
         """
         for request_id in request_ids:
-            self._suspects.pop(request_id, None)
-            self._unstorable.pop(request_id, None)
-            self._leader_ends.pop(request_id, None)
+            self._known.suspects.pop(request_id, None)
+            self._known.unstorable.pop(request_id, None)
+            self._known.leader_ends.pop(request_id, None)
 
     def isolated(
         self, lines: Mapping[ModelId, Collection[RequestId]], replayed: Collection[RequestId]
@@ -155,10 +177,10 @@ class Quarantine:
         when one of the suspects is a replayed op, without which its run cannot go on. Innocents first.
         """
         waiting = [
-            (self._suspects[request_id], model_id, request_id)
+            (self._known.suspects[request_id], model_id, request_id)
             for model_id, request_ids in lines.items()
             for request_id in request_ids
-            if request_id in self._suspects
+            if request_id in self._known.suspects
         ]
         self._note_cycle_suspects(bool(waiting))
         if any(deaths > 0 or request_id in replayed for deaths, _, request_id in waiting):
@@ -181,9 +203,19 @@ class Quarantine:
 
     # Sampling.
 
+    def holder(self, request_id: RequestId) -> Quarantine | None:
+        """Where a suspect is to be found out, in the company that was there at its death; None: anywhere."""
+        holder = self._known.died_at.get(request_id) if self._is_suspect_sample(request_id) else None
+        return None if holder is None or holder.is_closed else holder
+
+    @property
+    def is_thinning(self) -> bool:
+        """Suspects among samples are being found out: no other sample comes in."""
+        return self._max_samples_together is not None
+
     def is_condemned(self, request_id: RequestId) -> bool:
         """A sample that is given up."""
-        return self._sample_deaths_alone[request_id] >= MAX_DEATHS
+        return self._known.sample_deaths_alone[request_id] >= MAX_DEATHS
 
     def admit_samples(self, waiting: Sequence[RequestId]) -> list[RequestId]:
         """Those of the waiting samples that may go to the sampler now, in their order."""
@@ -201,7 +233,7 @@ class Quarantine:
         return suspects[: max(0, self._max_samples_together - len(self._samples))]
 
     def _is_suspect_sample(self, request_id: RequestId) -> bool:
-        return self._sample_deaths[request_id] >= DEATHS_TO_SUSPECT_A_SAMPLE
+        return self._known.sample_deaths[request_id] >= DEATHS_TO_SUSPECT_A_SAMPLE
 
     def _tell_if_thinned(self) -> None:
         """While samples are thinned out the other side, or the next of them, may have waited for this."""

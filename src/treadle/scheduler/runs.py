@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import assert_never
 
-from treadle.domain.ids import BlobKey, ModelId, RequestId
+from treadle.domain.ids import BlobKey, ModelId, RequestId, TenantId
 from treadle.domain.limits import MAX_RUNS_READ_PER_CYCLE
 from treadle.domain.ops import OpKind
 from treadle.domain.outcome import OpOutcome
@@ -106,6 +106,11 @@ class Run:
     def is_covered(self) -> bool:
         """A registered snapshot holds all that is committed."""
         return bool(self.snapshots) and self.snapshots[0].seq_id >= self.record.changed_seq
+
+    @property
+    def is_half_done(self) -> bool:
+        """A pass of it has run in part, which a move would cost; one that is replayed is no loss."""
+        return self.part is not None and not self.needs_replay
 
     def is_replayed(self, seq_id: int) -> bool:
         """An op with this number was committed before: when it runs, it runs again."""
@@ -241,6 +246,10 @@ class RunBook:
     def resident(self) -> list[Run]:
         """Runs that the worker holds."""
         return [run for run in self._runs.values() if run.tag is not None]
+
+    def of_tenant(self, tenant_id: TenantId) -> list[Run]:
+        """All that are known of this tenant."""
+        return [run for run in self._runs.values() if run.record.tenant_id == tenant_id]
 
     def take_over(self, finished: FinishedCycle) -> None:
         """A cycle was committed."""

@@ -142,9 +142,16 @@ class Cycles:
         await self._leases.begin_cycle(lease, cycle, request_ids)
 
     async def finish(
-        self, lease: LeaseRecord, cycle: FinishedCycle, *, policies: Policies = NO_POLICIES
+        self,
+        lease: LeaseRecord,
+        cycle: FinishedCycle,
+        *,
+        policies: Policies = NO_POLICIES,
+        still_in_flight: Sequence[RequestId] = (),
     ) -> tuple[BlobKey, ...]:
         """Commit a cycle whole; the keys of blobs that nobody names any more, for the caller to delete.
+
+        still_in_flight: what other workers of the pool have, as `begin` noted it.
 
         Raises Fenced, with nothing written, when another leader took the pool. Rows that are final already are left
         alone, so that a commit whose answer was lost can be repeated. A request that arrived after planning gave it
@@ -157,7 +164,7 @@ class Cycles:
             checked_new(request)
 
         def write(conn: sa.Connection) -> _Committed:
-            fence(conn, lease, ends_cycle=True)
+            fence(conn, lease, ends_cycle=True, still_in_flight=still_in_flight)
             now = self._clock()
             judged = judge_saves(conn, self._database.dialect, sent, policies, now)
             cycle = judged.cycle

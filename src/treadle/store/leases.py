@@ -34,15 +34,23 @@ _IN_FLIGHT = sa.select(leases.c.in_flight).where(leases.c.pool == sa.bindparam("
 # The token stays: the next leader must get a larger one.
 _RELEASE = leases.update().where(_IS_MINE).values(expires_at=0.0, holder="")
 _BEGIN_CYCLE = leases.update().where(_IS_MINE).values(cycle=sa.bindparam("now_cycle"), in_flight=sa.bindparam("ids"))
-_END_CYCLE = leases.update().where(_IS_MINE).values(in_flight=[])
+_END_CYCLE = leases.update().where(_IS_MINE).values(in_flight=sa.bindparam("still"))
 # Changes nothing, but takes the row's lock, so that no other leader gets in before this transaction ends.
 _HOLD = leases.update().where(_IS_MINE).values(token=leases.c.token)
 
 
-def fence(conn: sa.Connection, lease: LeaseRecord, *, ends_cycle: bool) -> None:
-    """First statement of every write of a leader. Raises Fenced when its lease was taken over."""
-    statement = _END_CYCLE if ends_cycle else _HOLD
-    _check(conn.execute(statement, _mine(lease)).rowcount, lease)
+def fence(
+    conn: sa.Connection, lease: LeaseRecord, *, ends_cycle: bool, still_in_flight: Sequence[RequestId] = ()
+) -> None:
+    """First statement of every write of a leader. Raises Fenced when its lease was taken over.
+
+    still_in_flight: what other workers of the pool have when one's cycle ends.
+    """
+    if ends_cycle:
+        ended = conn.execute(_END_CYCLE, _mine(lease) | {"still": list(still_in_flight)})
+    else:
+        ended = conn.execute(_HOLD, _mine(lease))
+    _check(ended.rowcount, lease)
 
 
 class LeaseStatements:

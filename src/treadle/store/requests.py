@@ -11,7 +11,13 @@ from collections.abc import Callable, Collection, Sequence
 import sqlalchemy as sa
 
 from treadle.domain.ids import BlobKey, ModelId, PoolName, RequestId, SamplingSessionId, TenantId
-from treadle.domain.limits import MAX_HEADS_PER_MODEL, MAX_IDS_PER_QUERY, MAX_PAGE_ROWS, MAX_ROWS_PER_SWEEP
+from treadle.domain.limits import (
+    MAX_HEAD_ROWS,
+    MAX_HEADS_PER_MODEL,
+    MAX_IDS_PER_QUERY,
+    MAX_PAGE_ROWS,
+    MAX_ROWS_PER_SWEEP,
+)
 from treadle.domain.ops import OpKind
 from treadle.domain.outcome import EncodedResult, Failure
 from treadle.domain.records import FutureRecord, NewRequest, RequestRecord
@@ -248,7 +254,8 @@ class Requests:
 
         The caller knows which it handed out. besides: tenants whose samples are left out, MAX_IDS_PER_QUERY at most.
         """
-        values: dict[str, object] = {"of_pool": pool, "max_rows": checked_limit(limit)}
+        assert 0 <= limit <= MAX_HEAD_ROWS, limit
+        values: dict[str, object] = {"of_pool": pool, "max_rows": limit}
         statement = QUEUED_SAMPLES
         if besides:
             statement, values["besides"] = _QUEUED_SAMPLES_OF_OTHERS, sorted(besides)[:MAX_IDS_PER_QUERY]
