@@ -34,6 +34,8 @@ def show_pools(metrics: Metrics, pools: ServedPools) -> None:
         views = {str(view.name): view for view in pools.views()}
         for pool in shown - views.keys():
             metrics.pool_ready.remove(pool)
+        for pool in views.keys() - shown:
+            metrics.know_pool(pool)
         for pool, view in views.items():
             metrics.pool_ready.labels(pool).set(view.is_ready)
         shown.clear()

@@ -25,6 +25,8 @@ from prometheus_client import (
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from treadle import __version__
+from treadle.domain.ops import OpKind
+from treadle.domain.states import Category
 
 METRICS_CONTENT_TYPE = CONTENT_TYPE_LATEST
 
@@ -82,6 +84,18 @@ class Metrics:
             refresh()
         return generate_latest(self.registry)
 
+    def know_pool(self, pool: str) -> None:
+        """Begin its counters at 0: a series that begins at its first count hides that one from `increase`."""
+        self.cycles.labels(pool)
+        self.worker_deaths.labels(pool)
+        for change in ("acquired", "lost"):
+            self.lease_changes.labels(pool, change)
+        for kind in OpKind:
+            if kind is not OpKind.CREATE_CUSTOM_LOSS:
+                self.finished_requests.labels(pool, kind.value)
+                for category in Category:
+                    self.failed_requests.labels(pool, kind.value, category.value)
+
     def _make_server_metrics(self) -> None:
         self._section = "Server and pools"
         self.build = Info("treadle_build", "Version of treadle and of Python", registry=self.registry)
@@ -113,6 +127,8 @@ class Metrics:
             "Unexpected exceptions caught at a boundary (middleware, cycle_loop, sample_loop, sweep)",
             "boundary",
         )
+        for boundary in ("middleware", "cycle_loop", "sample_loop", "sweep"):
+            self.caught_errors.labels(boundary)
         ProcessCollector(registry=self.registry)
         GCCollector(registry=self.registry)
 
@@ -193,6 +209,14 @@ class Metrics:
         self.cycles = self._counter("treadle_cycles", "Clock cycles finished, by pool", "pool")
         self.cycle_seconds = self._histogram(
             "treadle_cycle_seconds", "Seconds that the worker spent on one clock cycle", _CYCLE_S, "pool"
+        )
+        self.cycle_part_seconds = self._histogram(
+            "treadle_cycle_part_seconds",
+            "Seconds of a part of a cycle on its worker (restore, setup, passes, steps, publish), samples in between "
+            "included",
+            _CYCLE_S,
+            "pool",
+            "part",
         )
         self.cycle_tokens = self._histogram("treadle_cycle_tokens", "Tokens in one clock cycle", _TOKENS, "pool")
         self.cycle_occupancy = self._histogram(
