@@ -85,6 +85,7 @@ def losses_of(client: tinker.TrainingClient, steps: range) -> list[float]:
     return [train_step(client, batch(seed=step)) for step in steps]
 
 
+@pytest.mark.slow
 def test_a_second_model_comes_and_goes_under_a_live_server(operated: Operated) -> None:
     service = operated.server.service(operated.user_key)
     undisturbed = new_run(service, seed=7)

@@ -39,6 +39,7 @@ def check_swept(found: dict[str, Any]) -> None:
     assert last["rows of results"] <= last["rows of requests"]
 
 
+@pytest.mark.slow
 def test_short_soak(tmp_path: Path) -> None:
     found = soak(tmp_path, seconds=14, clients=3)
     assert sum(found["steps"]) >= 6, "too slow to say anything"

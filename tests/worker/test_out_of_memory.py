@@ -126,7 +126,7 @@ def numbers(driver: Driver, first_run: int, outcome: CycleOutcome) -> list[bytes
 
 # A forward and its backward are 32 kernel calls on this model. A lone quantum has four tries, one that only looks and
 # has nothing to recompute has two.
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     strikes_at=st.lists(st.integers(1, 120), min_size=1, max_size=3),
     kind=st.sampled_from(sorted(ERRORS)),
