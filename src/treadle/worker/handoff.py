@@ -26,10 +26,13 @@ log = get_logger(__name__)
 
 # Keys of weights that were missing: beyond these the oldest are forgotten.
 _MAX_MISSING = 1_024
+_OPENING_TRIES = 3
 
 
 class Handoff:
-    """Owned by one compute thread. staging_dir: memory of this machine as a directory, None for none."""
+    """`keep` and `close` belong to one thread, which calls nothing behind `close`. staging_dir: memory of this machine
+    as a directory, None for none.
+    """
 
     def __init__(
         self,
@@ -41,8 +44,10 @@ class Handoff:
         """Raises ConfigError when the directory cannot be used, or can be by others."""
         self._blobs = blobs
         self._clock = clock
-        self._area = None if staging_dir is None else StagingArea(staging_dir)
-        self._behind = None if self._area is None else _write_behind(self._area, blobs)
+        self._area: StagingArea | None = None
+        self._behind: WriteBehind | None = None
+        if staging_dir is not None:
+            self._area, self._behind = _opened(staging_dir, blobs)
         self._missing_since: OrderedDict[str, float] = OrderedDict()
 
     def keep(self, key: str, data: bytes) -> int:
@@ -67,10 +72,12 @@ class Handoff:
 
     def close(self, timeout_s: float) -> None:
         """Write what waits, for so long at most, and say what could not be written. Nothing is kept behind it."""
-        if self._behind is None:
+        if self._behind is None or self._area is None:
             return
         if left := self._behind.close(timeout_s):
             log.error("versions not durable; the next worker of this machine writes them", num=len(left), keys=left[:8])
+        else:
+            self._area.close()
 
     def _staged(self, key: str) -> bytes | None:
         if self._area is None:
@@ -95,8 +102,13 @@ class Handoff:
         )
 
 
-def _write_behind(area: StagingArea, blobs: BlobIO) -> WriteBehind:
-    try:
-        return WriteBehind(area, blobs)
-    except OSError as error:
-        raise ConfigError(f"the staging directory takes no files: {error.strerror}") from error
+def _opened(staging_dir: Path, blobs: BlobIO) -> tuple[StagingArea, WriteBehind]:
+    """Tried again, because whoever leaves an empty directory takes it along."""
+    for _ in range(_OPENING_TRIES):
+        area = StagingArea(staging_dir)
+        try:
+            return area, WriteBehind(area, blobs)
+        except OSError as error:
+            area.close()
+            reason = error.strerror
+    raise ConfigError(f"staging directory {staging_dir} takes no files: {reason}")

@@ -10,6 +10,7 @@ folder removes from it. Only the standard library is needed, so that any process
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import secrets
 import stat
@@ -21,6 +22,7 @@ from pathlib import Path
 
 from treadle.errors import ConfigError
 
+SHARED_MEMORY = Path("/dev/shm")
 _FOLDER = "w-"
 # A folder without its lock yet, and a file that is not complete yet.
 _UNFINISHED = "."
@@ -32,6 +34,21 @@ KEPT_FREE_SHARE = 0.1
 UNFINISHED_AFTER_S = 60.0
 _OPEN_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _OPEN_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+def staging_place(blobs_url: str, otherwise: Path) -> Path:
+    """The directory for what is on its way to these blobs: in shared memory, or `otherwise` where there is none.
+
+    All servers of this machine and user that share the blobs get the same one, so that whoever comes next finds what
+    was left behind. It is made here; where somebody else has taken the name, it is `otherwise` as well.
+    """
+    name = hashlib.sha256(blobs_url.encode()).hexdigest()[:16]
+    place = SHARED_MEMORY / f"treadle-{os.geteuid()}-{name}"
+    try:
+        StagingArea(place).close()
+    except ConfigError:
+        return otherwise
+    return place
 
 
 class StagedFile:
@@ -86,7 +103,7 @@ class Folder:
     def open_all(self) -> list[StagedFile]:
         """Every complete file in it; what was not complete is removed. Raises OSError."""
         found = []
-        for name in sorted(os.listdir(self.descriptor)):
+        for name in sorted(_listed(self.descriptor)):
             if name.startswith(_UNFINISHED):
                 self._unlink(name)
                 continue
@@ -108,6 +125,7 @@ class StagingArea:
 
     def __init__(self, root: Path) -> None:
         """Makes the directory if it is not there. Raises ConfigError when others can get at what is in it."""
+        self._path = root
         try:
             with suppress(FileExistsError):
                 root.mkdir(mode=0o700)
@@ -170,19 +188,30 @@ class StagingArea:
         return num_bytes <= found.f_bavail * found.f_frsize - KEPT_FREE_SHARE * found.f_blocks * found.f_frsize
 
     def close(self) -> None:
-        """Let go of the directory. Call it once, when nothing reads any more."""
+        """Let go of the directory, which goes if nothing is in it. Call it once, when nothing reads any more."""
+        with suppress(OSError):
+            self._path.rmdir()
         os.close(self._root)
 
     def _drop_unfinished_folders(self) -> None:
         """Those whose makers died before they had a name; nothing is in them."""
-        for name in os.listdir(self._root):
+        for name in _listed(self._root):
             if name.startswith(_UNFINISHED):
                 with suppress(OSError):
                     if time.time() - os.stat(name, dir_fd=self._root).st_mtime > UNFINISHED_AFTER_S:
                         os.rmdir(name, dir_fd=self._root)
 
     def _folders(self) -> list[str]:
-        return [name for name in os.listdir(self._root) if name.startswith(_FOLDER)]
+        return [name for name in _listed(self._root) if name.startswith(_FOLDER)]
+
+
+def _listed(directory: int) -> list[str]:
+    """The names in an open directory, through a descriptor of its own: threads that list one share its position."""
+    own = os.open(".", _OPEN_FOLDER, dir_fd=directory)
+    try:
+        return os.listdir(own)
+    finally:
+        os.close(own)
 
 
 def _name_of(key: str) -> str:

@@ -106,7 +106,8 @@ class WriteBehind:
             self._is_over = True
             self._changed.notify_all()
         self._thread.join(max(0.0, deadline - time.monotonic()) + FIRST_PAUSE_S)
-        left = tuple(one.file.key for one in list(self._waiting))
+        with self._changed:
+            left = tuple(one.file.key for one in self._waiting)
         if self._thread.is_alive():
             return left  # in the middle of a write; the folder's lock ends with the process
         for one in self._waiting:
