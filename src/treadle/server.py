@@ -17,9 +17,9 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, TypeAlias
+from typing import IO
 
 import uvicorn
 import uvloop
@@ -31,9 +31,8 @@ from treadle.domain.ids import PoolName
 from treadle.domain.roles import Role
 from treadle.errors import ConfigError, StoreUnavailable, TreadleError
 from treadle.executor.base import SamplingExecutor
+from treadle.executor.channel import Channel
 from treadle.executor.local import LocalExecutor
-from treadle.executor.messages import WorkerConfig
-from treadle.executor.spare import WORKER_COMMAND, Spare
 from treadle.gateway.app import create_app
 from treadle.gateway.authenticators.bootstrap import register_first_key
 from treadle.gateway.chat.live import LiveSamples
@@ -42,21 +41,21 @@ from treadle.http_server import Connections, http_config
 from treadle.scheduler.clock_settings import CycleSettings
 from treadle.scheduler.holders import this_process
 from treadle.scheduler.pool import PoolRunner
+from treadle.scheduler.slot import slot_name
 from treadle.scheduler.sweeps import Sweeper
 from treadle.scheduler.weights import TenantWeights
 from treadle.server_metrics import count_store, show_pools
 from treadle.server_pools import ServedPools
+from treadle.server_workers import MakeLocal, Workers
 from treadle.store import Store
 from treadle.store.policy_watch import PolicyWatch
 from treadle.store.pool_watch import PoolWatch
 from treadle.telemetry.collector import tracing_to
 from treadle.telemetry.logs import configure_logging, get_logger
 from treadle.telemetry.metrics import Metrics
+from treadle.worker.staging import staging_place
 
 log = get_logger(__name__)
-
-# LocalExecutor, or something with the same arguments.
-MakeExecutor: TypeAlias = Callable[..., LocalExecutor]
 
 # The garbage collector's generations: the middle one ends at 25,000 objects, which takes it some 10 ms.
 GC_THRESHOLDS = (5_000, 5, 10)
@@ -66,10 +65,10 @@ _NUM_BLOBS_LOOKED_FOR = 20
 CLOSE_S = 3
 
 
-def run(settings: Settings, *, make_executor: MakeExecutor = LocalExecutor) -> int:
+def run(settings: Settings, *, make_executor: MakeLocal = LocalExecutor) -> int:
     """Serve until told to stop; the exit status. Raises ConfigError for what an operator must fix.
 
-    make_executor: a worker that is not started yet, for its configuration.
+    make_executor: a local worker that is not started yet, for its configuration.
     """
     configure_logging(level=settings.log.level, style=settings.log.format)
     loop_factory = uvloop.new_event_loop
@@ -117,13 +116,12 @@ class Clock:
 class Server:
     """One server process from start to stop."""
 
-    def __init__(self, settings: Settings, *, make_executor: MakeExecutor = LocalExecutor) -> None:
-        """Raises ConfigError when a directory of a model holds none."""
+    def __init__(self, settings: Settings, *, make_executor: MakeLocal = LocalExecutor) -> None:
+        """Raises ConfigError when a directory of a model holds none, or what its workers need is not installed."""
         self._settings = settings
-        self._make_executor = make_executor
         self._metrics = Metrics(CollectorRegistry())
         self._live = LiveSamples()
-        self._spare = Spare() if settings.worker.spare else None
+        self._workers = Workers(settings, make_local=make_executor, on_parts=self._live.publish)
         self._policies: PolicyWatch | None = None
         for model in settings.models:
             model.local_dir()
@@ -133,7 +131,7 @@ class Server:
     async def serve(self) -> int:
         """Run until a signal; 0 after a drain in time, 1 when something that serves ended on its own."""
         self._handle_signals()
-        launched = self._launch_early()
+        launched = self._workers.launch_early()
         try:
             store = await Store.open(self._settings.database_url)
             try:
@@ -142,11 +140,10 @@ class Server:
                 await store.close()
         finally:
             # Whatever went wrong, no worker outlives this.
-            await asyncio.gather(*(executor.stop() for executor in launched.values()))
-            if self._spare is not None:
-                self._spare.stop()
+            await asyncio.gather(*(executor.stop() for of_pool in launched.values() for executor in of_pool.values()))
+            await self._workers.stop()
 
-    async def _serve_on(self, store: Store, launched: Mapping[str, LocalExecutor]) -> int:
+    async def _serve_on(self, store: Store, launched: Mapping[str, dict[str, Channel]]) -> int:
         settings = self._settings
         if settings.auth.bootstrap_key_file is not None:
             await register_first_key(store, settings.auth.bootstrap_key_file)
@@ -168,19 +165,21 @@ class Server:
             await self._policies.stop()
 
     async def _serve_pools(
-        self, store: Store, blobs: BlobStore, watch: PoolWatch, launched: Mapping[str, LocalExecutor]
+        self, store: Store, blobs: BlobStore, watch: PoolWatch, launched: Mapping[str, dict[str, Channel]]
     ) -> int:
         settings = self._settings
         unused = dict(launched)
 
         def make_runner(model: ModelSettings, is_essential: bool) -> PoolRunner:
-            first = unused.pop(model.name, None) if is_essential else None
+            first = unused.pop(model.name, {}) if is_essential else {}
             return self._runner(model, store, blobs, first, is_essential=is_essential)
 
-        pools = ServedPools(models=settings.models, watch=watch, make_runner=make_runner)
+        pools = ServedPools(
+            models=settings.models, watch=watch, make_runner=make_runner, scale_of=self._workers.scale_of
+        )
         await pools.open()
         # Launched for what operators have removed meanwhile.
-        await asyncio.gather(*(executor.stop() for executor in unused.values()))
+        await asyncio.gather(*(executor.stop() for of_pool in unused.values() for executor in of_pool.values()))
         unused.clear()
         store.events.on_enqueued(pools.wake)
         named = {PoolName(model.name): (model.source, model.revision) for model in settings.models}
@@ -190,64 +189,23 @@ class Server:
         with _listening(settings.server.host, settings.server.port) as listener:
             return await self._serve_http(store, blobs, pools, directory, listener)
 
-    def _launch_early(self) -> dict[str, LocalExecutor]:
-        """Start worker processes; they import and load while this one opens its store.
-
-        Where another server may lead already, there is only a spare, which has no model until it leads.
-        """
-        if self._settings.is_shareable and not self._settings.scheduler.preload_standby:
-            if self._spare is not None:
-                self._spare.prepare(WORKER_COMMAND)
-            return {}
-        launched = {model.name: self._executor(model) for model in self._settings.models}
-        for executor in launched.values():
-            executor.launch()
-        return launched
-
-    def _executor(self, model: ModelSettings) -> LocalExecutor:
-        engine, sampler = self._settings.engine, self._settings.sampler
-        directory = model.local_dir()
-        return self._make_executor(
-            WorkerConfig(
-                base_model=model.name,
-                source=model.source if directory is None else str(directory),
-                revision=model.revision,
-                device=engine.device,
-                dtype=engine.dtype,
-                num_threads=engine.threads,
-                blobs_url=self._settings.blobs_url,
-                max_running_samples=sampler.max_running,
-                max_cached_tokens=sampler.max_cached_tokens,
-                micro_batch_tokens=engine.micro_batch_tokens,
-                parking_dir=str(self._settings.data_dir.resolve() / "parked"),
-                park_after_s=self._settings.worker.park_after_s,
-                max_resident_bytes=self._settings.worker.max_resident_bytes,
-                hub=engine.hub,
-                log_level=self._settings.log.level,
-                log_format=self._settings.log.format,
-            ),
-            spare=self._spare,
-            hang_after_s=self._settings.worker.hang_after_s,
-            on_parts=self._live.publish,
-        )
-
     def _runner(
         self,
         model: ModelSettings,
         store: Store,
         blobs: BlobStore,
-        first: LocalExecutor | None,
+        launched: dict[str, Channel],
         *,
         is_essential: bool,
     ) -> PoolRunner:
-        """first: its first worker, if that was launched already."""
+        """launched: workers that were started already, by slot."""
         scheduler = self._settings.scheduler
-        launched = [] if first is None else [first]
         policies = self._policies
         assert policies is not None, "it is read before there are pools"
 
         def make_executor(index: int, role: Role) -> SamplingExecutor:
-            return launched.pop() if launched else self._executor(model)
+            first = launched.pop(slot_name(index, trains=role is not Role.SAMPLING), None)
+            return first or self._workers.make(model, index, role)
 
         return PoolRunner(
             pool=PoolName(model.name),
@@ -269,6 +227,7 @@ class Server:
             metrics=self._metrics,
             clock=time.time,
             is_essential=is_essential,
+            scale=self._workers.scale_of(model),
         )
 
     async def _serve_http(
