@@ -225,6 +225,8 @@ class SampleOutcome:
     num_cached_tokens: of the prompt's tokens those that a prefix cache served.
     needs_builtin: this sampler cannot do what is asked for, and the built-in one can; no result, no failure.
     recorded: its sequences, in order, when the request asked for record_stability_info.
+    began_at, worked_s: when it came to the worker, on the worker's clock (epoch seconds), and wall seconds until it was
+    done; 0 from a worker that takes no times.
     """
 
     request_id: RequestId
@@ -237,6 +239,8 @@ class SampleOutcome:
     num_sampled_tokens: int = 0
     num_cached_tokens: int = 0
     recorded: tuple[RecordedSequence, ...] = ()
+    began_at: float = 0.0
+    worked_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ Invariant: when `submit` returns, the row is durable, and so is the blob it name
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,7 @@ from treadle.telemetry.context import bind_context
 from treadle.telemetry.logs import get_logger
 from treadle.telemetry.metrics import Metrics
 from treadle.telemetry.phases import Phase, phase
+from treadle.telemetry.tracing import Span, emit, is_tracing, request_trace
 from treadle.wire.payloads import encode_payload
 
 log = get_logger(__name__)
@@ -116,6 +118,7 @@ class Admission:
         bind_context(request_id=place.request_id)
         log.debug("request refused at admission", kind=place.kind.value, error=type(refusal).__name__)
         self._metrics.refused_at_admission.labels(place.pool, place.kind.value).inc()
+        _trace_refused(place)
         return await self._store.requests.enqueue(refused(place, refusal))
 
     async def submit_model(
@@ -146,6 +149,15 @@ class Admission:
         key = BlobKey(f"payloads/{blob_folder(owner)}/{uuid.uuid4().hex}")
         await asyncio.get_running_loop().run_in_executor(self._threads, self._blobs.write, key, draft.payload)
         return replace(row, payload=b"", payload_key=key, payload_bytes=len(draft.payload))
+
+
+def _trace_refused(place: NewRequest) -> None:
+    """Of what will not run, its refusal is the whole story."""
+    if is_tracing():
+        now = time.time()
+        about = {"treadle.request_id": place.request_id, "treadle.pool": place.pool, "treadle.kind": place.kind.value}
+        root = request_trace(place.request_id)
+        emit(Span(place.kind.value, root, began_at=now, ended_at=now, attributes=about, error="refused: user"))
 
 
 def refused(place: NewRequest, refusal: UserError) -> NewRequest:

@@ -48,6 +48,8 @@ class ComputeLoop:
         self._running: _RunningCycle | None = None
         self._snapshots = Snapshots(encode=worker.encode_snapshot, write=worker.write_blob, wake=wake)
         self._share = DeviceShare()
+        # When samples came.
+        self._came_at: dict[RequestId, float] = {}
 
     @property
     def has_work(self) -> bool:
@@ -83,10 +85,14 @@ class ComputeLoop:
 
     def submit_samples(self, samples: Sequence[DecodedSample]) -> None:
         """Queue samples."""
+        now = time.time()
+        self._came_at.update((sample.request_id, now) for sample in samples)
         self.worker.submit_samples(samples)
 
     def cancel_samples(self, request_ids: Sequence[RequestId]) -> None:
         """Drop samples that nobody waits for."""
+        for request_id in request_ids:
+            self._came_at.pop(request_id, None)
         self.worker.cancel_samples(request_ids)
 
     def ask_snapshots(self, call: SnapshotCall) -> None:
@@ -109,8 +115,13 @@ class ComputeLoop:
         return replace(finished, snapshots=snapshots)
 
     def _sample(self) -> Finished:
-        samples = self.worker.sample_step(MAX_UNIT_S)
+        samples = tuple(self._timed(outcome) for outcome in self.worker.sample_step(MAX_UNIT_S))
         return Finished(samples=samples, parts=self.worker.sampled_parts())
+
+    def _timed(self, outcome: SampleOutcome) -> SampleOutcome:
+        now = time.time()
+        began_at = self._came_at.pop(outcome.request_id, now)
+        return replace(outcome, began_at=began_at, worked_s=max(0.0, now - began_at))
 
     def _train(self) -> Finished:
         assert self._running is not None
