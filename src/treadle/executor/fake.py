@@ -29,6 +29,7 @@ from treadle.domain.ops import (
     SaveForSamplerOp,
     SaveWeightsOp,
     UnloadModelOp,
+    phase_of,
 )
 from treadle.domain.outcome import (
     BlobResult,
@@ -56,6 +57,7 @@ from treadle.executor.faults import Fault, Faults, Moment
 from treadle.telemetry.logs import get_logger
 from treadle.worker.encryption import encrypted
 from treadle.worker.failures import MustRestore, failure_of, must_restore, restore_end_of
+from treadle.worker.timings import PART_OF_PHASE, Timings
 from treadle.worker.work import DecodedItem, DecodedSample
 
 log = get_logger(__name__)
@@ -243,12 +245,15 @@ class _FakeWorker:
         model_ids = {item.planned.model_id for item in work.items} | {one.model_id for one in work.restores}
         self._maybe_end(Moment.CYCLE_TAKEN, model_ids)
         outcomes: list[OpOutcome] = []
+        timings = Timings()
         try:
             restores = tuple(self._restore(restore) for restore in work.restores)
             for item in decode_cycle(work).items:
                 self._check_token(work)
-                outcomes.append(self._run(item))
-                self._maybe_end(Moment.OP_DONE, {item.item.planned.model_id})
+                planned = item.item.planned
+                with timings.of(PART_OF_PHASE[phase_of(planned.kind)], planned.model_id, planned.request_id):
+                    outcomes.append(self._run(item))
+                self._maybe_end(Moment.OP_DONE, {planned.model_id})
         except Fenced:
             for model_id in model_ids:
                 self.drop(model_id)
@@ -262,6 +267,7 @@ class _FakeWorker:
                 compute_s=time.perf_counter() - started,
                 num_forwards=int(any(item.planned.quantum_stop > 0 for item in work.items)),
                 restores=restores,
+                timings=tuple(timings.taken),
             )
         )
 

@@ -10,8 +10,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from treadle.domain.ids import ModelId, RequestId
+from treadle.domain.ops import Phase
 from treadle.domain.outcome import CyclePart, WorkTiming
 from treadle.telemetry.context import log_context
+
+PART_OF_PHASE = {
+    Phase.SETUP: CyclePart.SETUP,
+    Phase.PASS: CyclePart.PASSES,
+    Phase.STEP: CyclePart.STEPS,
+    Phase.PUBLISH: CyclePart.PUBLISH,
+}
 
 
 class Timings:
