@@ -31,7 +31,7 @@ from treadle.domain.ids import PoolName
 from treadle.domain.roles import Role
 from treadle.errors import ConfigError, StoreUnavailable, TreadleError
 from treadle.executor.base import SamplingExecutor
-from treadle.executor.channel import Channel
+from treadle.executor.channel import SamplingChannel
 from treadle.executor.local import LocalExecutor
 from treadle.gateway.app import create_app
 from treadle.gateway.authenticators.bootstrap import register_first_key
@@ -53,7 +53,6 @@ from treadle.store.pool_watch import PoolWatch
 from treadle.telemetry.collector import tracing_to
 from treadle.telemetry.logs import configure_logging, get_logger
 from treadle.telemetry.metrics import Metrics
-from treadle.worker.staging import staging_place
 
 log = get_logger(__name__)
 
@@ -143,7 +142,7 @@ class Server:
             await asyncio.gather(*(executor.stop() for of_pool in launched.values() for executor in of_pool.values()))
             await self._workers.stop()
 
-    async def _serve_on(self, store: Store, launched: Mapping[str, dict[str, Channel]]) -> int:
+    async def _serve_on(self, store: Store, launched: Mapping[str, dict[str, SamplingChannel]]) -> int:
         settings = self._settings
         if settings.auth.bootstrap_key_file is not None:
             await register_first_key(store, settings.auth.bootstrap_key_file)
@@ -165,7 +164,7 @@ class Server:
             await self._policies.stop()
 
     async def _serve_pools(
-        self, store: Store, blobs: BlobStore, watch: PoolWatch, launched: Mapping[str, dict[str, Channel]]
+        self, store: Store, blobs: BlobStore, watch: PoolWatch, launched: Mapping[str, dict[str, SamplingChannel]]
     ) -> int:
         settings = self._settings
         unused = dict(launched)
@@ -194,7 +193,7 @@ class Server:
         model: ModelSettings,
         store: Store,
         blobs: BlobStore,
-        launched: dict[str, Channel],
+        launched: dict[str, SamplingChannel],
         *,
         is_essential: bool,
     ) -> PoolRunner:

@@ -17,6 +17,7 @@ from treadle.config import ModelSettings
 from treadle.domain.ids import ModelId, PoolName
 from treadle.domain.ops import OpKind
 from treadle.domain.pool_decisions import PoolState
+from treadle.domain.roles import Scale
 from treadle.errors import ConfigError, ServerError, StoreUnavailable
 from treadle.gateway.deps import PoolView
 from treadle.scheduler.pool import PoolRunner
@@ -58,10 +59,13 @@ class ServedPools:
         models: Sequence[ModelSettings],
         watch: PoolWatch,
         make_runner: Callable[[ModelSettings, bool], PoolRunner],
+        scale_of: Callable[[ModelSettings], Scale] = lambda _: Scale(),
     ) -> None:
+        """scale_of: how many workers a pool has as long as operators say nothing else."""
         self._models = {PoolName(model.name): model for model in models}
         self._watch = watch
         self._make_runner = make_runner
+        self._scale_of = scale_of
         self._served: dict[PoolName, _Served] = {}
         self._news = asyncio.Event()
         self._is_draining = False
@@ -175,7 +179,11 @@ class ServedPools:
         except ConfigError:
             directory = None  # whoever leads it is told so again, and shows it
         runner = self._make_runner(model, is_essential)
+        runner.set_scale(self._scale(model))
         return _Served(model, runner, None if directory is None else str(directory), is_essential)
+
+    def _scale(self, model: ModelSettings) -> Scale:
+        return self._watch.now.scale_of(PoolName(model.name), self._scale_of(model))
 
     def _reconcile(self) -> None:
         """Start, drain, pause and resume until things are as they are wanted."""
@@ -187,6 +195,7 @@ class ServedPools:
                 if served.task is None:
                     del self._served[pool]
             served.runner.set_paused(self._watch.now.state_of(pool) is PoolState.PAUSED)
+            served.runner.set_scale(self._scale(served.model))
         if self._is_draining or self._failure is not None:
             return
         for pool, model in wanted.items():

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from treadle.domain.ids import PoolName
+from treadle.domain.roles import Scale
 
 
 class PoolState(StrEnum):
@@ -30,7 +31,8 @@ class PoolDecision:
     """The newest decision about one pool.
 
     source: the directory or hub name of a pool that was added at run time, None for one of the servers' settings.
-    reason: what users are told, "" when none was given. decided_at: seconds since the epoch.
+    reason: what users are told, "" when none was given. decided_at: seconds since the epoch. num_workers, num_samplers:
+    how many are wanted; None: as the servers' settings say.
     """
 
     pool: PoolName
@@ -39,6 +41,8 @@ class PoolDecision:
     revision: str | None = None
     reason: str = ""
     decided_at: float = 0.0
+    num_workers: int | None = None
+    num_samplers: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,3 +56,13 @@ class PoolDecisions:
         """What the pool may do."""
         decision = self.pools.get(pool)
         return PoolState.SERVING if decision is None else decision.state
+
+    def scale_of(self, pool: PoolName, otherwise: Scale) -> Scale:
+        """How many workers it should have. otherwise: by the settings, for what operators said nothing about."""
+        decision = self.pools.get(pool)
+        if decision is None:
+            return otherwise
+        return Scale(
+            workers=otherwise.workers if decision.num_workers is None else decision.num_workers,
+            samplers=otherwise.samplers if decision.num_samplers is None else decision.num_samplers,
+        )

@@ -23,7 +23,8 @@ class WorkerConfig:
     num_threads and micro_batch_tokens 0 mean: choose from the model and the device. parking_dir: a directory of this
     host for runs without work, None to keep them in memory; max_resident_bytes: of runs, 0 for no limit. staging_dir:
     memory of this host, as a directory, where new sampler versions lie until their blobs are durable; None: a save is
-    answered when its blob is.
+    answered when its blob is. num_on_host: workers of the pool that share this host's cores and devices; device_index:
+    of several devices the one for this worker, from the last one on when negative, unless `device` names one.
     """
 
     base_model: str
@@ -40,6 +41,8 @@ class WorkerConfig:
     park_after_s: float = PARK_AFTER_S
     max_resident_bytes: int = 0
     staging_dir: str | None = None
+    num_on_host: int = 1
+    device_index: int = 0
     hub: str = "huggingface"
     log_level: str = "info"
     log_format: Literal["console", "json"] = "console"

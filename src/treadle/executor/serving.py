@@ -157,6 +157,8 @@ def _worker_of(config: WorkerConfig) -> Worker:
         revision=config.revision,
         hub=config.hub,
         device=config.device,
+        num_on_host=config.num_on_host,
+        device_index=config.device_index,
         dtype=config.dtype,
         num_threads=config.num_threads,
         # The server makes the place. A worker that did would take one that is not mounted for an empty one.

@@ -217,14 +217,13 @@ class SamplingLoop:
                 failure = Failure(message, Category.SERVER)
                 self._outcomes.append(SampleOutcome(request_id=row.request_id, failure=failure))
                 self._samplers.begin(sampler, row.request_id, row.tenant_id)
-        try:
-            sampler.executor.submit_samples(works)
-        except WorkerDied:
-            return  # its slot is about to find out
         for work in works:
             self._samplers.begin(sampler, work.request_id, work.tenant_id)
         self._most_sampled.update((row.request_id, most_sampled(row)) for row in ready)
         quarantine.samples_begin(work.request_id for work in works)
+        # Of a worker that is dead its slot is about to find out, and gives them to others.
+        with contextlib.suppress(WorkerDied):
+            sampler.executor.submit_samples(works)
 
     async def _within_rates(self, rows: Sequence[RequestRecord]) -> list[RequestRecord]:
         """Those of `rows` that may start: a tenant's oldest ones, until what it has in flight may fill its rates."""

@@ -12,6 +12,7 @@ import torch
 from treadle.domain.limits import PARK_AFTER_S
 from treadle.engine.base_model import BaseModel, load_base_model
 from treadle.engine.memory import available_host_bytes, measure_pass_cost, pass_limits
+from treadle.errors import ConfigError
 from treadle.sampler.base import SamplerLimits
 from treadle.sampler.builtin import open_sampler
 from treadle.telemetry.logs import get_logger
@@ -43,6 +44,8 @@ def build_worker(
     revision: str | None,
     hub: str = "huggingface",
     device: str,
+    num_on_host: int = 1,
+    device_index: int = 0,
     dtype: str,
     num_threads: int,
     blobs: BlobIO,
@@ -62,7 +65,7 @@ def build_worker(
     first. Raises ConfigError when the model cannot be loaded, its architecture is not supported, or that directory
     cannot be used.
     """
-    device = _chosen_device(device)
+    device = _chosen_device(device, num_on_host, device_index)
     if hub == "modelscope" and not Path(source).is_dir():
         # What was downloaded is a directory like any other, whose digest is recorded as the revision.
         source, revision = fetch_from_modelscope(source, revision), None
@@ -75,7 +78,7 @@ def build_worker(
         num_threads=num_threads or None,
     )
     if num_threads == 0:
-        _choose_threads(base)
+        _choose_threads(base, num_on_host)
     limits = SamplerLimits(max_running=max_running_samples, max_cached_tokens=max_cached_tokens or _cached_tokens(base))
     cost = measure_pass_cost(base)
     passes = pass_limits(base, cost, micro_batch_tokens=micro_batch_tokens)
@@ -103,10 +106,21 @@ def warm_up() -> None:
     )
 
 
-def _chosen_device(device: str) -> str:
-    if device != "auto":
+def _chosen_device(device: str, num_on_host: int, index: int) -> str:
+    """With several workers on a host each gets a GPU of its own. Raises ConfigError when there are too few."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device != "cuda" or (num_on_host == 1 and index == 0):
         return device
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    num = torch.cuda.device_count()
+    place = index if index >= 0 else num + index
+    if num_on_host > num or not 0 <= place < num:
+        wanted = max(num_on_host, abs(index) + 1)
+        raise ConfigError(
+            f"{wanted} workers of one model want a GPU each, and this machine has {num}; have fewer workers, or pin "
+            "engine.device to cuda:N to let them share one"
+        )
+    return f"cuda:{place}"
 
 
 def _chosen_dtype(dtype: str, device: str) -> str:
@@ -115,10 +129,11 @@ def _chosen_dtype(dtype: str, device: str) -> str:
     return "float32" if device == "cpu" else "bfloat16"
 
 
-def _choose_threads(base: BaseModel) -> None:
+def _choose_threads(base: BaseModel, num_on_host: int) -> None:
     """Intra-op threads for a model of this size on this machine's cores; part of the numerics profile."""
     is_small = base.facts.num_parameters < SMALL_MODEL_PARAMETERS
-    torch.set_num_threads(1 if is_small else min(os.cpu_count() or 1, MAX_AUTO_THREADS))
+    cores = max(1, (os.cpu_count() or 1) // num_on_host)
+    torch.set_num_threads(1 if is_small else min(cores, MAX_AUTO_THREADS))
     base.note_profile()
 
 

@@ -1,0 +1,271 @@
+"""A pool with several workers: tenants spread and move, deaths concern one worker, samples find the right one."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from scheduler_support import POOL, SESSION, Cluster
+
+from treadle.domain.ids import ModelId, RequestId, TenantId
+from treadle.domain.ops import CreateModelOp, LoraSpec
+from treadle.domain.outcome import CycleOutcome, SampleOutcome
+from treadle.domain.plan import CycleWork, SampleWork
+from treadle.domain.records import ModelRecord, NewRequest
+from treadle.domain.roles import Role, Scale
+from treadle.domain.states import ModelState
+from treadle.executor.base import DeathCallback, SamplesCallback
+from treadle.executor.fake import FakeExecutor
+from treadle.scheduler import placement, slot
+from treadle.testing.builders import datum, pass_op, sample_op, step_op
+
+NUM_TENANTS = 6
+NUM_STEPS = 5
+
+
+def tenant(index: int) -> TenantId:
+    return TenantId(f"tenant-{index}")
+
+
+def run_of(index: int) -> ModelId:
+    return ModelId(f"session:train:{index}")
+
+
+@pytest.fixture(autouse=True)
+def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slot, "RESTART_PAUSES_S", (0.0,))
+
+
+async def create(cluster: Cluster, index: int) -> RequestId:
+    """A run of a tenant of its own."""
+    op = CreateModelOp(run_of(index), base_model=POOL, lora=LoraSpec(rank=8, seed=7))
+    now = cluster.clock.now()
+    record = ModelRecord(
+        model_id=op.model_id,
+        session_id=SESSION,
+        tenant_id=tenant(index),
+        pool=POOL,
+        base_model=POOL,
+        revision="fake",
+        lora=op.lora,
+        state=ModelState.CREATING,
+        next_seq_id=0,
+        created_at=now,
+        last_request_at=now,
+    )
+    return await cluster.store.models.create(record, replace(request_of(op, 0, index), quantum_tokens=()))
+
+
+def request_of(op, seq_id: int, index: int) -> NewRequest:  # type: ignore[no-untyped-def]
+    from scheduler_support import _request
+
+    return replace(_request(op), tenant_id=tenant(index))
+
+
+async def submit(cluster: Cluster, index: int, *ops) -> list[RequestId]:  # type: ignore[no-untyped-def]
+    return [await cluster.store.requests.enqueue(request_of(op, op.seq_id, index)) for op in ops]
+
+
+async def train(cluster: Cluster, index: int, *, pause: Callable[[], float] = lambda: 0.0) -> list[bytes]:
+    """A tenant's whole training: what every request of it gave."""
+    await cluster.result(await create(cluster, index))
+    results = []
+    run = run_of(index)
+    for step in range(NUM_STEPS):
+        seq_id = 1 + 2 * step
+        batch = [datum(seed=index + step), datum(seed=100 + index)]
+        ids = await submit(
+            cluster, index, pass_op(seq_id, model_id=run, datums=batch), step_op(seq_id + 1, model_id=run)
+        )
+        results += [await cluster.result(request_id) for request_id in ids]
+        await asyncio.sleep(pause())
+    last = pass_op(1 + 2 * NUM_STEPS, model_id=run, datums=[datum(seed=0)], forward_only=True)
+    results += [await cluster.result(request_id) for request_id in await submit(cluster, index, last)]
+    return results
+
+
+@asynccontextmanager
+async def scaled(cluster: Cluster, workers: int, samplers: int = 0):  # type: ignore[no-untyped-def]
+    """The cluster with so many workers."""
+    await cluster.drain()
+    cluster.executors.clear()
+    cluster.scale = Scale(workers, samplers)
+    cluster.start()
+    await until(lambda: cluster.runner.status.num_workers == workers + samplers)
+    yield cluster
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not holds():  # noqa: ASYNC110 (what is waited for tells nobody)
+            await asyncio.sleep(0.01)
+
+
+def homes(cluster: Cluster) -> dict[TenantId, int | None]:
+    crew = cluster.runner._crew
+    assert crew is not None
+    home = crew._tenancy.placement.home
+    return {tenant(index): home(tenant(index)) for index in range(NUM_TENANTS)}
+
+
+@pytest.fixture
+async def expected(cluster: Cluster, tmp_path: Path) -> list[list[bytes]]:
+    """What one worker gives, in peace."""
+    from scheduler_support import Cluster as Fresh
+
+    folder = tmp_path / "alone"
+    folder.mkdir()
+    alone = await Fresh.open(folder)
+    alone.start()
+    try:
+        return [await train(alone, index) for index in range(NUM_TENANTS)]
+    finally:
+        await alone.close()
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+async def test_with_deaths_of_either_of_two_workers_every_op_counts_once(
+    cluster: Cluster, expected: list[list[bytes]], seed: int
+) -> None:
+    rng = random.Random(seed)
+    async with scaled(cluster, 2):
+        training = asyncio.gather(
+            *(train(cluster, index, pause=lambda: rng.random() / 100) for index in range(NUM_TENANTS))
+        )
+        while not training.done():
+            await asyncio.sleep(rng.random() / 5)
+            rng.choice(cluster.executors[-2:]).die("killed")
+        assert await training == expected
+        assert set(homes(cluster).values()) == {0, 1}
+        await cluster.restart()
+        assert len(await cluster.store.leases.in_flight(POOL)) < 20
+
+
+async def test_scaling_up_and_down_under_load_moves_tenants_and_changes_no_number(
+    cluster: Cluster, expected: list[list[bytes]]
+) -> None:
+    async with scaled(cluster, 1):
+        training = asyncio.gather(*(train(cluster, index, pause=lambda: 0.02) for index in range(NUM_TENANTS)))
+        for workers in (3, 1, 2, 1):
+            await asyncio.sleep(0.15)
+            cluster.runner.set_scale(Scale(workers))
+            await until(lambda workers=workers: cluster.runner.status.num_workers == workers)  # type: ignore[misc]
+        assert await training == expected
+        await until(lambda: set(homes(cluster).values()) == {0})
+        incarnations = [(await cluster.model(run_of(index))).incarnation for index in range(NUM_TENANTS)]
+        assert sum(incarnations) > NUM_TENANTS, "nobody moved"
+
+
+async def test_a_dead_worker_stalls_nobody_on_another(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slot, "RESTART_PAUSES_S", (1000.0,))
+    async with scaled(cluster, 2):
+        for index in (0, 1):
+            await cluster.result(await create(cluster, index))
+        where = homes(cluster)
+        assert {where[tenant(0)], where[tenant(1)]} == {0, 1}
+        dead = where[tenant(0)]
+        assert dead is not None
+        cluster.executors[dead].die("killed")
+        (stuck,) = await submit(cluster, 0, pass_op(1, model_id=run_of(0)))
+        for request_id in await submit(cluster, 1, pass_op(1, model_id=run_of(1)), step_op(2, model_id=run_of(1))):
+            await cluster.result(request_id)
+        assert (await cluster.store.requests.future(stuck)).state == "queued"  # type: ignore[union-attr]
+        assert cluster.runner.status.is_ready
+        # One that does not come back loses its tenants.
+        monkeypatch.setattr(placement, "AWAY_S", 0.0)
+        await cluster.result(stuck)
+
+
+async def test_a_commit_leaves_the_note_of_what_another_worker_has(cluster: Cluster) -> None:
+    """Else a new leader would not suspect it."""
+
+    class Stuck(FakeExecutor):
+        async def run_cycle(self, work: CycleWork) -> CycleOutcome:
+            if any(item.planned.request_id == f"{run_of(0)}:1" for item in work.items):
+                await asyncio.Event().wait()
+            return await super().run_cycle(work)
+
+    cluster.new_worker = Stuck
+    async with scaled(cluster, 2):
+        for index in (0, 1):
+            await cluster.result(await create(cluster, index))
+        (stuck,) = await submit(cluster, 0, pass_op(1, model_id=run_of(0)))
+        while stuck not in await cluster.store.leases.in_flight(POOL):
+            await asyncio.sleep(0.01)
+        for request_id in await submit(cluster, 1, pass_op(1, model_id=run_of(1)), step_op(2, model_id=run_of(1))):
+            await cluster.result(request_id)
+        assert await cluster.store.leases.in_flight(POOL) == (stuck,)
+        await cluster.crash()
+        cluster.new_worker = FakeExecutor
+        cluster.start()
+        await cluster.result(stuck)
+
+
+class Sampler(FakeExecutor):
+    """Notes what it was asked to sample. is_limited: it can do nothing, and says so."""
+
+    is_limited = False
+
+    async def start(self, *, on_samples: SamplesCallback, on_death: DeathCallback):  # type: ignore[no-untyped-def]
+        self.on_samples_of_slot = on_samples
+        self.sampled: list[RequestId] = []
+        return await super().start(on_samples=on_samples, on_death=on_death)
+
+    def submit_samples(self, samples: Sequence[SampleWork]) -> None:
+        self.sampled += [sample.request_id for sample in samples]
+        if self.is_limited:
+            self.on_samples_of_slot([SampleOutcome(one.request_id, needs_builtin=True) for one in samples])
+        else:
+            super().submit_samples(samples)
+
+
+async def test_samples_go_to_samplers_and_come_back_when_these_cannot(cluster: Cluster) -> None:
+    roles: list[Role] = []
+
+    def make(_index: int, role: Role) -> FakeExecutor:
+        roles.append(role)
+        worker = Sampler(cluster.blobs)
+        cluster.executors.append(worker)
+        return worker
+
+    await cluster.drain()
+    cluster.executors.clear()
+    cluster.scale = Scale(1, 1)
+    cluster.runner = cluster._new_runner()
+    cluster.runner._make_executor = make
+    running = asyncio.create_task(cluster.runner.run())
+    await until(lambda: cluster.runner.status.num_workers == 2)
+    assert roles == [Role.TRAINING, Role.SAMPLING]
+    trainer, sampler = cluster.executors
+    assert isinstance(trainer, Sampler)
+    assert isinstance(sampler, Sampler)
+    first = await cluster.submit_sample(sample_op(1, seed=3))
+    expected = await cluster.result(first)
+    assert (trainer.sampled, sampler.sampled) == ([], [first])
+    sampler.is_limited = True
+    second = await cluster.submit_sample(sample_op(2, seed=3))
+    assert await cluster.result(second) == expected
+    assert trainer.sampled == [second]
+    # A sampler that dies gives its samples back, and nobody who trains notices.
+    sampler.die("killed")
+    third = await cluster.submit_sample(sample_op(3, seed=3))
+    assert await cluster.result(third) == expected
+    assert not trainer._ended.is_set()
+    cluster.runner.drain()
+    await running
+
+
+async def test_samples_of_a_dead_worker_go_to_another(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slot, "RESTART_PAUSES_S", (1000.0,))
+    first = await cluster.submit_sample(sample_op(1, seed=3))
+    expected = await cluster.result(first)
+    async with scaled(cluster, 2):
+        ids = [await cluster.submit_sample(sample_op(2 + n, seed=3)) for n in range(20)]
+        await asyncio.sleep(0)
+        cluster.executors[0].die("killed")
+        assert [await cluster.result(request_id) for request_id in ids] == [expected] * 20
