@@ -9,13 +9,13 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from otlp_receiver import attributes_of, collecting
 
 from treadle.config import OtelSettings, load_settings
 from treadle.errors import ConfigError
 from treadle.telemetry import otlp, tracing
 from treadle.telemetry.collector import tracing_to
 from treadle.telemetry.tracing import Span, SpanKind, SpanRef, emit, from_traceparent, request_trace, start_tracing
+from treadle.testing.otlp_collector import attributes_of, collecting
 
 THEIRS = SpanRef(0x0AF7651916CD43DD8448EB211C80319C, 0xB7AD6B7169203331)
 

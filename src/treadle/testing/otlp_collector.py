@@ -1,4 +1,7 @@
-"""A collector for tests: real HTTP, real protobuf, and the spans that came."""
+"""A collector for tests: real HTTP, real protobuf, and the spans that came. It keeps all and understands nothing.
+
+Needs opentelemetry-proto, which comes with the extra `otel`.
+"""
 
 from __future__ import annotations
 
