@@ -18,7 +18,7 @@ import asyncio
 import shutil
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from itertools import count
@@ -289,40 +289,44 @@ class VllmSampler:
 
     def _let_in(self) -> None:
         while len(self._running) < self._max_running:
-            job = self._next_job()
-            if job is None:
+            found = self._next_job()
+            if found is None:
                 return
-            self._start(job)
+            self._start(*found)
 
-    def _next_job(self) -> VllmJob | None:
-        """The job whose turn it is and whose weights are there. Those that find a place on the way begin to load."""
-        ready: VllmJob | None = None
+    def _next_job(self) -> tuple[VllmJob, Place | None] | None:
+        """The job whose turn it is and whose weights are there, with their place, which it holds from now on.
+
+        Versions that find a place on the way begin to load. One that has waited for long for a place gets the next one:
+        until then nothing new starts in those that are loaded.
+        """
+        must_drain = self._blocked_since is not None and self._clock() - self._blocked_since > _PATIENCE_S
+        kept = () if must_drain else self._queue.keys()
+        found: tuple[VllmJob, Place | None] | None = None
         is_blocked = False
         for job in self._queue.in_turn(lambda tenant_id: self._num_held[tenant_id] < self._tenant_share):
-            if job.key is None:
-                ready = ready or job
-                continue
-            place = self._places.find(job.key)
-            if place is None:
-                is_blocked |= not self._begin_load(job.key)
-            elif place.state is PlaceState.READY:
-                ready = ready or job
+            place = None if job.key is None else self._places.find(job.key)
+            if job.key is not None and place is None:
+                is_blocked |= not self._begin_load(job.key, kept)
+            elif found is None and (place is None or (place.state is PlaceState.READY and not must_drain)):
+                found = job, place
+                if place is not None:
+                    # At once: the versions that still look for a place in this round must not get this one.
+                    place.num_running += 1
         if not is_blocked:
             self._blocked_since = None
         elif self._blocked_since is None:
             self._blocked_since = self._clock()
-        must_drain = self._blocked_since is not None and self._clock() - self._blocked_since > _PATIENCE_S
-        # The base model's place is not one that could become free.
-        return None if must_drain and ready is not None and ready.key is not None else ready
+        if found is None and must_drain and not is_blocked:
+            return self._next_job()
+        return found
 
-    def _start(self, job: VllmJob) -> None:
+    def _start(self, job: VllmJob, place: Place | None) -> None:
+        assert (place is None) == (job.key is None), "weights are never replaced by others"
         sequence = job.unstarted.popleft()
         if not job.unstarted:
             self._queue.discard(job)
         self._queue.served(job.tenant_id)
-        place = None if job.key is None else self._places.find(job.key)
-        if place is not None:
-            place.num_running += 1
         self._num_held[job.tenant_id] += 1
         task = asyncio.create_task(self._run(sequence, place))
         self._running[sequence] = task
@@ -341,8 +345,8 @@ class VllmSampler:
 
     # Adapters.
 
-    def _begin_load(self, key: BlobKey) -> bool:
-        taken = self._places.take(key)
+    def _begin_load(self, key: BlobKey, kept: Collection[BlobKey | None]) -> bool:
+        taken = self._places.take(key, kept=kept)
         if taken is None:
             return False
         task = asyncio.create_task(self._load(*taken))

@@ -21,7 +21,7 @@ from treadle.domain.outcome import PoolFacts
 from treadle.engine import loading
 from treadle.engine.adapter import ATTENTION_PROJECTIONS, HEAD_MODULE, MLP_PROJECTIONS
 from treadle.engine.files import export_vllm, read_header
-from treadle.errors import ConfigError, InvalidRequest
+from treadle.errors import ConfigError, InvalidRequest, NonFiniteResult
 from treadle.sampler.stops import tokenizer_eos_id
 from treadle.sampler.tokenizer import TokenBytes, load_token_bytes
 
@@ -127,7 +127,8 @@ def write_zero_adapter(model: VllmModel, directory: Path) -> None:
 def write_adapter(data: bytes, directory: Path, facts: PoolFacts, *, max_rank: int) -> None:
     """The adapter of a checkpoint's file as a new directory that vLLM reads.
 
-    Raises InvalidRequest for a damaged file or one of another base model, NotForVllm for one that has no room there.
+    Raises InvalidRequest for a damaged file or one of another base model, NonFiniteResult for one that holds what is
+    no number (its keys and values would stay in vLLM's cache and spoil others'), NotForVllm without room for its rank.
     """
     header = read_header(data)
     for what, theirs, ours in (
@@ -138,7 +139,10 @@ def write_adapter(data: bytes, directory: Path, facts: PoolFacts, *, max_rank: i
             raise InvalidRequest(f"the checkpoint was made for {what} {theirs!r}, this one is {ours!r}")
     if header.lora.rank > max_rank:
         raise NotForVllm(f"rank {header.lora.rank} over sampler.vllm.max_lora_rank, {max_rank}")
-    _write(directory, export_vllm(data))
+    files = export_vllm(data)
+    if not all(np.isfinite(array).all() for array in safetensors.numpy.load(files[WEIGHTS_NAME]).values()):
+        raise NonFiniteResult("these weights are not finite; nothing can be sampled from them")
+    _write(directory, files)
 
 
 def _write(directory: Path, files: dict[str, bytes]) -> None:

@@ -9,7 +9,7 @@ under an id that another one had.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from enum import Enum, auto
 
 from treadle.domain.ids import BlobKey, TenantId
@@ -23,8 +23,9 @@ class TurnQueue:
         # The order of the keys is whose turn is next.
         self._by_tenant: dict[TenantId, dict[VllmJob, None]] = {}
 
-    def __len__(self) -> int:
-        return sum(len(jobs) for jobs in self._by_tenant.values())
+    def keys(self) -> set[BlobKey | None]:
+        """The weights that its jobs wait for."""
+        return {job.key for jobs in self._by_tenant.values() for job in jobs}
 
     def add(self, job: VllmJob) -> None:
         """Queue a job behind its tenant's others."""
@@ -83,12 +84,16 @@ class Places:
             self._by_key.move_to_end(key)
         return place
 
-    def take(self, key: BlobKey) -> tuple[Place, Place | None] | None:
-        """A place for a version that has none, and the one that must be unloaded for it; None while all are in use."""
+    def take(self, key: BlobKey, *, kept: Collection[BlobKey | None] = ()) -> tuple[Place, Place | None] | None:
+        """A place for a version that has none, and the one that must be unloaded for it; None while there is none.
+
+        kept: versions that are not dropped, though none of their sequences runs.
+        """
         assert key not in self._by_key
         dropped = None
         if len(self._by_key) >= self._capacity:
-            dropped = next((place for place in self._by_key.values() if _is_idle(place)), None)
+            idle = (place for place in self._by_key.values() if _is_idle(place))
+            dropped = next((place for place in idle if place.key not in kept), None)
             if dropped is None:
                 return None
             del self._by_key[dropped.key]
