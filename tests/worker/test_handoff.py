@@ -193,6 +193,30 @@ def test_directories_that_others_can_get_at_are_refused(tmp_path: Path, monkeypa
             StagingArea(root)
 
 
+def test_places_of_blobs_that_are_gone_are_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory, blobs = tmp_path / "memory", [tmp_path / name for name in ("gone", "there", "young")]
+    memory.mkdir()
+    monkeypatch.setattr(staging, "SHARED_MEMORY", memory)
+    places = []
+    for one in blobs:
+        one.mkdir()
+        place = staging_place(str(one), tmp_path)
+        area = StagingArea(place)
+        folder = area.new_folder()
+        folder.put(KEY, DATA).close()
+        # As at a death.
+        os.close(folder.descriptor)
+        places.append(place)
+    for one, place in zip(blobs[:2], places, strict=False):
+        for path in (*place.iterdir(), place):
+            os.utime(path, (1, 1))
+        assert one.exists()
+    blobs[0].rmdir()
+    blobs[2].rmdir()
+    staging_place(str(tmp_path / "other"), tmp_path)
+    assert [place.exists() for place in places] == [False, True, True]
+
+
 def test_links_in_a_folder_are_not_followed(tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.write_bytes(b"secret")

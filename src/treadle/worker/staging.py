@@ -23,6 +23,10 @@ from pathlib import Path
 from treadle.errors import ConfigError
 
 SHARED_MEMORY = Path("/dev/shm")
+_PLACE = "treadle-"
+# In a staging directory: which blobs it is for.
+_WHAT_FOR = "for"
+LEFT_FOR_GOOD_AFTER_S = 3_600.0
 _FOLDER = "w-"
 # A folder without its lock yet, and a file that is not complete yet.
 _UNFINISHED = "."
@@ -40,15 +44,37 @@ def staging_place(blobs_url: str, otherwise: Path) -> Path:
     """The directory for what is on its way to these blobs: in shared memory, or `otherwise` where there is none.
 
     All servers of this machine and user that share the blobs get the same one, so that whoever comes next finds what
-    was left behind. It is made here; where somebody else has taken the name, it is `otherwise` as well.
+    was left behind. It is made here; where somebody else has taken the name, it is `otherwise` as well. Places that
+    were left for good go: those of a directory of blobs that is not there any more, untouched for an hour.
     """
     name = hashlib.sha256(blobs_url.encode()).hexdigest()[:16]
-    place = SHARED_MEMORY / f"treadle-{os.geteuid()}-{name}"
+    place = SHARED_MEMORY / f"{_PLACE}{os.geteuid()}-{name}"
     try:
-        StagingArea(place).close()
+        area = StagingArea(place)
     except ConfigError:
         return otherwise
+    area.note_what_it_is_for(blobs_url)
+    area.close(keeps_empty=True)
+    for other in SHARED_MEMORY.glob(f"{_PLACE}{os.geteuid()}-*"):
+        if other != place:
+            _remove_if_left_for_good(other)
     return place
+
+
+def _remove_if_left_for_good(place: Path) -> None:
+    with suppress(OSError, ConfigError):
+        if time.time() - max(one.stat().st_mtime for one in (place, *place.iterdir())) < LEFT_FOR_GOOD_AFTER_S:
+            return
+        blobs = (place / _WHAT_FOR).read_text()
+        if not blobs.startswith("/") or Path(blobs).exists():
+            return
+        area = StagingArea(place)
+        for folder in area.take_abandoned():
+            for file in folder.open_all():
+                folder.remove(file.key)
+                file.close()
+            area.give_up(folder)
+        area.close()
 
 
 class StagedFile:
@@ -187,11 +213,20 @@ class StagingArea:
         found = os.statvfs(self._root)
         return num_bytes <= found.f_bavail * found.f_frsize - KEPT_FREE_SHARE * found.f_blocks * found.f_frsize
 
-    def close(self) -> None:
+    def close(self, *, keeps_empty: bool = False) -> None:
         """Let go of the directory, which goes if nothing is in it. Call it once, when nothing reads any more."""
-        with suppress(OSError):
-            self._path.rmdir()
+        if not keeps_empty:
+            with suppress(OSError):
+                if _listed(self._root) == [_WHAT_FOR]:
+                    os.unlink(_WHAT_FOR, dir_fd=self._root)
+                self._path.rmdir()
         os.close(self._root)
+
+    def note_what_it_is_for(self, blobs_url: str) -> None:
+        """Leave a note, for whoever finds the directory without an owner. Raises OSError."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+        with os.fdopen(os.open(_WHAT_FOR, flags, 0o600, dir_fd=self._root), "w") as note:
+            note.write(blobs_url)
 
     def _drop_unfinished_folders(self) -> None:
         """Those whose makers died before they had a name; nothing is in them."""
