@@ -15,6 +15,7 @@ EXAMPLES = (
     "treadle serve\n\n"
     "treadle serve --port 0 --data /tmp/try\n\n"
     "treadle serve --model Qwen/Qwen3-0.6B --model mine=/models/my-finetune\n\n"
+    "treadle serve --workers 2 --samplers 1\n\n"
     "treadle keys create alice && treadle serve --host 0.0.0.0"
 )
 
@@ -35,6 +36,16 @@ def serve(
     device: Annotated[str | None, typer.Option(help=help_text("engine.device"), show_default="auto")] = None,
     dtype: Annotated[str | None, typer.Option(help=help_text("engine.dtype"), show_default="auto")] = None,
     threads: Annotated[int | None, typer.Option(help=help_text("engine.threads"), show_default="0")] = None,
+    workers: Annotated[int | None, typer.Option(help="Workers of each model: worker.count.", show_default="1")] = None,
+    samplers: Annotated[
+        int | None, typer.Option(help="Workers of each model that only sample: worker.samplers.", show_default="0")
+    ] = None,
+    executor: Annotated[
+        str | None, typer.Option(metavar="local | ray", help=help_text("executor.kind"), show_default="local")
+    ] = None,
+    sampler: Annotated[
+        str | None, typer.Option(metavar="builtin | vllm", help=help_text("sampler.kind"), show_default="builtin")
+    ] = None,
     config: ConfigOption = None,
 ) -> None:
     """Start a server that the official [bold]tinker[/] SDK can train and sample on.
@@ -42,7 +53,9 @@ def serve(
     Prints [bold]treadle ready: http://HOST:PORT[/] on standard output once it serves. SIGTERM or Ctrl-C drains it: new
     work is refused, the running cycle is finished and stored.
     """
-    settings = load_settings(config, serve_overrides(host, port, data, model, device, dtype, threads))
+    overrides = serve_overrides(host, port, data, model, device, dtype, threads)
+    overrides |= worker_overrides(workers, samplers, executor, sampler)
+    settings = load_settings(config, overrides)
     # Imported here: the server's modules take a second to load, and `--help` needs none of them.
     from treadle.server import run
 
@@ -67,4 +80,16 @@ def serve_overrides(
         "engine.device": device,
         "engine.dtype": dtype,
         "engine.threads": threads,
+    }
+
+
+def worker_overrides(
+    workers: int | None, samplers: int | None, executor: str | None, sampler: str | None
+) -> dict[str, object]:
+    """The flags about workers as settings; None for a flag that was not given."""
+    return {
+        "worker.count": workers,
+        "worker.samplers": samplers,
+        "executor.kind": executor,
+        "sampler.kind": sampler,
     }
