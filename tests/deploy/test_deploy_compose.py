@@ -105,11 +105,12 @@ def test_what_is_mounted_is_there_and_secrets_go_to_few() -> None:
             assert target.startswith("/")
     who = {
         volume: {name for name, service in found.items() if volume in mounts(service).values()}
-        for volume in ("postgres-secrets", "s3-secrets", "keys", "metrics-secrets")
+        for volume in ("postgres-secrets", "s3-secrets", "ray-secrets", "keys", "metrics-secrets")
     }
     assert who == {
         "postgres-secrets": {"secrets", "postgres", "gateway", "metrics-key"},
         "s3-secrets": {"secrets", "minio", "bucket", "ray-worker", "ray-worker-gpu", "gateway"},
+        "ray-secrets": {"secrets", "ray-head", "ray-worker", "ray-worker-gpu", "gateway"},
         "keys": {"gateway", "first-key"},
         "metrics-secrets": {"metrics-key", "prometheus"},
     }
@@ -142,7 +143,9 @@ def test_environment_of_the_gateway_is_settings_and_empty_ones_count_as_not_set(
     for name in [name for name in os.environ if name.startswith("TREADLE_")]:
         monkeypatch.delenv(name)
     plain = load_settings(ROOT / "docker/treadle.toml")
-    environment = services()["gateway"]["environment"]
+    environment = {
+        name: value for name, value in services()["gateway"]["environment"].items() if name.startswith("TREADLE_")
+    }
     for name, value in environment.items():
         monkeypatch.setenv(name, "" if value is None else str(value))
     assert load_settings(ROOT / "docker/treadle.toml") == plain

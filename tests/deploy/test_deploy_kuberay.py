@@ -94,13 +94,18 @@ def test_secrets_are_named_and_never_there() -> None:
     assert example == SECRETS
     kustomization = yaml.safe_load((KUBERAY / "base/kustomization.yaml").read_text())
     assert not [name for name in kustomization["resources"] if "secret" in name], "an example is not applied"
-    known = {doc.variable for doc in field_docs()} | {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}
+    known = {doc.variable for doc in field_docs()} | {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "RAY_AUTH_TOKEN"}
+    # KubeRay's own, by the cluster's name.
+    secrets = SECRETS | {"treadle-ray": {"auth_token"}}
     for name, spec in pods():
         for container in spec["containers"]:
             for variable in container.get("env", []):
+                if "value" in variable:
+                    assert variable == {"name": "RAY_AUTH_MODE", "value": "token"}
+                    continue
                 assert variable["name"] in known, f"{name}: {variable['name']}"
                 reference = variable["valueFrom"]["secretKeyRef"]
-                assert reference["key"] in SECRETS[reference["name"]], name
+                assert reference["key"] in secrets[reference["name"]], name
         has_bucket = [variable["name"] for variable in spec["containers"][0].get("env", [])]
         assert ("AWS_ACCESS_KEY_ID" in has_bucket) == (name != "head"), name
     text = "".join(path.read_text() for path in KUBERAY.rglob("*.*"))
