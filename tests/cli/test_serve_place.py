@@ -15,13 +15,21 @@ from treadle.server import check_blobs
 from treadle.store import Store
 
 
-async def name(store: Store, *keys: str) -> None:
+async def name(store: Store, *keys: str, seq_id: int | None = None) -> None:
+    """seq_id: of the save without a name that made them."""
     session, tenant = SessionId("s"), TenantId("user:ada")
     await store.sessions.create(SessionRecord(session, tenant, SessionState.ACTIVE, 1.0, 1.0))
     for key in keys:
         await store.sampling.create(
             SamplingSessionRecord(
-                SamplingSessionId(f"s:sample:{key}"), session, tenant, PoolName("p"), "p", 1.0, blob_key=BlobKey(key)
+                SamplingSessionId(f"s:sample:{key}"),
+                session,
+                tenant,
+                PoolName("p"),
+                "p",
+                1.0,
+                blob_key=BlobKey(key),
+                seq_id=seq_id,
             )
         )
 
@@ -30,6 +38,9 @@ async def test_a_place_without_any_of_the_named_files_is_refused(sqlite_url: str
     store = await Store.open(sqlite_url)
     blobs = open_blobs(str(tmp_path / "blobs"))
     await check_blobs(store, blobs, place="here")  # a new one names nothing
+    await name(store, "states/0", seq_id=3)
+    await check_blobs(store, blobs, place="here")  # which may be on its way
+    assert await store.upkeep.unnamed_versions() == ["states/0"]
     await name(store, "states/a", "states/b")
     with pytest.raises(ConfigError, match=r"here has none of the files .* states/a .*TREADLE_BLOBS__URL"):
         await check_blobs(store, blobs, place="here")

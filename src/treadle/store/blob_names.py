@@ -24,6 +24,8 @@ KEYS_IN_USE: tuple[sa.Select[Any], ...] = (
     ),
     sa.select(requests.c.payload_key).where(requests.c.payload_key.is_not(None)),
 )
+# Weights that a save without a name has made: the blob comes some time after the row that names it.
+IS_UNNAMED_VERSION = sampling_sessions.c.seq_id.is_not(None) & sampling_sessions.c.model_path.is_(None)
 NAMED = tuple(query.where(query.selected_columns[0].in_(sa.bindparam("keys", expanding=True))) for query in KEYS_IN_USE)
 
 

@@ -53,7 +53,8 @@ def staging_place(blobs_url: str, otherwise: Path) -> Path:
         area = StagingArea(place)
     except ConfigError:
         return otherwise
-    area.note_what_it_is_for(blobs_url)
+    with suppress(OSError):  # without the note it is only not swept
+        area.note_what_it_is_for(blobs_url)
     area.close(keeps_empty=True)
     for other in SHARED_MEMORY.glob(f"{_PLACE}{os.geteuid()}-*"):
         if other != place:
