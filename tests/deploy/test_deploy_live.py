@@ -76,12 +76,12 @@ def test_services_of_compose_train_sample_and_survive(stack: Stack) -> None:
     losses = [step(client, seed) for seed in range(3)]
     assert losses[0] > 0
     saved = client.save_state("here").result(timeout=PATIENCE_S).path
-    sampler = client.save_weights_and_get_sampling_client()
+    sampler = client.save_weights_and_get_sampling_client().result(timeout=PATIENCE_S)
     prompt = types.ModelInput.from_ints([10, 11, 12])
     params = types.SamplingParams(max_tokens=8, seed=5)
     drawn = sampler.sample(prompt, 1, params).result(timeout=PATIENCE_S).sequences[0].tokens
     assert len(drawn) == 8
-    assert '"executor": "ray"' in stack.log("gateway") or "Ray cluster ready" in stack.log("gateway")
+    assert "Ray cluster ready" in stack.log("gateway")
     settings = load_settings(stack.folder / "etc/treadle.toml")
     assert any(True for _ in open_blobs(settings.blobs_url).iter_keys()), "checkpoints are in the bucket"
     assert not (settings.data_dir / "blobs").exists()
