@@ -434,6 +434,7 @@ CALLS: dict[str, Calls] = dict(
         ),
         _plain("GET", "/admin/v1/pools"),
         _plain("POST", "/admin/v1/pools", {"pool": "new/model", "source": "org/model"}),
+        _plain("POST", "/admin/v1/pools/scale", {"pool": "fake/other", "workers": 2, "samplers": 1}),
         *(
             _plain("POST", f"/admin/v1/pools/{verb}", {"pool": "fake/other", "reason": "a test"})
             for verb in ("pause", "resume", "drain", "remove")

@@ -226,6 +226,8 @@ def test_pools_runs_queue_and_slots(world: World) -> None:
     # Without a scheduler here no pool is served; its own tests add and pause real ones.
     for action in ("pause", "resume", "drain", "remove"):
         assert isinstance(world.admin(f"pools {action} nothing").exception, NotFound)
+    assert world.json(f"pools scale {POOL} --workers 2")["wanted_workers"] == 2
+    assert world.json(f"pools scale {POOL}")["wanted_workers"] is None
     refused = world.admin("pools add ../x relative")
     assert isinstance(refused.exception, InvalidRequest)
 

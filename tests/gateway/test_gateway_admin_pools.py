@@ -16,10 +16,11 @@ from treadle.domain.ops import OpKind
 from treadle.domain.outcome import EncodedResult
 from treadle.domain.pool_decisions import PoolState
 from treadle.domain.records import FinishedCycle, FinishedRequest, ModelAdvance, RunLogEntry, SnapshotRecord
+from treadle.domain.roles import Scale
 from treadle.domain.states import ModelState
 from treadle.gateway import GatewaySettings, PoolView
 from treadle.store.audit import Author
-from treadle.store.slots import Slots
+from treadle.store.slots import Slots, WorkerReport
 from treadle.testing.builders import pass_op
 from treadle.wire.passes import encode_pass
 from treadle.wire.results import PROTOBUF
@@ -321,3 +322,41 @@ async def test_users_may_do_none_of_it(operator: Operator, run: ModelId) -> None
     ):
         refused(await operator.call(method, path, key=USER), 403)
     assert await operator.gateway.store.pool_settings.version() == 0
+
+
+async def test_a_pool_is_scaled_and_goes_back_to_its_settings(gateway: Harness, operator: Operator) -> None:
+    before = await operator.pool(POOL)
+    assert (before["wanted_workers"], before["wanted_samplers"], before["workers"]) == (None, None, [])
+    scaled = await operator.post("pools/scale", pool=POOL, workers=3, samplers=1)
+    assert (scaled["wanted_workers"], scaled["wanted_samplers"]) == (3, 1)
+    decisions = await gateway.store.pool_settings.read()
+    assert decisions.scale_of(PoolName(POOL), Scale()) == Scale(3, 1)
+    # What else is decided about it leaves that alone.
+    await operator.post("pools/pause", pool=POOL, reason="maintenance")
+    assert (await operator.pool(POOL))["wanted_workers"] == 3
+    assert (await operator.post("pools/scale", pool=POOL))["wanted_workers"] is None
+    assert (await operator.pool(POOL))["state"] == "paused"
+    assert (await operator.events())[-3:] == [
+        ("pool.scaled", f"pool:{POOL}"),
+        ("pool.paused", f"pool:{POOL}"),
+        ("pool.scaled", f"pool:{POOL}"),
+    ]
+    for bad in ({"workers": 0}, {"workers": 257}, {"samplers": -1}, {"samplers": 257}, {"workers": "two"}):
+        refused(await operator.call("POST", "pools/scale", json={"pool": POOL, **bad}), 400)
+    failed = await operator.call("POST", "pools/scale", json={"pool": "no/such", "workers": 2})
+    assert (failed.status_code, "does not exist" in failed.text) == (404, True)
+    refused(await operator.call("POST", "pools/scale", key=USER, json={"pool": POOL, "workers": 2}), 403)
+
+
+async def test_each_worker_of_a_pool_is_shown(gateway: Harness, operator: Operator) -> None:
+    workers = [
+        WorkerReport("0", "training", "up", num_tenants=2, num_runs=3),
+        WorkerReport("s0", "sampling", "down", "no GPU"),
+    ]
+    await gateway.store.slots.publish(await gateway.lease(), Slots(workers=workers))
+    [shown] = [pool for pool in (await operator.get("slots"))["pools"] if pool["pool"] == POOL]
+    assert [(one["name"], one["role"], one["state"], one["num_runs"]) for one in shown["workers"]] == [
+        ("0", "training", "up", 3),
+        ("s0", "sampling", "down", 0),
+    ]
+    assert (await operator.pool(POOL))["workers"] == shown["workers"]

@@ -1,4 +1,4 @@
-"""Where tenants live, under any order of workers that come, go and die: the rules of the placement, by its own words."""
+"""Where tenants live, under any order of workers that come, go and die: the rules of the placement itself."""
 
 from __future__ import annotations
 

@@ -195,7 +195,7 @@ async def test_a_commit_leaves_the_note_of_what_another_worker_has(cluster: Clus
         for index in (0, 1):
             await cluster.result(await create(cluster, index))
         (stuck,) = await submit(cluster, 0, pass_op(1, model_id=run_of(0)))
-        while stuck not in await cluster.store.leases.in_flight(POOL):
+        while stuck not in await cluster.store.leases.in_flight(POOL):  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         for request_id in await submit(cluster, 1, pass_op(1, model_id=run_of(1)), step_op(2, model_id=run_of(1))):
             await cluster.result(request_id)

@@ -28,7 +28,7 @@ from treadle.scheduler.sampling_loop import SamplingLoop
 from treadle.scheduler.slot import Slot, slot_name
 from treadle.scheduler.tenancy import Tenancy
 from treadle.store import Store
-from treadle.store.slots import Slots
+from treadle.store.slots import Slots, WorkerReport
 from treadle.telemetry.logs import get_logger
 from treadle.telemetry.metrics import Metrics
 
@@ -176,8 +176,23 @@ class Crew:
         return [run for loop in self._loops() for run in loop.resident_runs()]
 
     def report(self) -> Slots:
-        """What the workers hold."""
-        return Slots(sorted(self.resident_runs()), self._samples.num_running())
+        """What the workers hold, and how they are."""
+        workers = [
+            self._report_of(slot) for slot in sorted(self._slots.values(), key=lambda s: (not s.trains, s.index))
+        ]
+        return Slots(sorted(self.resident_runs()), self._samples.num_running(), workers)
+
+    def _report_of(self, slot: Slot) -> WorkerReport:
+        return WorkerReport(
+            name=slot.name,
+            role=slot.role.value,
+            state=slot.state.value,
+            reason=slot.reason,
+            num_tenants=len(self._tenancy.placement.tenants_of(slot.index)) if slot.trains else 0,
+            num_runs=0 if slot.cycles is None else len(slot.cycles.resident_runs()),
+            num_samples=sum(self._samples.num_running(slot.name).values()),
+            num_deaths=slot.num_deaths,
+        )
 
     def _loops(self) -> list[CycleLoop]:
         return [slot.cycles for slot in self._slots.values() if slot.cycles is not None]

@@ -7,11 +7,12 @@ source can be loaded. Invariant: while runs of a pool are stored, its name stand
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import sqlalchemy as sa
 
 from treadle.domain.ids import PoolName
-from treadle.domain.limits import MAX_ADDED_POOLS
+from treadle.domain.limits import MAX_ADDED_POOLS, MAX_WORKERS_PER_POOL
 from treadle.domain.pool_decisions import PoolDecision, PoolDecisions, PoolState
 from treadle.errors import InvalidRequest
 from treadle.store.audit import Author, add_change
@@ -55,7 +56,7 @@ class PoolSettings:
         self._events = events
         self._clock = clock
         insert = database.dialect.insert(pool_settings)
-        names = ("source", "revision", "state", "reason", "updated_at")
+        names = ("source", "revision", "state", "reason", "updated_at", "num_workers", "num_samplers")
         self._put = insert.on_conflict_do_update(
             index_elements=[pool_settings.c.pool], set_={name: insert.excluded[name] for name in names}
         )
@@ -103,8 +104,27 @@ class PoolSettings:
             now_reason = "" if before is None else before.reason
             if (now_state, now_reason) == (state, reason) or (is_removed and not reason):
                 return
-            source, revision = (None, None) if before is None else (before.source, before.revision)
-            self._write(conn, author, _EVENTS[state], before, PoolDecision(pool, state, source, revision, reason))
+            after = replace(before or PoolDecision(pool, state), state=state, reason=reason)
+            self._write(conn, author, _EVENTS[state], before, after)
+
+        await self._writer.run(write, after_commit=lambda _: self._events.announce_pool(pool))
+
+    async def scale(self, author: Author, pool: PoolName, *, num_workers: int | None, num_samplers: int | None) -> None:
+        """Want so many workers of a pool, None: as the servers' settings say. Idempotent.
+
+        Raises InvalidRequest for a pool that was removed.
+        """
+        assert num_workers is None or 1 <= num_workers <= MAX_WORKERS_PER_POOL, num_workers
+        assert num_samplers is None or 0 <= num_samplers <= MAX_WORKERS_PER_POOL, num_samplers
+
+        def write(conn: sa.Connection) -> None:
+            before = _find(conn, pool)
+            if before is not None and before.state is PoolState.REMOVED:
+                raise InvalidRequest(f"pool {pool} was removed; add it again (POST /admin/v1/pools) first")
+            now = before or PoolDecision(pool, PoolState.SERVING)
+            after = replace(now, num_workers=num_workers, num_samplers=num_samplers)
+            if after != now:
+                self._write(conn, author, "pool.scaled", before, after)
 
         await self._writer.run(write, after_commit=lambda _: self._events.announce_pool(pool))
 
@@ -141,7 +161,8 @@ def _added(
             )
     if source is not None and conn.execute(_NUM_ADDED).scalar_one() >= MAX_ADDED_POOLS:
         raise InvalidRequest(f"{MAX_ADDED_POOLS} pools were added already, which is the limit; remove one first")
-    return PoolDecision(pool, PoolState.SERVING, source, revision)
+    known = before or PoolDecision(pool, PoolState.SERVING)
+    return replace(known, state=PoolState.SERVING, source=source, revision=revision, reason="")
 
 
 def _source_words(decision: PoolDecision) -> str:
@@ -162,6 +183,8 @@ def _told(decision: PoolDecision) -> dict[str, object]:
         "source": decision.source,
         "revision": decision.revision,
         "reason": decision.reason,
+        "num_workers": decision.num_workers,
+        "num_samplers": decision.num_samplers,
     }
 
 
@@ -172,6 +195,8 @@ def _row_of(decision: PoolDecision) -> dict[str, object]:
         "revision": decision.revision,
         "state": decision.state.value,
         "reason": decision.reason or None,
+        "num_workers": decision.num_workers,
+        "num_samplers": decision.num_samplers,
     }
 
 
@@ -183,4 +208,6 @@ def _decision_of(row: AnyRow) -> PoolDecision:
         revision=row.revision,
         reason=row.reason or "",
         decided_at=row.updated_at,
+        num_workers=row.num_workers,
+        num_samplers=row.num_samplers,
     )

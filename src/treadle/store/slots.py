@@ -7,7 +7,8 @@ never taken for what the worker of now holds.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -22,11 +23,29 @@ _GET = sa.select(control.c.value, control.c.updated_at).where(control.c.name == 
 
 
 @dataclass(frozen=True, slots=True)
+class WorkerReport:
+    """One worker, or the place of one that is being replaced. role, state: of domain/roles.py and scheduler/slot.py."""
+
+    name: str
+    role: str
+    state: str
+    reason: str = ""
+    num_tenants: int = 0
+    num_runs: int = 0
+    num_samples: int = 0
+    num_deaths: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Slots:
-    """What a worker holds: runs, and sample requests per tenant."""
+    """What a pool's workers hold: runs, and sample requests per tenant; and how each of them is."""
 
     model_ids: Sequence[ModelId] = ()
     num_samples: Mapping[TenantId, int] = field(default_factory=dict)
+    workers: Sequence[WorkerReport] = ()
+
+
+_WORKER_FIELDS = frozenset(one.name for one in fields(WorkerReport))
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +74,11 @@ class SlotReports:
         values = {
             "name": _name(lease.pool),
             "version": lease.token,
-            "value": {"runs": list(slots.model_ids), "samples": dict(slots.num_samples)},
+            "value": {
+                "runs": list(slots.model_ids),
+                "samples": dict(slots.num_samples),
+                "workers": [asdict(worker) for worker in slots.workers],
+            },
             "updated_at": self._clock(),
         }
 
@@ -73,7 +96,14 @@ class SlotReports:
         if row is None:
             return SlotsReport(Slots(), None)
         said = row.value
-        return SlotsReport(Slots([ModelId(id_) for id_ in said["runs"]], dict(said["samples"])), row.updated_at)
+        # A leader of another version may say less, or more.
+        workers = [WorkerReport(**_known(worker)) for worker in said.get("workers", ())]
+        slots = Slots([ModelId(id_) for id_ in said["runs"]], dict(said["samples"]), workers)
+        return SlotsReport(slots, row.updated_at)
+
+
+def _known(said: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in said.items() if name in _WORKER_FIELDS}
 
 
 def _name(pool: PoolName) -> str:

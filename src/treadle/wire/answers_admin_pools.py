@@ -20,6 +20,27 @@ class PoolFactsAnswer(Answer):
     device: str
 
 
+class PoolWorkerAnswer(Answer):
+    """One place for a worker; a worker that dies is replaced there."""
+
+    name: str
+    """Its number; behind an s when it only samples."""
+    role: Literal["both", "training", "sampling"]
+    """training: of samples only those that no other sampler of the pool can do."""
+    state: Literal["loading", "up", "leaving", "down"]
+    """leaving: its tenants move and its samples end."""
+    reason: str
+    """Why it is not up; empty when it is."""
+    num_tenants: int
+    """Tenants whose runs live there."""
+    num_runs: int
+    """Runs that it holds."""
+    num_samples: int
+    """Samples that it has."""
+    num_deaths: int
+    """Of workers there, since the pool's leader leads."""
+
+
 class PoolAnswer(Answer):
     name: str
     source: str | None
@@ -43,9 +64,15 @@ class PoolAnswer(Answer):
     cycle: int | None
     """The newest cycle of its leader."""
     num_workers: int
-    """Worker processes that have loaded the model."""
+    """Workers that have loaded the model."""
     num_deaths: int
     """Of workers, since its leader leads."""
+    wanted_workers: int | None
+    """How many that train operators want; null: as the servers' settings say."""
+    wanted_samplers: int | None
+    """The same of workers that only sample."""
+    workers: list[PoolWorkerAnswer]
+    """Each of them, by its leader's newest report."""
     facts: PoolFactsAnswer | None
     """Null until a worker has loaded it once."""
 

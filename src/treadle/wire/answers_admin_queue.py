@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 
 from treadle.wire.answers import Answer, LoadAnswer
+from treadle.wire.answers_admin_pools import PoolWorkerAnswer
 
 
 class QueuedWorkAnswer(LoadAnswer):
@@ -65,7 +66,7 @@ class RunningSamplesAnswer(Answer):
 
 
 class SlotsOfPoolAnswer(Answer):
-    """What the worker of one pool holds, as its leader reported it at most a second before it changed."""
+    """What the workers of one pool hold, as its leader reported it at most a second before it changed."""
 
     pool: str
     leader: str | None
@@ -76,6 +77,8 @@ class SlotsOfPoolAnswer(Answer):
     runs: list[SlotAnswer]
     num_samples: int | None
     samples: list[RunningSamplesAnswer]
+    workers: list[PoolWorkerAnswer]
+    """One by one."""
 
 
 class SlotsAnswer(Answer):

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from pydantic import ConfigDict, Field, StringConstraints
 
-from treadle.domain.limits import MAX_ID_CHARS
+from treadle.domain.limits import MAX_ID_CHARS, MAX_WORKERS_PER_POOL
 from treadle.domain.states import ModelState
 from treadle.wire.admin_bodies import AdminPageQuery
 from treadle.wire.bodies import Body, Id, Text
@@ -38,6 +38,19 @@ class PoolBody(Body):
     """Its name."""
     reason: Annotated[Text, StringConstraints(max_length=MAX_ID_CHARS)] = ""
     """What users who wait or are refused are told."""
+
+
+class ScalePoolBody(Body):
+    """How many workers a pool should have."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    pool: Id
+    """Its name."""
+    workers: Annotated[int, Field(ge=1, le=MAX_WORKERS_PER_POOL)] | None = None
+    """Workers that train. Absent or null: as the servers' settings say."""
+    samplers: Annotated[int, Field(ge=0, le=MAX_WORKERS_PER_POOL)] | None = None
+    """Workers that only sample; with 0 those that train do that too. Absent or null: as the servers' settings say."""
 
 
 class AdminRunsQuery(AdminPageQuery):

@@ -37,7 +37,7 @@ LOOK_EVERY_S = 0.5
 
 def add_to(app: typer.Typer) -> None:
     """Add the commands of this file."""
-    _add_pools(group(app, "pools", "Base models: add, pause, resume, drain, remove."))
+    _add_pools(group(app, "pools", "Base models: add, pause, resume, drain, scale, remove."))
     _add_runs(group(app, "runs", "Training runs of all tenants."))
     _add_views(app)
 
@@ -82,6 +82,16 @@ def _add_pools(pools: typer.Typer) -> None:
     def drain(pool: PoolArgument, reason: ReasonOption = None) -> None:
         """Take no new runs and sampling sessions; what there is goes on."""
         _decide("drain", pool, reason, "draining")
+
+    @command(pools, "scale", "pools scale treadle/tiny --workers 4 --samplers 1", "pools scale treadle/tiny")
+    def scale(
+        pool: PoolArgument,
+        workers: Annotated[int | None, typer.Option(help="Workers that train.")] = None,
+        samplers: Annotated[int | None, typer.Option(help="Workers that only sample.")] = None,
+    ) -> None:
+        """Have so many workers from now on; what is left out is as the servers' settings say."""
+        answer = server().send("POST", "pools", "scale", body={"pool": pool, "workers": workers, "samplers": samplers})
+        done(answer, f"pool {pool} is being scaled; `treadle admin slots --pool {pool}` shows its workers")
 
     @command(pools, "remove", "pools remove mine")
     def remove(pool: PoolArgument, reason: ReasonOption = None) -> None:
@@ -167,7 +177,7 @@ def _add_views(app: typer.Typer) -> None:
 
     @command(app, "slots", "slots", "slots --pool treadle/tiny")
     def slots(pool: PoolOption = None, limit: LimitOption = 100) -> None:
-        """Show what every pool's worker holds."""
+        """Show what every pool's workers are and hold."""
         answer = server().get("slots", pool=pool, limit=limit)
         if print_json(answer):
             return
@@ -191,11 +201,14 @@ def _print_queue(pool: dict[str, Any]) -> None:
 
 def _print_slots(pool: dict[str, Any]) -> None:
     if pool["num_runs"] is None:
-        line = f"{pool['pool']}: nobody has reported what its worker holds"
+        line = f"{pool['pool']}: nobody has reported what its workers hold"
     else:
         line = f"{pool['pool']}: leader {pool['leader']}, cycle {pool['cycle']}, "
         line += f"{pool['num_runs']} runs, {pool['num_samples']} samples"
     stdout().print(line, highlight=False, markup=False, soft_wrap=True)
+    if pool["workers"]:
+        of_worker = ("worker=name", "role", "state", "tenants=num_tenants", "runs=num_runs", "samples=num_samples")
+        print_table(pool["workers"], *of_worker, "deaths=num_deaths", "why not up=reason")
     if pool["runs"]:
         columns = ("run=model_id", "tenant=tenant_id", "rank=lora_rank", "state", "ops=next_seq_id")
         print_table(pool["runs"], *columns, "last=last_request_at")

@@ -6,6 +6,8 @@ docs/pools.md says what each state means for clients.
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from pydantic import ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
@@ -21,10 +23,11 @@ from treadle.gateway.bodies import MAX_JSON_BYTES, read_body
 from treadle.gateway.context import Gateway, gateway_of
 from treadle.gateway.routing import Resource
 from treadle.store.audit import Author
+from treadle.store.slots import Slots
 from treadle.wire.answers import ErrorAnswer
 from treadle.wire.answers_admin_pools import PoolAnswer, PoolsAnswer
 from treadle.wire.bodies import parse_body
-from treadle.wire.pool_bodies import AddPoolBody, PoolBody
+from treadle.wire.pool_bodies import AddPoolBody, PoolBody, ScalePoolBody
 
 router = Resource("/admin/v1")
 
@@ -80,16 +83,35 @@ async def remove_pool(request: Request) -> Response:
     return await _decide(request, PoolState.REMOVED)
 
 
+@router.post("/pools/scale", body=ScalePoolBody, answer=PoolAnswer, others=_OTHERS)
+async def scale_pool(request: Request) -> Response:
+    """Have so many workers of the pool from now on. New ones get their part of the tenants; of those too many the last
+    ones leave when their tenants have moved and their samples are done. Nothing is lost, and nobody is refused."""
+    gateway = gateway_of(request)
+    principal = await gateway.admin(request)
+    body = parse_body(ScalePoolBody, await read_body(request, limit_bytes=MAX_JSON_BYTES))
+    pool = PoolName(body.pool)
+    await _check_known(gateway, pool)
+    author = Author(principal.tenant_id, principal.actor)
+    await gateway.store.pool_settings.scale(author, pool, num_workers=body.workers, num_samplers=body.samplers)
+    return await _answer(gateway, pool)
+
+
 async def _decide(request: Request, state: PoolState) -> Response:
     gateway = gateway_of(request)
     principal = await gateway.admin(request)
     body = parse_body(PoolBody, await read_body(request, limit_bytes=MAX_JSON_BYTES))
     pool = PoolName(body.pool)
-    if not await _is_known(gateway, pool):
-        raise NotFound(f"pool {body.pool[:200]!r} does not exist; GET /admin/v1/pools lists those that do")
+    await _check_known(gateway, pool)
     author = Author(principal.tenant_id, principal.actor)
     await gateway.store.pool_settings.decide(author, pool, state, body.reason)
     return await _answer(gateway, pool)
+
+
+async def _check_known(gateway: Gateway, pool: PoolName) -> None:
+    """Raises NotFound."""
+    if not await _is_known(gateway, pool):
+        raise NotFound(f"pool {pool[:200]!r} does not exist; GET /admin/v1/pools lists those that do")
 
 
 async def _is_known(gateway: Gateway, pool: PoolName) -> bool:
@@ -151,6 +173,7 @@ async def _pool(gateway: Gateway, pool: PoolName) -> dict[str, object]:
     view, decision = gateway.deps.pools.by_name(pool), gateway.deps.pools.decision(pool)
     report = await gateway.store.pools.report(pool)
     lease = await gateway.store.leases.current(pool)
+    slots = Slots() if lease is None else (await gateway.store.slots.report(lease)).slots
     state = PoolState.SERVING if decision is None else decision.state
     is_ready = report.is_ready if view is None else view.is_ready
     if state is PoolState.REMOVED:
@@ -175,6 +198,9 @@ async def _pool(gateway: Gateway, pool: PoolName) -> dict[str, object]:
         "cycle": None if lease is None else lease.cycle,
         "num_workers": report.num_workers,
         "num_deaths": report.num_deaths,
+        "wanted_workers": decided.num_workers,
+        "wanted_samplers": decided.num_samplers,
+        "workers": [asdict(worker) for worker in slots.workers],
         "facts": None if facts is None else _facts(facts),
     }
 

@@ -7,6 +7,7 @@ nobody's answer.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -128,6 +129,7 @@ async def _slots_of(gateway: Gateway, pool: PoolName, *, limit: int) -> dict[str
             {"tenant_id": tenant_id, "num_samples": number}
             for tenant_id, number in sorted(report.slots.num_samples.items())
         ],
+        "workers": [asdict(worker) for worker in report.slots.workers],
     }
 
 
