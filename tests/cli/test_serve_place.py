@@ -18,7 +18,8 @@ from treadle.store import Store
 async def name(store: Store, *keys: str, seq_id: int | None = None) -> None:
     """seq_id: of the save without a name that made them."""
     session, tenant = SessionId("s"), TenantId("user:ada")
-    await store.sessions.create(SessionRecord(session, tenant, SessionState.ACTIVE, 1.0, 1.0))
+    if await store.sessions.get(session) is None:
+        await store.sessions.create(SessionRecord(session, tenant, SessionState.ACTIVE, 1.0, 1.0))
     for key in keys:
         await store.sampling.create(
             SamplingSessionRecord(
