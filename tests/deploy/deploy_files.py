@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ KUBERAY = ROOT / "deploy/kuberay"
 _VARIABLE = re.compile(r"\$\{([A-Z_0-9]+):-([^}]*)\}")
 
 
+@cache
 def compose() -> dict[str, Any]:
     """compose.yaml with merge keys resolved and every variable at its default."""
     text = _VARIABLE.sub(lambda found: found[2], COMPOSE.read_text())
