@@ -78,6 +78,14 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
             ),
             Panel("Version", "short", (("count by (version) (treadle_build_info)", "{{version}}"),), is_stat=True),
             Panel("Server memory", "bytes", ((f"process_resident_memory_bytes {OURS}", "{{instance}}"),)),
+            Panel(
+                "Worker memory",
+                "bytes",
+                (
+                    (f"treadle_worker_resident_bytes{{{P}}}", "{{pool}}#{{worker}}"),
+                    (f"treadle_worker_device_bytes{{{P}}} > 0", "{{pool}}#{{worker}} device"),
+                ),
+            ),
             Panel("Server CPU", "short", ((f"rate(process_cpu_seconds_total{R}) {OURS}", "{{instance}} cores"),)),
             Panel(
                 "Leader", "short", ((f"sum by (pool, instance) (treadle_pool_leader{{{P}}})", "{{pool}} {{instance}}"),)

@@ -44,7 +44,7 @@ from treadle.scheduler.pool import PoolRunner
 from treadle.scheduler.slot import slot_name
 from treadle.scheduler.sweeps import Sweeper
 from treadle.scheduler.weights import TenantWeights
-from treadle.server_metrics import count_store, show_pools
+from treadle.server_metrics import WorkerGauges, count_store, show_pools
 from treadle.server_pools import ServedPools
 from treadle.server_workers import MakeLocal, Workers
 from treadle.store import Store
@@ -119,6 +119,7 @@ class Server:
         """Raises ConfigError when a directory of a model holds none, or what its workers need is not installed."""
         self._settings = settings
         self._metrics = Metrics(CollectorRegistry())
+        self._gauges = WorkerGauges(self._metrics)
         self._live = LiveSamples()
         self._workers = Workers(settings, make_local=make_executor, on_parts=self._live.publish)
         self._policies: PolicyWatch | None = None
@@ -203,8 +204,10 @@ class Server:
         assert policies is not None, "it is read before there are pools"
 
         def make_executor(index: int, role: Role) -> SamplingExecutor:
-            first = launched.pop(slot_name(index, trains=role is not Role.SAMPLING), None)
-            return first or self._workers.make(model, index, role)
+            slot = slot_name(index, trains=role is not Role.SAMPLING)
+            worker = launched.pop(slot, None) or self._workers.make(model, index, role)
+            self._gauges.watch(model.name, slot, worker)
+            return worker
 
         return PoolRunner(
             pool=PoolName(model.name),

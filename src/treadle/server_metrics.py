@@ -5,9 +5,40 @@ It refuses to know how they are shown. Invariant: nothing here waits, and a scra
 
 from __future__ import annotations
 
+import weakref
+from dataclasses import astuple
+
+from treadle.executor.channel import SamplingChannel
 from treadle.server_pools import ServedPools
 from treadle.store import CommitReport, Store
 from treadle.telemetry.metrics import Metrics
+
+
+class WorkerGauges:
+    """Memory of the newest worker of each slot, as it said last."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._workers: dict[tuple[str, str], weakref.ref[SamplingChannel]] = {}
+        metrics.on_scrape(self._refresh)
+
+    def watch(self, pool: str, slot: str, worker: SamplingChannel) -> None:
+        """This one has the slot now."""
+        self._workers[pool, slot] = weakref.ref(worker)
+
+    def _refresh(self) -> None:
+        for labels, ref in tuple(self._workers.items()):
+            worker = ref()
+            vitals = None if worker is None or worker.is_over else worker.vitals
+            gauges = (self._metrics.worker_bytes, self._metrics.worker_device_bytes)
+            if worker is None:
+                del self._workers[labels]
+            for gauge, value in zip(gauges, (0, 0) if vitals is None else astuple(vitals), strict=True):
+                if vitals is None:
+                    gauge.labels(*labels)
+                    gauge.remove(*labels)
+                else:
+                    gauge.labels(*labels).set(value)
 
 
 def count_store(metrics: Metrics, store: Store) -> None:

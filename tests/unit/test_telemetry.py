@@ -126,7 +126,7 @@ def test_every_metric_has_a_line_in_the_docs() -> None:
 
 def test_no_metric_can_grow_with_what_clients_choose() -> None:
     bounded = {
-        *("pool", "work", "kind", "category", "state", "change", "base_model", "boundary", "part"),
+        *("pool", "work", "kind", "category", "state", "change", "base_model", "boundary", "part", "worker"),
         *("route", "status", "error", "reason", "until", "what", "version", "python"),
     }
     assert {label for doc in Metrics(CollectorRegistry()).docs for label in doc.labels} <= bounded

@@ -63,6 +63,8 @@ HANG_AFTER_S = 60.0
 HANG_FACTOR = 10.0
 # How often a worker says that it makes progress: often beside any bound on silence, rarely beside its units of work.
 PROGRESS_EVERY_S = 1.0
+# How often a worker that is awake says what memory it takes: within two scrapes of Prometheus.
+VITALS_EVERY_S = 10.0
 # Device seconds that training or sampling may be ahead of the other before the rest is forgotten. Above the longest
 # unit of work, so that the split stays 50:50; short enough that a side that was idle cannot hold the device for long.
 MAX_SHARE_CREDIT_S = 1.0

@@ -255,6 +255,14 @@ class SampledPart:
 
 
 @dataclass(frozen=True, slots=True)
+class WorkerVitals:
+    """What a worker process takes of its machine, in bytes: of memory, and of its device's memory (0 without one)."""
+
+    resident_bytes: int
+    device_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class PoolFacts:
     """What a worker reports once its base model is loaded.
 

@@ -19,7 +19,7 @@ from typing import Any, Protocol, TypeVar, TypeVarTuple, assert_never
 
 from treadle.domain.ids import ModelId, RequestId
 from treadle.domain.limits import HANG_AFTER_S, HANG_FACTOR, PROGRESS_EVERY_S
-from treadle.domain.outcome import CycleOutcome, PoolFacts, SnapshotWritten
+from treadle.domain.outcome import CycleOutcome, PoolFacts, SnapshotWritten, WorkerVitals
 from treadle.domain.plan import CycleWork, SampleWork, StateTag
 from treadle.domain.roles import Role
 from treadle.errors import ConfigError, Fenced, ServerError, TreadleError, WorkerDied
@@ -91,6 +91,8 @@ class SamplingChannel(ABC):
     ) -> None:
         self.role = role
         self.name = name
+        # What the worker said last; None from one that does not say.
+        self.vitals: WorkerVitals | None = None
         self._hang_after_s = hang_after_s
         self._on_parts = on_parts
         self._transport: Transport | None = None
@@ -102,6 +104,11 @@ class SamplingChannel(ABC):
         self._is_stopping = False
         self._hang_reason: str | None = None
         self._death_reason: str | None = None
+
+    @property
+    def is_over(self) -> bool:
+        """It died, or was told to stop."""
+        return self._is_stopping or self._death_reason is not None
 
     @abstractmethod
     def _open(self) -> Transport:
@@ -233,8 +240,8 @@ class SamplingChannel(ABC):
             case SamplesGrew(parts=parts):
                 if self._on_parts is not None:
                     self._on_parts(parts)
-            case Progress():
-                pass
+            case Progress(vitals=vitals):
+                self.vitals = vitals or self.vitals
             case CycleDone() | CycleRefused() | CallDone():
                 self._take_answer(message)
             case _:

@@ -12,7 +12,7 @@ from typing import Literal
 
 from treadle.domain.ids import ModelId, RequestId
 from treadle.domain.limits import PARK_AFTER_S
-from treadle.domain.outcome import CycleOutcome, PoolFacts, SampledPart, SampleOutcome, SnapshotWritten
+from treadle.domain.outcome import CycleOutcome, PoolFacts, SampledPart, SampleOutcome, SnapshotWritten, WorkerVitals
 from treadle.domain.plan import CycleWork, SampleWork, StateTag
 
 
@@ -130,7 +130,9 @@ class CallDone:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """A unit of work ended, or the worker is only waiting for a disk: it is not hung."""
+    """A unit of work ended, or the worker is only waiting for a disk: it is not hung. vitals: sent now and then."""
+
+    vitals: WorkerVitals | None = None
 
 
 ToWorker = RunCycle | SubmitSamples | CancelSamples | Snapshot | Evict | Stop

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import assert_never
 
 from treadle.blobs import open_blobs
-from treadle.domain.limits import PROGRESS_EVERY_S
+from treadle.domain.limits import PROGRESS_EVERY_S, VITALS_EVERY_S
 from treadle.domain.plan import CycleWork
 from treadle.errors import ConfigError, Fenced
 from treadle.executor.codec import decode_cycle, decode_samples, encode_cycle, encode_samples
@@ -42,6 +42,7 @@ from treadle.telemetry.logs import get_logger
 from treadle.worker.build import build_worker
 from treadle.worker.compute import ComputeLoop
 from treadle.worker.snapshots import SnapshotCall
+from treadle.worker.vitals import vitals_now
 from treadle.worker.worker import Worker
 
 log = get_logger(__name__)
@@ -55,6 +56,8 @@ class WorkerService:
         # None: something else than a message asks for the compute thread.
         self._inbox: queue.SimpleQueue[ToWorker | None] = queue.SimpleQueue()
         self._last_sent = time.monotonic()
+        # Never yet.
+        self._vitals_at = float("-inf")
 
     def put(self, message: ToWorker) -> None:
         """Hand a message to the worker; from any thread."""
@@ -99,7 +102,10 @@ class WorkerService:
                 self._send(SamplesDone(encode_samples(finished.samples)))
             for snapshots in finished.snapshots:
                 self._send(CallDone(call_id=snapshots.call_id, written=snapshots.written))
-            if time.monotonic() - self._last_sent >= PROGRESS_EVERY_S and (loop.has_work or loop.is_writing):
+            if time.monotonic() - self._vitals_at >= VITALS_EVERY_S:
+                self._vitals_at = time.monotonic()
+                self._send(Progress(vitals_now()))
+            elif time.monotonic() - self._last_sent >= PROGRESS_EVERY_S and (loop.has_work or loop.is_writing):
                 self._send(Progress())
 
     def _send(self, message: FromWorker) -> None:

@@ -110,6 +110,12 @@ class Metrics:
         self.pool_workers = self._gauge(
             "treadle_pool_workers", "Workers of the pool on this server, by state (serving, loading)", "pool", "state"
         )
+        self.worker_bytes = self._gauge(
+            "treadle_worker_resident_bytes", "Memory of a worker process, as it said last", "pool", "worker"
+        )
+        self.worker_device_bytes = self._gauge(
+            "treadle_worker_device_bytes", "Device memory that a worker process reserved", "pool", "worker"
+        )
         self.lease_changes = self._counter(
             "treadle_lease_changes",
             "Leases that this server got (acquired) or lost to another (lost)",
