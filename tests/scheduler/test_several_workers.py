@@ -8,20 +8,23 @@ from collections.abc import Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from scheduler_support import POOL, SESSION, Cluster
 
-from treadle.domain.ids import ModelId, RequestId, TenantId
-from treadle.domain.ops import CreateModelOp, LoraSpec
+from treadle.domain.ids import BlobKey, ModelId, RequestId, TenantId
+from treadle.domain.ops import CreateModelOp, LoraSpec, PassOp
 from treadle.domain.outcome import CycleOutcome, SampleOutcome
 from treadle.domain.plan import CycleWork, SampleWork
 from treadle.domain.records import ModelRecord, NewRequest
 from treadle.domain.roles import Role, Scale
 from treadle.domain.states import ModelState
+from treadle.errors import StoreUnavailable
 from treadle.executor.base import DeathCallback, SamplesCallback
 from treadle.executor.fake import FakeExecutor
-from treadle.scheduler import placement, slot
+from treadle.scheduler import committing, cycle_loop, placement, slot
+from treadle.scheduler.cycle_loop import CycleLoop
 from treadle.testing.builders import datum, pass_op, sample_op, step_op
 
 NUM_TENANTS = 6
@@ -69,6 +72,14 @@ def request_of(op, seq_id: int, index: int) -> NewRequest:  # type: ignore[no-un
 
 async def submit(cluster: Cluster, index: int, *ops) -> list[RequestId]:  # type: ignore[no-untyped-def]
     return [await cluster.store.requests.enqueue(request_of(op, op.seq_id, index)) for op in ops]
+
+
+async def submit_large(cluster: Cluster, index: int, op: PassOp) -> RequestId:
+    """With its payload in a blob."""
+    request = request_of(op, op.seq_id, index)
+    key = BlobKey(f"payloads/large-{index}")
+    cluster.blobs.write(key, request.payload)
+    return await cluster.store.requests.enqueue(replace(request, payload=b"", payload_key=key))
 
 
 async def train(cluster: Cluster, index: int, *, pause: Callable[[], float] = lambda: 0.0) -> list[bytes]:
@@ -269,3 +280,71 @@ async def test_samples_of_a_dead_worker_go_to_another(cluster: Cluster, monkeypa
         await asyncio.sleep(0)
         cluster.executors[0].die("killed")
         assert [await cluster.result(request_id) for request_id in ids] == [expected] * 20
+
+
+async def test_a_tenant_moves_between_requests_and_not_in_the_middle_of_one(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its gradient goes along; a pass that is half done ends where it began."""
+    cluster.settings = replace(cluster.settings, budget_tokens=2048)
+    large = [datum(1500, seed=seed) for seed in range(4)]
+    results: list[list[bytes]] = []
+    for moves in (False, True):
+        index = int(moves)
+        async with scaled(cluster, 2):
+            await cluster.result(await create(cluster, index))
+            run = run_of(index)
+            for request_id in await submit(cluster, index, pass_op(1, model_id=run)):
+                await cluster.result(request_id)
+            ids = [await submit_large(cluster, index, pass_op(2, model_id=run, datums=large))]
+            home = homes(cluster)[tenant(index)]
+            assert home is not None
+            if moves:
+                [loop] = [loop for loop in cluster.loops() if loop._slot == str(home)]
+                await until(lambda loop=loop, run=run: _is_half_done(loop, run))  # type: ignore[misc]
+                crew = cluster.runner._crew
+                assert crew is not None
+                crew._tenancy.placement._tenants[tenant(index)].target = 1 - home
+                loop.wake_all()
+            ids += await submit(cluster, index, step_op(3, model_id=run))
+            last = pass_op(4, model_id=run, datums=[datum(seed=0)], forward_only=True)
+            ids += await submit(cluster, index, last)
+            results.append([await cluster.result(request_id) for request_id in ids])
+            assert homes(cluster)[tenant(index)] == (1 - home if moves else home)
+            assert (await cluster.model(run)).incarnation == (2 if moves else 1)
+    assert results[0] == results[1]
+
+
+def _is_half_done(loop: CycleLoop, run: ModelId) -> bool:
+    known = loop._book.known(run)
+    return known is not None and known.is_half_done
+
+
+async def test_a_move_that_cannot_be_stored_is_made_later(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until then the run stays, and is trained where it is."""
+    monkeypatch.setattr(cycle_loop, "ERROR_PAUSE_S", 0.01)
+    monkeypatch.setattr(committing, "COMMIT_PATIENCE_S", 0.0)
+    async with scaled(cluster, 2):
+        await cluster.result(await create(cluster, 0))
+        for request_id in await submit(cluster, 0, pass_op(1, model_id=run_of(0)), step_op(2, model_id=run_of(0))):
+            await cluster.result(request_id)
+        home = homes(cluster)[tenant(0)]
+        real, num_refused = cluster.store.cycles.finish, 0
+
+        async def away(*args: Any, **kwargs: Any) -> Any:
+            nonlocal num_refused
+            if num_refused < 3:
+                num_refused += 1
+                raise StoreUnavailable("the database is away")
+            return await real(*args, **kwargs)
+
+        monkeypatch.setattr(cluster.store.cycles, "finish", away)
+        cluster.runner.set_scale(Scale(1))
+        if home == 0:
+            crew = cluster.runner._crew
+            assert crew is not None
+            crew._tenancy.placement._tenants[tenant(0)].target = None
+        for request_id in await submit(cluster, 0, pass_op(3, model_id=run_of(0)), step_op(4, model_id=run_of(0))):
+            await cluster.result(request_id)
+        assert num_refused == 3
+        await until(lambda: homes(cluster)[tenant(0)] == 0)

@@ -139,7 +139,9 @@ async def chosen(folder: Path, *runs: Run, max_replay_bytes: int = 1_000) -> tup
     budget = SnapshotBudget(max_replay_bytes=max_replay_bytes)
     budget.earn(1_000.0)
     landed = asyncio.Event()
-    snapshotter = Snapshotter(pool=POOL, budget=budget, metrics=Metrics(CollectorRegistry()), on_landed=landed.set)
+    snapshotter = Snapshotter(
+        pool=POOL, slot="0", budget=budget, metrics=Metrics(CollectorRegistry()), on_landed=landed.set
+    )
     executor = Asked(folder)
     snapshotter.consider(executor, runs, numerics_profile="")
     await snapshotter.settle()
@@ -174,7 +176,9 @@ async def test_a_log_that_is_too_long_is_written_first_and_with_its_gradient(tmp
 async def test_what_breaks_one_snapshot_shows_once_and_breaks_no_other(tmp_path: Path) -> None:
     budget = SnapshotBudget()
     budget.earn(1_000.0)
-    snapshotter = Snapshotter(pool=POOL, budget=budget, metrics=Metrics(CollectorRegistry()), on_landed=lambda: None)
+    snapshotter = Snapshotter(
+        pool=POOL, slot="0", budget=budget, metrics=Metrics(CollectorRegistry()), on_landed=lambda: None
+    )
     executor = Buggy(tmp_path)
     runs = [indebted("a", 1.0), indebted("b", 0.9)]
     snapshotter.consider(executor, runs, numerics_profile="")

@@ -8,7 +8,9 @@ its runs before that is called clean.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from treadle.blobs import BlobStore
@@ -37,6 +39,15 @@ log = get_logger(__name__)
 # A worker that is not started yet, for the number of a slot and what it is for. Unless that is SAMPLING it is an
 # Executor.
 MakeExecutor = Callable[[int, Role], SamplingExecutor]
+
+
+@dataclass(frozen=True, slots=True)
+class CrewCounts:
+    """workers: by the state of their slots."""
+
+    workers: Mapping[str, int] = field(default_factory=dict)
+    num_resident_runs: int = 0
+    num_running_samples: int = 0
 
 
 class Crew:
@@ -85,6 +96,7 @@ class Crew:
             blobs=blobs,
             lead=lead,
             metrics=metrics,
+            clock=clock,
             home=self._tenancy.placement.home,
             policies=policies,
             is_paused=is_paused,
@@ -194,6 +206,11 @@ class Crew:
             num_deaths=slot.num_deaths,
         )
 
+    def count(self) -> CrewCounts:
+        """How many there are of what, for metrics."""
+        states = Counter(slot.state.value for slot in self._slots.values())
+        return CrewCounts(states, len(self.resident_runs()), sum(self._samples.num_running().values()))
+
     def _loops(self) -> list[CycleLoop]:
         return [slot.cycles for slot in self._slots.values() if slot.cycles is not None]
 
@@ -256,7 +273,8 @@ class Crew:
         training_role = Role.TRAINING if samplers else Role.BOTH
         is_first = not self._slots
         for name, slot in self._slots.items():
-            if name not in wanted and name not in samplers:
+            # One that leaves ends before another one takes its place.
+            if slot.is_leaving or (name not in wanted and name not in samplers):
                 self._have_leave(slot)
             if slot.trains:
                 slot.role = training_role

@@ -32,6 +32,7 @@ from treadle.scheduler.commands import CommandDesk
 from treadle.scheduler.committing import Committer
 from treadle.scheduler.finishing import CycleLedger, OpTimes
 from treadle.scheduler.lead import Lead
+from treadle.scheduler.observing import CycleObserver
 from treadle.scheduler.outcomes import Booked, book_outcomes, take_states
 from treadle.scheduler.persisting import Persister
 from treadle.scheduler.policy import plan_cycle
@@ -45,7 +46,7 @@ from treadle.scheduler.snapshots import SnapshotBudget, Snapshotter
 from treadle.scheduler.sorting import Queues, QueueSorter, is_settled, is_something_left, model_queue
 from treadle.scheduler.tenancy import SlotTenancy
 from treadle.store import Store
-from treadle.telemetry.logs import get_logger
+from treadle.telemetry.logs import bind_context, get_logger, log_context
 from treadle.telemetry.metrics import Metrics
 from treadle.telemetry.phases import Phase, phase
 
@@ -108,10 +109,12 @@ class CycleLoop:
         self._may_be_settled = asyncio.Event()
         self._snapshotter = Snapshotter(
             pool=pool,
+            slot=slot,
             budget=SnapshotBudget(max_replay_s=settings.max_replay_s),
             metrics=metrics,
             on_landed=self._wake.set,
         )
+        self._observer = CycleObserver(pool=pool, slot=slot, token=lease.token, metrics=metrics, clock=clock)
         self._budget = TokenBudget(target_cycle_s=settings.target_cycle_s, fixed_tokens=settings.budget_tokens)
         self._policy_state = PolicyState()
         self._sent_at: dict[RequestId, float] = {}
@@ -189,7 +192,9 @@ class CycleLoop:
         while not (self._is_stopping or self._is_abandoned):
             try:
                 await self._lead.take_over(self._quarantine)
-                if not await self._run_one(executor):
+                with log_context(pool=self._pool, slot=self._slot):
+                    is_some_left = await self._run_one(executor)
+                if not is_some_left:
                     await _wait(
                         self._wake, self._replayer.shortest_pause_s(HELD_BACK_POLL_S if self._held_back else POLL_S)
                     )
@@ -279,6 +284,7 @@ class CycleLoop:
             await self._run_and_commit(executor, prepared, queues, runs, ledger)
         elif not ledger.is_empty:
             await self._commit(ledger)
+            self._observer.requests_ended(ledger, queues)
         self._policy_state = policy_state
         await self._forget_over(executor, runs)
         self._snapshotter.consider(executor, self._book.resident(), numerics_profile=self._numerics_profile)
@@ -398,13 +404,16 @@ class CycleLoop:
         self._quarantine.clear(booked.done_again)
         for request_id in booked.replayed:
             self._sent_at.pop(request_id, None)
-        self._observe(outcome, booked)
+        self._observe(outcome, booked, ledger)
+        self._observer.requests_ended(ledger, queues)
 
     async def _execute(self, executor: Executor, prepared: Prepared) -> CycleOutcome:
         """Book the cycle as in flight and run it; at a death it stays so for the quarantine."""
         request_ids = [item.planned.request_id for item in prepared.items]
         cycle = await self._lead.begin(self._slot, self._quarantine.note_of(request_ids))
+        bind_context(cycle=cycle)
         phase(Phase.CYCLE_BEGUN, pool=self._pool, cycle=cycle)
+        self._observer.cycle_begins()
         now = self._clock()
         for request_id in request_ids:
             self._sent_at.setdefault(request_id, now)
@@ -457,30 +466,13 @@ class CycleLoop:
             await executor.evict(lost)
         self._book.forget(run.record.model_id for run in over)
 
-    def _observe(self, outcome: CycleOutcome, booked: Booked) -> None:
+    def _observe(self, outcome: CycleOutcome, booked: Booked, ledger: CycleLedger) -> None:
         """How fast the worker was, and how much of it was done again."""
         self.num_finished += 1
-        budget_tokens = self._budget.tokens
+        self._observer.cycle_ended(outcome, ledger, booked.replayed, budget_tokens=self._budget.tokens)
         num_tokens = sum(one.num_tokens for one in outcome.outcomes)
-        num_replayed = sum(one.num_tokens for one in outcome.outcomes if one.request_id in booked.replayed)
         self._budget.observe(num_tokens=num_tokens, compute_s=outcome.compute_s)
         self._snapshotter.earn(outcome.compute_s)
-        self._metrics.cycles.labels(self._pool).inc()
-        self._metrics.cycle_seconds.labels(self._pool).observe(outcome.compute_s)
-        self._metrics.cycle_tokens.labels(self._pool).observe(num_tokens)
-        self._metrics.cycle_occupancy.labels(self._pool).observe(num_tokens / budget_tokens)
-        self._metrics.trained_tokens.labels(self._pool).inc(num_tokens - num_replayed)
-        self._metrics.replayed_ops.labels(self._pool).inc(len(booked.replayed))
-        self._metrics.base_forwards.labels(self._pool).inc(outcome.num_forwards)
-        log.debug(
-            "cycle finished",
-            pool=self._pool,
-            cycle=outcome.cycle,
-            ops=len(outcome.outcomes),
-            replayed=len(booked.replayed),
-            tokens=num_tokens,
-            ms=round(outcome.compute_s * 1000, 1),
-        )
 
 
 async def _wait(event: asyncio.Event, timeout_s: float) -> None:

@@ -22,7 +22,7 @@ from treadle.domain.roles import Scale
 from treadle.errors import ConfigError, Fenced, ServerError, StoreUnavailable, WorkerDied
 from treadle.scheduler.clock_settings import CycleSettings
 from treadle.scheduler.commands import watch_commands
-from treadle.scheduler.crew import Crew, MakeExecutor
+from treadle.scheduler.crew import Crew, CrewCounts, MakeExecutor
 from treadle.scheduler.lead import Lead
 from treadle.scheduler.lease import Standby, keep_lease
 from treadle.scheduler.outages import Outages
@@ -133,6 +133,10 @@ class PoolRunner:
         """Runs that workers of this server hold."""
         return () if self._crew is None else self._crew.resident_runs()
 
+    def count(self) -> CrewCounts | None:
+        """What workers of this server hold, for metrics; None while another server leads."""
+        return None if self._crew is None else self._crew.count()
+
     def park_cold(self, model_ids: Iterable[ModelId]) -> None:
         """Have these runs leave their workers between cycles, each once its state is durable."""
         if self._crew is not None:
@@ -166,9 +170,11 @@ class PoolRunner:
     async def run(self) -> None:
         """Stand by and lead, in turn, until drained. Raises ConfigError when an essential model cannot load."""
         while (lease := await self._standby.lease()) is not None:
+            self._metrics.lease_changes.labels(self.pool, "acquired").inc()
             try:
                 await self._lead(lease)
             except Fenced as error:
+                self._metrics.lease_changes.labels(self.pool, "lost").inc()
                 log.warning("lead lost", pool=self.pool, token=lease.token, reason=error.message)
                 self._set_status(self._status.facts, reason="another server leads now")
                 continue

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
@@ -26,6 +27,7 @@ from treadle.domain.states import Category
 from treadle.domain.usage import SampleUsage
 from treadle.errors import Fenced, StoreUnavailable, TreadleError, WorkerDied
 from treadle.scheduler.lead import Lead
+from treadle.scheduler.observing import SampleObserver
 from treadle.scheduler.preparing import Unread, drop_blobs, read_payloads
 from treadle.scheduler.quarantine import MAX_DEATHS
 from treadle.scheduler.rates import HELD_BACK_POLL_S, RateGate, SampleMeter, most_sampled
@@ -53,6 +55,7 @@ class SamplingLoop:
         blobs: BlobStore,
         lead: Lead,
         metrics: Metrics,
+        clock: Callable[[], float] = time.time,
         home: Callable[[TenantId], int | None] = lambda _: None,
         policies: Callable[[], Policies] = Policies,
         is_paused: Callable[[], bool] = lambda: False,
@@ -68,6 +71,7 @@ class SamplingLoop:
         self._lead = lead
         self._lease = lead.lease
         self._samplers = Samplers(home)
+        self._observer = SampleObserver(pool=pool, metrics=metrics, clock=clock)
         # Tokens that each of them may still draw.
         self._most_sampled: dict[RequestId, int] = {}
         self._rates = RateGate(store, policies)
@@ -169,6 +173,7 @@ class SamplingLoop:
 
     def _forget(self, request_id: RequestId) -> None:
         self._samplers.ended(request_id)
+        self._observer.forget(request_id)
         self._most_sampled.pop(request_id, None)
 
     async def _sleep(self) -> None:
@@ -220,6 +225,7 @@ class SamplingLoop:
         for work in works:
             self._samplers.begin(sampler, work.request_id, work.tenant_id)
         self._most_sampled.update((row.request_id, most_sampled(row)) for row in ready)
+        self._observer.begin(ready, sampler.slot)
         quarantine.samples_begin(work.request_id for work in works)
         # Of a worker that is dead its slot is about to find out, and gives them to others.
         with contextlib.suppress(WorkerDied):
@@ -300,9 +306,8 @@ class SamplingLoop:
         for outcome in outcomes:
             if (sampler := self._samplers.sampler_of(outcome.request_id)) is not None:
                 sampler.quarantine.sample_ended(outcome.request_id)
+            self._observer.ended(outcome)
             self._forget(outcome.request_id)
-            self._metrics.sampled_tokens.labels(self._pool).inc(outcome.num_sampled_tokens)
-            self._metrics.prompt_tokens.labels(self._pool).inc(outcome.num_prompt_tokens)
         await drop_blobs(self._blobs, unused)
 
     async def _commit_last(self) -> None:
@@ -319,8 +324,10 @@ class SamplingLoop:
         unused = await self._store.cycles.finish_samples(
             self._lease, [FinishedRequest(request_id=row.request_id, failure=failure) for row in rows]
         )
+        self._observer.begin(rows, sampler.slot)
         for row in rows:
             sampler.quarantine.sample_ended(row.request_id)
+            self._observer.ended(SampleOutcome(row.request_id, failure=failure))
             self._forget(row.request_id)
         await drop_blobs(self._blobs, unused)
 

@@ -166,6 +166,8 @@ class Slot:
 
         Raises what ended the last one in a drain, what no other worker would do better with, and Fenced.
         """
+        # A count that begins at 1 hides its first one from whoever looks at increases.
+        self._metrics.worker_deaths.labels(self._pool, self.name)
         num_deaths = num_failed_loads = 0
         now = asyncio.get_running_loop().time
         while not self._is_ending:
@@ -196,7 +198,7 @@ class Slot:
         return 0 if self.cycles is None else self.cycles.num_finished
 
     def _note_death(self, death: ServerError | ConfigError) -> None:
-        self._metrics.worker_deaths.labels(self._pool).inc()
+        self._metrics.worker_deaths.labels(self._pool, self.name).inc()
         self.num_deaths += 1
         self._owner.slot_down(self, death.message)
 

@@ -90,10 +90,11 @@ class Snapshotter:
     """Takes the snapshots of one pool's runs. `landed`: durable ones that no commit has registered yet."""
 
     def __init__(
-        self, *, pool: PoolName, budget: SnapshotBudget, metrics: Metrics, on_landed: Callable[[], None]
+        self, *, pool: PoolName, slot: str, budget: SnapshotBudget, metrics: Metrics, on_landed: Callable[[], None]
     ) -> None:
         self._pool = pool
         self._budget = budget
+        self._slot = slot
         self._metrics = metrics
         self._on_landed = on_landed
         self._task: asyncio.Task[None] | None = None
@@ -139,7 +140,7 @@ class Snapshotter:
             rank = (is_forced, debt.seconds)
             if best is None or rank > (best.is_forced, best.run.debt.seconds):
                 best = _Wanted(run, is_forced)
-        self._metrics.replay_debt_seconds.labels(self._pool).set(worst_debt_s)
+        self._metrics.replay_debt_seconds.labels(self._pool, self._slot).set(worst_debt_s)
         if best is None or best.is_forced:
             return best
         return best if self._budget.allows(best.run.record.model_id, best.run.debt.seconds) else None
