@@ -9,6 +9,8 @@ import weakref
 from dataclasses import astuple
 
 from treadle.executor.channel import SamplingChannel
+from treadle.scheduler.crew import CrewCounts
+from treadle.scheduler.slot import SlotState
 from treadle.server_pools import ServedPools
 from treadle.store import CommitReport, Store
 from treadle.telemetry.metrics import Metrics
@@ -64,12 +66,26 @@ def show_pools(metrics: Metrics, pools: ServedPools) -> None:
     def refresh() -> None:
         views = {str(view.name): view for view in pools.views()}
         for pool in shown - views.keys():
+            _show_counts(metrics, pool, None)
             metrics.pool_ready.remove(pool)
+            metrics.pool_leader.remove(pool)
         for pool in views.keys() - shown:
             metrics.know_pool(pool)
         for pool, view in views.items():
             metrics.pool_ready.labels(pool).set(view.is_ready)
+        for pool, counts in pools.counts().items():
+            metrics.pool_leader.labels(pool).set(counts is not None)
+            _show_counts(metrics, pool, counts)
         shown.clear()
         shown.update(views)
 
     metrics.on_scrape(refresh)
+
+
+def _show_counts(metrics: Metrics, pool: str, counts: CrewCounts | None) -> None:
+    """None: nothing is here."""
+    counts = counts or CrewCounts()
+    for state in SlotState:
+        metrics.pool_workers.labels(pool, state.value).set(counts.workers.get(state.value, 0))
+    metrics.resident_runs.labels(pool).set(counts.num_resident_runs)
+    metrics.running_samples.labels(pool).set(counts.num_running_samples)

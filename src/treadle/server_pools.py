@@ -20,6 +20,7 @@ from treadle.domain.pool_decisions import PoolState
 from treadle.domain.roles import Scale
 from treadle.errors import ConfigError, ServerError, StoreUnavailable
 from treadle.gateway.deps import PoolView
+from treadle.scheduler.crew import CrewCounts
 from treadle.scheduler.pool import PoolRunner
 from treadle.store.pool_watch import PoolWatch
 from treadle.telemetry.logs import get_logger
@@ -140,6 +141,10 @@ class ServedPools:
         model_ids = list(model_ids)
         for served in self._served.values():
             served.runner.park_cold(model_ids)
+
+    def counts(self) -> dict[PoolName, CrewCounts | None]:
+        """What workers of this server hold, by pool; None of those that another server leads."""
+        return {pool: served.runner.count() for pool, served in self._served.items()}
 
     def views(self) -> list[PoolView]:
         """The pools as the gateway sees them: those of the settings in their order, then those that came later."""

@@ -87,7 +87,7 @@ class Metrics:
     def know_pool(self, pool: str) -> None:
         """Begin its counters at 0: a series that begins at its first count hides that one from `increase`."""
         self.cycles.labels(pool)
-        self.worker_deaths.labels(pool)
+        self.worker_deaths.labels(pool, "0")
         for change in ("acquired", "lost"):
             self.lease_changes.labels(pool, change)
         for kind in OpKind:
@@ -108,7 +108,10 @@ class Metrics:
         )
         self.pool_leader = self._gauge("treadle_pool_leader", "1 while this server leads the pool", "pool")
         self.pool_workers = self._gauge(
-            "treadle_pool_workers", "Workers of the pool on this server, by state (serving, loading)", "pool", "state"
+            "treadle_pool_workers",
+            "Workers of the pool on this server, by state (loading, up, leaving, down)",
+            "pool",
+            "state",
         )
         self.worker_bytes = self._gauge(
             "treadle_worker_resident_bytes", "Memory of a worker process, as it said last", "pool", "worker"
@@ -254,7 +257,9 @@ class Metrics:
 
     def _make_recovery_metrics(self) -> None:
         self._section = "Recovery"
-        self.worker_deaths = self._counter("treadle_worker_deaths", "Workers that ended without being asked to", "pool")
+        self.worker_deaths = self._counter(
+            "treadle_worker_deaths", "Workers that ended without being asked to, by slot", "pool", "worker"
+        )
         self.restores = self._counter("treadle_restores", "Runs rebuilt on a worker from a snapshot", "pool")
         self.replayed_ops = self._counter(
             "treadle_replayed_ops", "Committed training requests that ran again behind a restore", "pool"
@@ -270,7 +275,10 @@ class Metrics:
             "treadle_snapshot_seconds", "Seconds that a snapshot took of the device's thread", _FAST_S, "pool"
         )
         self.replay_debt_seconds = self._gauge(
-            "treadle_replay_debt_seconds", "Worker seconds that a death now would cost the run it costs most", "pool"
+            "treadle_replay_debt_seconds",
+            "Worker seconds that a death now would cost the run it costs most",
+            "pool",
+            "worker",
         )
 
     def _make_store_metrics(self) -> None:
