@@ -4,13 +4,11 @@ that the contract is run on."""
 from __future__ import annotations
 
 import asyncio
-import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from peft import PeftModel
 from sampler_support import BUNDLED
@@ -31,20 +29,6 @@ from treadle.sampler.tokenizer import load_token_bytes
 from treadle.testing.sampler_contract import Floats
 from treadle.worker.build import build_worker
 from treadle.worker.worker import Worker
-
-# The Python of an environment that scripts/vllm_env made (docs/vllm.md); tests with vLLM are skipped without it.
-VLLM_PYTHON = "TESTS_VLLM_PYTHON"
-_USUAL_PLACES = (Path(__file__).parents[2] / ".vllm-env", Path(__file__).parents[3] / "vllm-env")
-
-
-def vllm_python() -> Path:
-    """The Python with vLLM; skips the test when there is none."""
-    named = os.environ.get(VLLM_PYTHON)
-    candidates = [Path(named)] if named else [place / "bin" / "python" for place in _USUAL_PLACES]
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate
-    pytest.skip(f"no environment with vLLM: make one with scripts/vllm_env DIR, and set {VLLM_PYTHON}")
 
 
 class BundledSubject:
@@ -67,9 +51,9 @@ class BundledSubject:
         self._adapted: dict[BlobKey, Any] = {}
         self._num_versions = 0
 
-    def new_version(self, *, seed: int, rank: int = 8, is_finite: bool = True) -> BlobKey:
+    def new_version(self, *, seed: int, rank: int = 8, is_finite: bool = True, scale: float = 1.0) -> BlobKey:
         """See Subject."""
-        data = _version(self._base, seed=seed, rank=rank, is_finite=is_finite)
+        data = _version(self._base, seed=seed, rank=rank, is_finite=is_finite, scale=scale)
         key = self._stored(data)
         if is_finite:
             path = self._exports / key.replace("/", "-")
@@ -113,11 +97,11 @@ def _loaded(name: str) -> BaseModel:
     return load_base_model(str(BUNDLED), name=name, device="cpu", dtype="float32")
 
 
-def _version(base: BaseModel, *, seed: int, rank: int, is_finite: bool = True) -> bytes:
+def _version(base: BaseModel, *, seed: int, rank: int, is_finite: bool = True, scale: float = 1.0) -> bytes:
     state = new_training_state(base, LoraSpec(rank=rank, seed=seed))
     generator = torch.Generator().manual_seed(seed)
     for module in state.weights.modules:
-        state.weights.b(module).normal_(std=0.05, generator=generator)
+        state.weights.b(module).normal_(std=0.05 * scale, generator=generator)
     if not is_finite:
         state.weights.flat[:: max(1, len(state.weights.flat) // 50)] = float("nan")
     return encode_state(state, base, with_optimizer=False, applied_seq=1)

@@ -6,11 +6,12 @@ from collections.abc import AsyncIterator
 
 import pytest
 import pytest_asyncio
-from sampler_contract_subject import BundledSubject, vllm_python, worker_config
+from sampler_contract_subject import BundledSubject, worker_config
 
 from treadle.executor.vllm import VllmExecutor
 from treadle.sampler.vllm_options import VllmOptions
 from treadle.testing.sampler_contract import CHECKS, SamplerDriver, started
+from treadle.testing.vllm_environment import NOT_FOUND, find_vllm_python
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -20,7 +21,9 @@ OPTIONS = VllmOptions(max_adapters=3, cpu_cache_bytes=256 * 2**20)
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def driver(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[SamplerDriver]:
-    python = vllm_python()
+    python = find_vllm_python()
+    if python is None:
+        pytest.skip(NOT_FOUND)
     subject = BundledSubject(tmp_path_factory.mktemp("contract"))
     config = worker_config(subject, max_running=MAX_RUNNING)
     async with started(

@@ -8,7 +8,9 @@ Found in vLLM 0.32 on a CPU, and kept out here on every platform:
 - a name or path that comes again with other weights is served from what it cached of the first: a version's name and
   number are never used twice, and its directory is gone once it is loaded;
 - an adapter that cannot be loaded when its request runs ends the engine: versions are loaded before, one by one, and
-  never more than there are places for.
+  never more than there are places for;
+- what is no number in the cache's memory comes back in requests that get that memory next: whatever ends in such a
+  result is sampled again by the built-in sampler; then vLLM runs empty, and its cache is overwritten before it goes on.
 Invariant: every submitted request ends in exactly one outcome, unless it is cancelled or the engine dies.
 """
 
@@ -41,7 +43,7 @@ from treadle.domain.limits import MAX_TOPK_LOGPROBS
 from treadle.domain.ops import SampleOp
 from treadle.domain.outcome import Failure, SampledPart, SampleOutcome
 from treadle.domain.states import Category
-from treadle.errors import ConfigError, TreadleError
+from treadle.errors import ConfigError, NonFiniteResult, TreadleError
 from treadle.sampler.job import check_sample, num_free_places
 from treadle.sampler.stops import stop_rule
 from treadle.sampler.vllm_model import NotForVllm, VllmModel, read_vllm_model, write_adapter, write_zero_adapter
@@ -58,7 +60,11 @@ _TENANT_SHARE = 0.75
 _PATIENCE_S = 2.0
 # Versions that vLLM refused are not shown to it again; beyond these the oldest are.
 _MAX_REFUSED = 1_024
+# Requests of one version that may end in no numbers before all others of it are for the built-in sampler.
+_SUSPICIONS = 2
 _WARM_UP_TOKENS = 4
+_CLEAN_WITHIN_S = 30.0
+_CLEAN_POLL_S = 0.02
 
 
 class VllmEngine:
@@ -179,6 +185,7 @@ def _engine_args(model: VllmModel, dtype: str, max_running: int, options: VllmOp
         logprobs_mode="raw_logprobs",
         # With adapters a CPU compiles nothing anyway.
         enforce_eager=is_cpu,
+        worker_extension_cls="treadle.sampler.vllm_worker.CacheCleaning",
         kv_cache_memory_bytes=options.cpu_cache_bytes if is_cpu else None,
         gpu_memory_utilization=options.memory_fraction,
         disable_log_stats=True,
@@ -229,11 +236,15 @@ class VllmSampler:
         self._queue = TurnQueue()
         self._places = Places(engine.options.max_adapters, first_id=_ZERO_ID + 1)
         self._refused: OrderedDict[BlobKey, str] = OrderedDict()
+        self._suspicions: Counter[BlobKey] = Counter()
         self._num_held: Counter[TenantId] = Counter()
         # Every sequence that vLLM has; one whose job has ended holds its slot until vLLM has let go of it.
         self._running: dict[VllmSequence, asyncio.Task[None]] = {}
         self._loading: set[asyncio.Task[None]] = set()
         self._blocked_since: float | None = None
+        # Numbers that are none may lie in vLLM's cache: nothing starts until it is clean.
+        self._is_unclean = False
+        self._cleaning: asyncio.Task[None] | None = None
         self._sequence_numbers = count()
         # One at a time: an engine takes adapters between its steps.
         self._load_lock = asyncio.Lock()
@@ -288,6 +299,10 @@ class VllmSampler:
     # Letting in: slots, and places for adapters.
 
     def _let_in(self) -> None:
+        if self._is_unclean:
+            if not self._running and self._cleaning is None:
+                self._cleaning = asyncio.create_task(self._clean())
+            return
         while len(self._running) < self._max_running:
             found = self._next_job()
             if found is None:
@@ -341,6 +356,21 @@ class VllmSampler:
         self._num_held[tenant_id] -= 1
         if not self._num_held[tenant_id]:
             del self._num_held[tenant_id]
+        self._let_in()
+
+    async def _clean(self) -> None:
+        """vLLM runs nothing: overwrite its cache, and forget which prompts lay in it."""
+        try:
+            async with asyncio.timeout(_CLEAN_WITHIN_S):
+                # False as long as it still lets go of a request.
+                while not await self._llm.reset_prefix_cache():  # noqa: ASYNC110 (it tells nobody when)
+                    await asyncio.sleep(_CLEAN_POLL_S)
+                await self._llm.collective_rpc("treadle_clean_cache")
+        except Exception as error:  # noqa: BLE001 (unclean it is of no use: a new one is started)
+            self._die(error)
+            return
+        self._is_unclean = False
+        self._cleaning = None
         self._let_in()
 
     # Adapters.
@@ -409,6 +439,17 @@ class VllmSampler:
         for job in self._waiting_for(key):
             self._give_back(job, reason)
 
+    def _suspect(self, key: BlobKey | None, reason: str) -> None:
+        """A version whose numbers are none again, though the cache was clean in between, is refused."""
+        if key is None:
+            return
+        self._suspicions[key] += 1
+        if self._suspicions[key] >= _SUSPICIONS:
+            del self._suspicions[key]
+            self._refuse(key, reason)
+        elif len(self._suspicions) > _MAX_REFUSED:
+            del self._suspicions[next(iter(self._suspicions))]
+
     def _waiting_for(self, key: BlobKey) -> list[VllmJob]:
         return [job for job in self._jobs.values() if job.key == key]
 
@@ -422,8 +463,11 @@ class VllmSampler:
             raise
         except EngineDeadError as error:
             self._die(error)
-        except TreadleError as error:
-            self._end(job, _failed(job.request_id, error, len(job.op.prompt)))
+        except NonFiniteResult as error:
+            # Its own weights are to blame, or what others left in the cache's memory: the built-in sampler knows.
+            self._is_unclean = True
+            self._give_back(job, error.message)
+            self._suspect(job.key, error.message)
         except Exception as error:  # noqa: BLE001 (vLLM fails one request and lives: the built-in sampler decides)
             if self._llm.errored:
                 self._die(error)

@@ -52,8 +52,11 @@ class Subject(Protocol):
     # A prompt whose greedy continuation by the base model ends with an end-of-sequence id.
     ending_prompt: Sequence[int]
 
-    def new_version(self, *, seed: int, rank: int = 8, is_finite: bool = True) -> BlobKey:
-        """A version with weights drawn from `seed` that change the model clearly, stored under a fresh key."""
+    def new_version(self, *, seed: int, rank: int = 8, is_finite: bool = True, scale: float = 1.0) -> BlobKey:
+        """A version with weights drawn from `seed` that change the model clearly, stored under a fresh key.
+
+        scale: of what they add to the model.
+        """
         ...
 
     def damaged_version(self) -> BlobKey:
@@ -308,6 +311,23 @@ async def weights_that_are_no_numbers_fail_alone(driver: SamplerDriver) -> None:
         assert_failed_alone(outcomes[0], says="not finite")
         for one, outcome in zip((good, None), outcomes[1:], strict=True):
             assert_greedy(driver, one, _PROMPT, result_of(outcome).sequences[0])
+
+
+async def weights_that_overflow_spoil_no_other(driver: SamplerDriver) -> None:
+    """Neither its neighbours nor those that come after it, wherever their keys and values lie."""
+    good = driver.subject.new_version(seed=510)
+    for seed in (511, 512):
+        huge = driver.subject.new_version(seed=seed, scale=1e24)
+        doomed, *others = await driver.run(ask(key=huge, max_tokens=32), ask(key=good), ask())
+        assert doomed.encoded is None
+        if not doomed.needs_builtin:
+            assert_failed_alone(doomed, says="not finite")
+        for first in range(10, 20):
+            prompt = tuple(range(first, first + 20))
+            others += await driver.run(ask(prompt, key=good, max_tokens=4), ask(prompt, max_tokens=4))
+            for key, outcome in zip((good, None), others[-2:], strict=True):
+                if not (driver.hands_over and outcome.needs_builtin):
+                    assert_greedy(driver, key, prompt, result_of(outcome).sequences[0])
 
 
 # Draws.
@@ -568,6 +588,7 @@ CHECKS: tuple[Callable[[SamplerDriver], Awaitable[None]], ...] = (
     a_version_is_never_served_stale,
     weights_that_cannot_be_had_fail_alone,
     weights_that_are_no_numbers_fail_alone,
+    weights_that_overflow_spoil_no_other,
     a_seed_decides_the_draws,
     any_seed_will_do,
     max_tokens_ends_with_length,
