@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+import torch
 
 from treadle.config import bundled_model_dir
 from treadle.domain.ids import RequestId, SamplingSessionId, TenantId
@@ -117,3 +118,36 @@ def test_cancelled_requests_leave_wherever_they_are(base: BaseModel) -> None:
     sampler.submit([request("late", seed=3)])
     sampler.cancel([RequestId("poison"), RequestId("late"), RequestId("a"), RequestId("unknown")])
     assert set(drain(sampler)) == {"b"}
+
+
+class Cramped(Fragile):
+    """Breaks for want of memory as long as there is more inside than `room` holds."""
+
+    room = 0
+
+    def step(self, max_seconds: float) -> list[SampleOutcome]:
+        if self.num_waiting + self.num_running > type(self).room:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return super().step(max_seconds)
+
+
+def test_memory_that_can_be_had_is_had_before_a_sample_fails(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two do not fit together, and one only once idle runs have made room; what never fits fails and says why."""
+    sampler = GuardedSampler(
+        lambda: Cramped(open_sampler(base)), make_room=lambda: monkeypatch.setattr(Cramped, "room", 1)
+    )
+    sampler.submit([request("a", seed=1), request("b", seed=2)])
+    outcomes = drain(sampler)
+    undisturbed = GuardedSampler(lambda: open_sampler(base))
+    undisturbed.submit([request("a", seed=1), request("b", seed=2)])
+    assert {name: tokens(one) for name, one in outcomes.items()} == {
+        name: tokens(one) for name, one in drain(undisturbed).items()
+    }
+    monkeypatch.setattr(Cramped, "room", 0)
+    calls: list[None] = []
+    sampler = GuardedSampler(lambda: Cramped(open_sampler(base)), make_room=lambda: calls.append(None))
+    sampler.submit([request("a")])
+    failure = drain(sampler)["a"].failure
+    assert failure is not None
+    assert "out of memory" in failure.message
+    assert len(calls) == 2

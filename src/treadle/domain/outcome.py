@@ -37,7 +37,10 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True)
 class BlobResult:
-    """A blob was written durably under `blob_key`. `lora` goes into the checkpoint's row."""
+    """Bytes can be read under `blob_key`: durably, or those of weights without a name for now by this machine alone.
+
+    `lora` goes into the checkpoint's row.
+    """
 
     blob_key: BlobKey
     num_bytes: int

@@ -83,15 +83,16 @@ def build_worker(
     cost = measure_pass_cost(base)
     passes = pass_limits(base, cost, micro_batch_tokens=micro_batch_tokens)
     log.info("pass limits", limits=passes, bytes_per_token=dict(cost.bytes_per_token), fixed_bytes=cost.fixed_bytes)
-    return Worker(
+    worker = Worker(
         base=base,
-        sampler=GuardedSampler(lambda: open_sampler(base, limits=limits)),
+        sampler=GuardedSampler(lambda: open_sampler(base, limits=limits), make_room=lambda: worker.make_room()),
         blobs=blobs,
         limits=passes,
         handoff=Handoff(blobs, staging_dir=staging_dir),
         parking=_parking_rules(base, parking_dir, park_after_s, max_resident_bytes),
         clock=clock,
     )
+    return worker
 
 
 def warm_up() -> None:

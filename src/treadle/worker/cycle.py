@@ -95,7 +95,7 @@ class CycleRunner:
         self._versions = versions
         self._blobs = blobs
         self._handoff = handoff
-        self._micro_batches = MicroBatches(base, limits, make_room=self._make_room)
+        self._micro_batches = MicroBatches(base, limits, make_room=self.make_room)
         self._open_passes: dict[RequestId, OpenPass] = {}
         # Steps whose runs are on the device and must stay there until they are taken.
         self._due_steps: dict[ModelId, _DueStep] = {}
@@ -178,10 +178,10 @@ class CycleRunner:
                 raise
             log.warning("memory ran out; idle runs are parked", exc=error)
         # Behind the handler, where the failed try's frames are gone.
-        self._make_room()
+        self.make_room()
         return make()
 
-    def _make_room(self) -> None:
+    def make_room(self) -> None:
         """Free what nobody needs at this moment: runs can come back, versions can be read again."""
         self._slots.park_all(busy=self.busy_runs)
         self._versions.forget_all()
@@ -390,7 +390,7 @@ class CycleRunner:
             return
         is_touched = [_versions(one.state) != version for one, version in zip(due, versions, strict=True)]
         if ran_out:
-            self._make_room()
+            self.make_room()
         for one, touched in zip(due, is_touched, strict=True):
             if not touched and not is_last_try:
                 self._step_together((one,), is_last_try=True)

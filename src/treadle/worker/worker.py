@@ -128,6 +128,10 @@ class Worker:
         self._slots.park_over_limit(busy=busy)
         self._slots.park_one_due(busy=busy)
 
+    def make_room(self) -> None:
+        """Free memory that nobody needs at this moment: park idle runs, drop kept versions."""
+        self._runner.make_room()
+
     @property
     def has_samples(self) -> bool:
         return self._sampler.has_work or bool(self._refused)
