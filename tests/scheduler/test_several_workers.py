@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from scheduler_support import POOL, SESSION, Cluster
 
+from treadle.blobs import BlobStore
 from treadle.domain.ids import BlobKey, ModelId, RequestId, TenantId
 from treadle.domain.ops import CreateModelOp, LoraSpec, PassOp
 from treadle.domain.outcome import CycleOutcome, SampleOutcome
@@ -100,6 +101,44 @@ async def train(cluster: Cluster, index: int, *, pause: Callable[[], float] = la
     return results
 
 
+class Watched(FakeExecutor):
+    """Of its pool: that a run is never with two workers at once, and comes to another one only by a restore."""
+
+    busy: ClassVar[dict[ModelId, object]] = {}
+    held_by: ClassVar[dict[ModelId, object]] = {}
+    # A loop takes an exception for bad luck, and tries again.
+    problems: ClassVar[list[str]] = []
+
+    async def run_cycle(self, work: CycleWork) -> CycleOutcome:
+        runs = {item.planned.model_id for item in work.items}
+        fresh = {item.model_id for item in work.restores} | {
+            item.planned.model_id for item in work.items if item.starts_from is None
+        }
+        for run in runs:
+            if run in self.busy:
+                self.problems.append(f"{run} is with two workers")
+            if run not in fresh and self.held_by.get(run) is not self:
+                self.problems.append(f"{run} came without a restore")
+            self.busy[run] = self.held_by[run] = self
+        try:
+            return await super().run_cycle(work)
+        finally:
+            for run in runs:
+                self.busy.pop(run, None)
+
+
+@pytest.fixture
+def watched(cluster: Cluster) -> Iterator[None]:
+    def make(blobs: BlobStore) -> FakeExecutor:
+        return Watched(blobs, faults=cluster.faults)
+
+    Watched.busy, Watched.held_by, Watched.problems = {}, {}, []
+    cluster.new_worker = make
+    yield
+    assert Watched.held_by, "nobody was watched"
+    assert Watched.problems == []
+
+
 @asynccontextmanager
 async def scaled(cluster: Cluster, workers: int, samplers: int = 0):  # type: ignore[no-untyped-def]
     """The cluster with so many workers."""
@@ -141,7 +180,7 @@ async def expected(cluster: Cluster, tmp_path: Path) -> list[list[bytes]]:
 
 @pytest.mark.parametrize("seed", [1, 2])
 async def test_with_deaths_of_either_of_two_workers_every_op_counts_once(
-    cluster: Cluster, expected: list[list[bytes]], seed: int
+    cluster: Cluster, watched: None, expected: list[list[bytes]], seed: int
 ) -> None:
     rng = random.Random(seed)
     async with scaled(cluster, 2):
@@ -153,12 +192,14 @@ async def test_with_deaths_of_either_of_two_workers_every_op_counts_once(
             rng.choice(cluster.executors[-2:]).die("killed")
         assert await training == expected
         assert set(homes(cluster).values()) == {0, 1}
+        for index in range(NUM_TENANTS):
+            assert await cluster.store.cycles.trained_tokens(tenant(index)) == NUM_STEPS * 16
         await cluster.restart()
         assert len(await cluster.store.leases.in_flight(POOL)) < 20
 
 
 async def test_scaling_up_and_down_under_load_moves_tenants_and_changes_no_number(
-    cluster: Cluster, expected: list[list[bytes]]
+    cluster: Cluster, watched: None, expected: list[list[bytes]]
 ) -> None:
     async with scaled(cluster, 1):
         training = asyncio.gather(*(train(cluster, index, pause=lambda: 0.02) for index in range(NUM_TENANTS)))
