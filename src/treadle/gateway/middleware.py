@@ -8,6 +8,7 @@ empty body (the SDK takes an empty 400 for a network glitch and retries it, prot
 
 from __future__ import annotations
 
+import itertools
 import secrets
 import time
 
@@ -49,12 +50,15 @@ class ErrorMiddleware:
         self._app = app
         self._metrics = metrics
         self._body_room = body_room
+        # Of calls: unique over servers and restarts, and no secret. Randomness for each would cost a system call.
+        self._prefix = secrets.token_hex(6)
+        self._numbers = itertools.count(1)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        call_id = secrets.token_hex(8)
+        call_id = f"{self._prefix}-{next(self._numbers):x}"
         with log_context(call_id=call_id):
             await self._answer(scope, receive, send, call_id)
 
