@@ -10,70 +10,22 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from process_checks import PROCESS_CHECKS
 
-from treadle.errors import ConfigError, Fenced, WorkerDied
+from treadle.errors import ConfigError, WorkerDied
 from treadle.executor.local import LocalExecutor
 from treadle.executor.messages import WorkerConfig
 from treadle.testing.builders import sample_op
-from treadle.testing.driver import PATIENCE_S, Driver, started
-from treadle.testing.executor_contract import CHECKS, LORA, Run, assert_same
+from treadle.testing.driver import started
+from treadle.testing.executor_contract import CHECKS, Run
 from treadle.testing.recovery_contract import RECOVERY_CHECKS
-
-# By then a message to a process that does not read lies in its pipe, also on a busy machine.
-WRITTEN_S = 0.3
-
-
-async def check_a_newer_leader_ends_a_cycle_that_is_on_its_way(driver: Driver) -> None:
-    run, undisturbed = await Run(driver).trained(), await Run(driver).trained()
-    key = await driver.snapshot(run.tag(2))
-    restore = driver.restore_item(run.tag(2), LORA, key)
-    old = [driver.item(run.backward()), driver.item(run.step())]
-    new = [replace(one, starts_from=replace(restore.tag, applied_seq=one.planned.seq_id - 1)) for one in old]
-    # Stopped, it finds both cycles when it goes on, so the first has certainly not ended.
-    os.kill(pid_of(driver), signal.SIGSTOP)
-    older = asyncio.ensure_future(driver.run_items(old))
-    await asyncio.sleep(WRITTEN_S)
-    driver.token += 1
-    newer = asyncio.ensure_future(driver.run_items(new, restores=[restore]))
-    await asyncio.sleep(WRITTEN_S)
-    os.kill(pid_of(driver), signal.SIGCONT)
-    outcome = await newer
-    with pytest.raises(Fenced):
-        await older
-    assert [one.failure for one in outcome.outcomes] == [None, None]
-    driver.tags[run.model_id] = outcome.outcomes[-1].tag_after
-    await driver.run(undisturbed.backward(), undisturbed.step())
-    assert_same(await run.logprobs(), await undisturbed.logprobs())
-
-
-async def check_a_long_sample_is_not_silence(driver: Driver) -> None:
-    assert isinstance(driver.executor, LocalExecutor)
-    heard = asyncio.Event()
-    silence = driver.executor._silence
-    # 30,000 tokens take longer than a second, so the worker speaks before it is through.
-    (request_id,) = driver.submit(sample_op(num_samples=16, max_tokens=1_900), prefix=driver.new_key())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(silence, "heard", heard.set)
-        async with asyncio.timeout(PATIENCE_S):
-            await heard.wait()
-    assert request_id not in {outcome.request_id for outcome in driver.sample_outcomes}
-    driver.executor.cancel_samples([request_id])
-
-
-LOCAL_CHECKS = (check_a_newer_leader_ends_a_cycle_that_is_on_its_way, check_a_long_sample_is_not_silence)
-
-
-def pid_of(driver: Driver) -> int:
-    assert isinstance(driver.executor, LocalExecutor)
-    assert driver.executor.pid is not None
-    return driver.executor.pid
 
 
 async def test_contract(config: WorkerConfig) -> None:
     """All checks on one process: starting it is what takes time."""
     failed = []
     async with started(LocalExecutor(config)) as driver:
-        for check in (*CHECKS, *RECOVERY_CHECKS, *LOCAL_CHECKS):
+        for check in (*CHECKS, *RECOVERY_CHECKS, *PROCESS_CHECKS):
             try:
                 await check(driver)
             except (AssertionError, TimeoutError) as error:

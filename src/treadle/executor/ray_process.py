@@ -38,6 +38,9 @@ log = get_logger("treadle.executor.ray_process")
 MAX_CONTROL_BYTES = 1 << 20
 # How often somebody who reads the log hears that a worker waits for room in the cluster.
 _SAY_EVERY_S = 30.0
+# How long the head may take to be reached, and the cluster to be joined or started on busy cores.
+_REACH_TIMEOUT_S = 5.0
+_CONNECT_TIMEOUT_S = 120.0
 _MAX_REASON_CHARACTERS = 250
 # One thread hands messages in, one waits for those that go out.
 _ACTOR_CLASS: dict[str, Any] = {"concurrency_groups": {"in": 1, "out": 1}}
@@ -50,6 +53,7 @@ class Cluster:
         """Raises what Ray raises when there is no such cluster."""
         self.name = config.name
         self.is_own = not config.address
+        self.is_left = False
         self._lock = threading.Lock()
         self._reserved: dict[str, Mapping[str, float]] = {}
         self._local_pids: set[int] = set()
@@ -61,7 +65,13 @@ class Cluster:
                 options |= {"object_store_memory": config.object_store_bytes}
         else:
             options |= {"address": config.address}
+        if not self.is_own:
+            _check_address(config.address)
+        given_up = threading.Timer(_CONNECT_TIMEOUT_S, _give_up, [config.address or "this machine"])
+        given_up.daemon = True
+        given_up.start()
         ray.init(**options)
+        given_up.cancel()
         self.node_id: str = ray.get_runtime_context().get_node_id()
 
     def missing(self, name: str, bundle: Mapping[str, float]) -> str | None:
@@ -210,8 +220,8 @@ class Worker:
 
     def _end(self, reason: str) -> None:
         self._tell(ActorEnded(reason))
-        with contextlib.suppress(OSError):
-            _socket_of(self._pipe).shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self._pipe.fileno())) as end:
+            end.shutdown(socket.SHUT_RDWR)
 
     def kill(self) -> None:
         """End the actor, also one that is stopped. Idempotent."""
@@ -248,8 +258,16 @@ def _resources(read: Callable[[], Any]) -> dict[str, float]:
     return {kind: amount for kind, amount in read().items() if kind in ("CPU", "GPU")}
 
 
-def _socket_of(pipe: Connection) -> socket.socket:
-    return socket.socket(fileno=os.dup(pipe.fileno()))
+def _check_address(address: str) -> None:
+    """Raises OSError when nobody listens there: Ray would look for minutes."""
+    host, colon, port = address.rpartition("://")[2].rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_TIMEOUT_S).close()
+
+
+def _give_up(place: str) -> None:
+    log.error("no Ray cluster", reason=f"that of {place} did not answer for {_CONNECT_TIMEOUT_S:.0f} s")
+    leave()
 
 
 def _kill(pid: int) -> None:
@@ -280,6 +298,8 @@ def _watch_daemons(cluster: Cluster) -> None:
         for descriptor in watched:
             selector.register(descriptor, selectors.EVENT_READ)
         (key, _), *_ = selector.select()
+    if cluster.is_left:
+        return
     log.error("the Ray cluster ended", process=watched[key.fd])
     cluster.kill_local()
     leave()
@@ -327,6 +347,7 @@ def main(arguments: Sequence[str]) -> None:
         ask, pipe = received
         assert pipe is not None, "a worker comes with its pipe"
         Worker(cluster, ask, pipe).start()
+    cluster.is_left = True
     cluster.kill_local()
     ray.shutdown()
 
