@@ -1,8 +1,9 @@
 """compose.yaml without containers: each service's own command, with ports, host names and paths of this machine.
 
-What an image would do around a command (PostgreSQL's initdb, users, volumes) is done here; MinIO's server is used where
-it is installed, and moto's S3 server where it is not. Invariant: `Stack` ends every process that it started, and what
-those started.
+Ray's nodes and the server find each other by looking at the processes of the machine and at /tmp/ray, so each gets both
+for itself, as in a container, where that is allowed (`can_contain`). What an image would do around a command
+(PostgreSQL's initdb, users, volumes) is done here; MinIO's server is used where it is installed, and moto's S3 server
+where it is not. Invariant: `Stack` ends every process that it started, and what those started.
 """
 
 from __future__ import annotations
@@ -27,6 +28,10 @@ from treadle.testing.postgres import find_programs
 
 START_S = 180.0
 STOP_S = 60.0
+# Those that are told apart by processes and files of the machine.
+CONTAINED = ("ray-head", "ray-worker", "gateway")
+_CONTAIN = ["unshare", "--fork", "--pid", "--mount-proc", "--mount", "--kill-child"]
+_OWN_RAY_DIR = 'mount -t tmpfs none /tmp/ray && exec "$@"'
 BIN = ROOT / "docker/bin"
 OWN_BIN = Path(sys.executable).parent
 
@@ -36,6 +41,15 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def can_contain() -> bool:
+    """Whether namespaces of processes and mounts can be made here: by root, on Linux."""
+    if shutil.which("unshare") is None:
+        return False
+    Path("/tmp/ray").mkdir(exist_ok=True)
+    command = [*_CONTAIN, "sh", "-c", _OWN_RAY_DIR, "sh", "true"]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 class Stack:
@@ -64,6 +78,7 @@ class Stack:
             "/var/lib/treadle": f"{folder}/data",
         }
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._is_contained = can_contain()
         for name in ("etc", "run/postgres", "run/s3", "run/ray", "run/keys", "run/metrics"):
             (folder / name).mkdir(parents=True)
         (folder / "etc/treadle.toml").write_text(self.here((ROOT / "docker/treadle.toml").read_text()))
@@ -117,6 +132,8 @@ class Stack:
             command, user = self._postgres(command)
         elif name == "minio":
             command = self._minio(command)
+        elif name in CONTAINED and self._is_contained:
+            command = [*_CONTAIN, "sh", "-c", _OWN_RAY_DIR, "sh", *command]
         with (self.folder / f"{name}.log").open("ab") as log:
             self._processes[name] = subprocess.Popen(
                 command, env=self.environment(name), cwd=self.postgres_dir if user else self.folder,
@@ -144,7 +161,9 @@ class Stack:
         """What `docker compose stop` does; the exit status."""
         process = self._processes[name]
         family = _family(process.pid)
-        process.send_signal(signal.SIGTERM)
+        # The first process of a container, which `unshare` only waits for.
+        top = psutil.Process(process.pid)
+        (top.children()[0] if top.name() == "unshare" else top).send_signal(signal.SIGTERM)
         status = process.wait(STOP_S)
         _end(family)
         del self._processes[name]
