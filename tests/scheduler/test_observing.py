@@ -154,10 +154,13 @@ def lines() -> Iterator[io.StringIO]:
 async def test_lines_of_a_cycle_say_which_it_is(cluster: Cluster, lines: io.StringIO) -> None:
     await cluster.result(await cluster.create(RUN))
     await cluster.run(pass_op(1, model_id=RUN, datums=[datum()]))
+    cluster.worker.die("killed")
+    await cluster.run(step_op(2, model_id=RUN))
 
     events = [json.loads(line) for line in lines.getvalue().splitlines()]
-    phases = ("cycle begun", "outcome received")
-    begun, received = ([event for event in events if event.get("phase") == name] for name in phases)
-    assert len(begun) == len(received) >= 2
-    assert [event["cycle"] for event in received] == [event["cycle"] for event in begun]
-    assert {(event["pool"], event["slot"]) for event in begun + received} == {(POOL, "0")}
+    begun = [event for event in events if event.get("phase") == "cycle begun"]
+    [restored] = [event for event in events if event["event"] == "run restored"]
+    [replaced] = [event for event in events if event["event"] == "worker is replaced"]
+    assert {(event["pool"], event["slot"]) for event in [*begun, restored]} == {(POOL, "0")}
+    assert restored["cycle"] in {event["cycle"] for event in begun}, "it is said by one who knows of no cycle"
+    assert "cycle" not in replaced, "what is bound in a cycle ends with it"
