@@ -41,7 +41,7 @@ from treadle.http_server import Connections, http_config
 from treadle.scheduler.clock_settings import CycleSettings
 from treadle.scheduler.holders import this_process
 from treadle.scheduler.pool import PoolRunner
-from treadle.scheduler.slot import slot_name
+from treadle.scheduler.slot import slot_name, slot_names
 from treadle.scheduler.sweeps import Sweeper
 from treadle.scheduler.weights import TenantWeights
 from treadle.server_metrics import WorkerGauges, count_store, show_pools
@@ -178,9 +178,7 @@ class Server:
             models=settings.models, watch=watch, make_runner=make_runner, scale_of=self._workers.scale_of
         )
         await pools.open()
-        # Launched for what operators have removed meanwhile.
-        await asyncio.gather(*(executor.stop() for of_pool in unused.values() for executor in of_pool.values()))
-        unused.clear()
+        await self._stop_unwanted(watch, launched, unused)
         store.events.on_enqueued(pools.wake)
         named = {PoolName(model.name): (model.source, model.revision) for model in settings.models}
         directory = PoolDirectory(pools.views, watch, settings=named)
@@ -188,6 +186,21 @@ class Server:
         show_pools(self._metrics, pools)
         with _listening(settings.server.host, settings.server.port) as listener:
             return await self._serve_http(store, blobs, pools, directory, listener)
+
+    async def _stop_unwanted(
+        self,
+        watch: PoolWatch,
+        launched: Mapping[str, dict[str, SamplingChannel]],
+        unused: dict[str, dict[str, SamplingChannel]],
+    ) -> None:
+        """End what was launched for pools, and for workers of pools, that operators have removed meanwhile."""
+        unwanted = [executor for of_pool in unused.values() for executor in of_pool.values()]
+        for model in self._settings.models:
+            scale = watch.now.scale_of(PoolName(model.name), self._workers.scale_of(model))
+            of_pool = {} if model.name in unused else launched.get(model.name, {})
+            unwanted += [of_pool.pop(name) for name in of_pool.keys() - slot_names(scale)]
+        unused.clear()
+        await asyncio.gather(*(executor.stop() for executor in unwanted))
 
     def _runner(
         self,

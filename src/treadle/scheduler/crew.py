@@ -257,6 +257,7 @@ class Crew:
             slot = self._slots.pop(name)
             del self._tasks[name]
             slot.quarantine.is_closed = True
+            self._lead.closed(name)
             self._num_deaths_before += slot.num_deaths
             if slot.trains:
                 self._tenancy.closed(slot.index)

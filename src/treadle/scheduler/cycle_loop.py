@@ -131,8 +131,7 @@ class CycleLoop:
         self._numerics_profile = ""
         # What was read last was more than one reading holds.
         self._is_cut = False
-        # A new leader's runs are restored, and so are those behind a death.
-        self._recovery.begin("a new leader")
+        self._is_new = True
         # Cycles that were committed, over all workers.
         self.num_finished = 0
         self._is_stopping = False
@@ -189,6 +188,10 @@ class CycleLoop:
         self._numerics_profile = self._persister.numerics_profile = facts.numerics_profile
         self._budget.expect(guessed_tokens_per_s(facts))
         self._is_abandoned = False
+        if self._is_new:
+            # A new leader's runs are restored, and so are those behind a death.
+            self._recovery.begin("a new leader")
+            self._is_new = False
         while not (self._is_stopping or self._is_abandoned):
             try:
                 await self._lead.take_over(self._quarantine)

@@ -61,5 +61,9 @@ class Lead:
         self._notes.pop(slot, None)
         return self._all()
 
+    def closed(self, slot: str) -> None:
+        """There is no such worker any more."""
+        self._notes.pop(slot, None)
+
     def _all(self) -> list[RequestId]:
         return list(chain.from_iterable(self._notes.values()))

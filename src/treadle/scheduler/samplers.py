@@ -133,10 +133,12 @@ class Samplers:
     def _candidates(self, request_id: RequestId) -> Sequence[Sampler]:
         up = [sampler for sampler in self._up.values() if not sampler.is_leaving]
         holder = up[0].quarantine.holder(request_id) if up else None
+        if request_id in self._for_builtin:
+            builtin = [sampler for sampler in up if sampler.role is not Role.SAMPLING]
+            # Whatever it was suspected of elsewhere, only these can do it.
+            return [sampler for sampler in builtin if sampler.quarantine is holder] or builtin
         if holder is not None:
             return [sampler for sampler in up if sampler.quarantine is holder]
-        if request_id in self._for_builtin:
-            return [sampler for sampler in up if sampler.role is not Role.SAMPLING]
         wanted = [sampler for sampler in up if sampler.role is not Role.TRAINING]
         # While suspects are being found out somewhere, nobody else gets in there.
         open_ones = [sampler for sampler in wanted if not sampler.quarantine.is_thinning]

@@ -91,7 +91,6 @@ class SamplingLoop:
 
     def attach(self, sampler: Sampler) -> None:
         """Feed this one too, from now on."""
-        sampler.quarantine.on_change(self.wake)
         self._samplers.attach(sampler)
         self.wake()
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol, cast
 
 from treadle.domain.ids import PoolName
 from treadle.domain.outcome import PoolFacts
-from treadle.domain.roles import Role
+from treadle.domain.roles import Role, Scale
 from treadle.errors import ConfigError, Fenced, ServerError, WorkerDied
 from treadle.executor.base import DeathCallback, Executor, SamplingExecutor
 from treadle.scheduler.cycle_loop import CycleLoop
@@ -104,6 +104,7 @@ class Slot:
         self._sampler: Sampler | None = None
         self._leaving = asyncio.Event()
         self._draining = asyncio.Event()
+        quarantine.on_change(samples.wake)
 
     @property
     def name(self) -> str:
@@ -334,3 +335,9 @@ class Slot:
 def slot_name(index: int, *, trains: bool) -> str:
     """A worker's name within its pool."""
     return str(index) if trains else f"s{index}"
+
+
+def slot_names(scale: Scale) -> set[str]:
+    """Those of all workers of such a pool."""
+    trainers = {slot_name(index, trains=True) for index in range(scale.workers)}
+    return trainers | {slot_name(index, trains=False) for index in range(scale.samplers)}
