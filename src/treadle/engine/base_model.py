@@ -95,19 +95,21 @@ class BaseModel:
         attention: Attention,
         segments: Sequence[LoraSegment],
         recompute: Recompute = Recompute.NONE,
+        kernel: LoraKernel | None = None,
     ) -> Tensor:
         """Final-normed hidden states [T, D] of one packed batch, in the model's dtype.
 
         tokens_T, positions_T: int64 on the model's device, T a multiple of PACK_MULTIPLE. Autograd is recorded
         exactly when gradients are enabled; the backward writes adapters' gradients into the segments' arenas.
         Rows outside all segments run the bare base model. recompute changes memory and time, never a bit.
+        kernel: what computes the terms of dense projections in this pass; the base model's own unless given.
         """
         assert tokens_T.shape == positions_T.shape
         assert tokens_T.shape[0] % PACK_MULTIPLE == 0, "the caller pads the pack"
         cos_Td, sin_Td = self.transformer.rotary(positions_T)
         ctx = PassContext(
             segments=PassSegments(segments),
-            kernel=self.kernel,
+            kernel=kernel or self.kernel,
             attention=attention,
             cos_Td=cos_Td,
             sin_Td=sin_Td,

@@ -28,7 +28,7 @@ from treadle.domain.losses import Loss, resolve_loss
 from treadle.engine.adapter import HEAD_MODULE, AdapterArena, AdapterWeights
 from treadle.engine.buckets import round_up
 from treadle.engine.custom_loss import QuantumLoss
-from treadle.engine.kernels.base import LoraSegment
+from treadle.engine.kernels.base import LoraKernel, LoraSegment
 from treadle.engine.kernels.segment_loop import SegmentLoop
 from treadle.engine.losses import SEQUENCE_LOSSES, TOKEN_LOSSES
 from treadle.errors import UserError
@@ -143,15 +143,17 @@ def run_head(
     return results
 
 
-def logits(base: Unembedding, hidden_TD: Tensor, segments: Sequence[LoraSegment]) -> Tensor:
+def logits(
+    base: Unembedding, hidden_TD: Tensor, segments: Sequence[LoraSegment], *, kernel: LoraKernel = _ADAPTERS
+) -> Tensor:
     """float32 logits [T, V] of a few rows; segments count rows of `hidden_TD` and add the head's adapter.
 
-    For the sampler's handful of rows: the caller bounds T. No gradients.
+    kernel: what computes its terms. For the sampler's handful of rows: the caller bounds T. No gradients.
     """
     with torch.no_grad():
         logits_TV = _empty_logits(hidden_TD.shape[0], base)
         _times_head(base, hidden_TD, logits_TV)
-        _ADAPTERS.add(hidden_TD, logits_TV, segments, HEAD_MODULE)
+        kernel.add(hidden_TD, logits_TV, segments, HEAD_MODULE)
     return logits_TV
 
 

@@ -23,7 +23,7 @@ from treadle.errors import NonFiniteResult, TreadleError
 from treadle.sampler.base import SampleRequest, SamplerLimits
 from treadle.sampler.cache import Bucket, CacheShape, PromptCache, capacity_for
 from treadle.sampler.job import Job, SampledTokens, check_sample, failed_outcome, num_free_places
-from treadle.sampler.passes import Chunk, Drawn, run_pass
+from treadle.sampler.passes import Chunk, Drawn, RowPlans, run_pass
 from treadle.sampler.prefixes import BLOCK_TOKENS, BlockKey, Prefixes, block_keys
 from treadle.sampler.queue import TenantQueue
 from treadle.sampler.stops import stop_rule, tokenizer_eos_id
@@ -72,6 +72,7 @@ class BuiltinSampler:
         # Jobs that hold cache, in the order they were let in; the last one yields when memory runs out.
         self._admitted: dict[RequestId, Job] = {}
         self._finished: list[SampleOutcome] = []
+        self._plans = RowPlans(base.device)
 
     @property
     def has_work(self) -> bool:
@@ -146,7 +147,7 @@ class BuiltinSampler:
         buckets = [bucket for bucket in self._buckets.values() if bucket.owners]
         assert chunks or buckets, "a live job is neither running, prefilling nor let in"
         self._shrink_prefixes()
-        result = run_pass(self._base, buckets, chunks)
+        result = run_pass(self._base, buckets, chunks, self._plans)
         for drawn in result.drawn:
             self._take_token(drawn)
         for chunk in chunks:
@@ -368,6 +369,9 @@ class BuiltinSampler:
     def _forget(self, job: Job) -> None:
         self._release(job)
         del self._jobs[job.request.request_id]
+        if not self._jobs:
+            # It holds on to adapters.
+            self._plans = RowPlans(self._base.device)
 
     def _release(self, job: Job) -> None:
         """Take back everything a job holds: slots, memory, its place in the queue."""

@@ -16,14 +16,16 @@ import torch
 from torch import Tensor
 
 from treadle.domain.ids import RequestId
+from treadle.domain.limits import PACK_MULTIPLE
 from treadle.domain.ops import SamplingParams
 from treadle.engine import head
 from treadle.engine.base_model import BaseModel
+from treadle.engine.kernels.row_groups import RowGroups, row_groups
 from treadle.errors import TreadleError
 from treadle.sampler.cache import Bucket, CachedAttention, DecodePart, PrefillPart, PromptCache, decode_part
 from treadle.sampler.draw import DrawSettings, draw_tokens
 from treadle.sampler.job import Job, SampledTokens, TopRow
-from treadle.sampler.layout import Block, Layout, lay_out
+from treadle.sampler.layout import Block, Layout, lay_out, round_up
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,33 +58,53 @@ class PassYield:
     failures: Mapping[RequestId, TreadleError]
 
 
-def run_pass(base: BaseModel, buckets: Sequence[Bucket[SampledTokens]], chunks: Sequence[Chunk]) -> PassYield:
+class RowPlans:
+    """Where the running sequences lie in a pass; laid out anew only when others run."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._last = row_groups((), device)
+
+    def plan(self, sequences: Sequence[SampledTokens]) -> RowGroups:
+        """The places of these sequences' rows."""
+        adapters = [sequence.job.adapter for sequence in sequences]
+        if not self._last.is_for(adapters):
+            self._last = row_groups(adapters, self._device, before=self._last)
+        return self._last
+
+    def others(self, jobs: Sequence[Job]) -> RowGroups:
+        """The places of rows that come once, one for each of these jobs."""
+        return row_groups([job.adapter for job in jobs], self._device, before=self._last)
+
+
+def run_pass(
+    base: BaseModel, buckets: Sequence[Bucket[SampledTokens]], chunks: Sequence[Chunk], plans: RowPlans
+) -> PassYield:
     """Run one forward over all rows of the buckets and the chunks; caches are filled in place."""
     assert all(bucket.owners for bucket in buckets)
     assert buckets or chunks, "an empty pass"
     sequences = [sequence for bucket in buckets for sequence in bucket.owners]
-    layout = lay_out(
-        [Block(sequence.job.adapter, 1) for sequence in sequences]
-        + [Block(chunk.job.adapter, chunk.num_tokens) for chunk in chunks]
-    )
-    chunk_starts = layout.starts[len(sequences) :]
+    groups = plans.plan(sequences)
+    layout = lay_out(groups, [Block(chunk.job.adapter, chunk.num_tokens) for chunk in chunks])
     ended = [index for index, chunk in enumerate(chunks) if _ends_prompt(chunk)]
     with torch.no_grad():
         hidden_TD = _forward(base, buckets, chunks, layout)
-        failures = _score_prompts(base, chunks, hidden_TD, chunk_starts)
+        failures = _score_prompts(base, chunks, hidden_TD, layout.starts)
         for chunk in chunks:
             _cache_of(chunk).num_filled += chunk.num_tokens
         if chunks:
-            rows = [*layout.starts[: len(sequences)], *(chunk_starts[i] + chunks[i].num_tokens - 1 for i in ended)]
-            jobs = [*(sequence.job for sequence in sequences), *(chunks[i].job for i in ended)]
-            layout, hidden_TD = _regroup(hidden_TD, rows, jobs)
-        if not layout.starts:
+            last_rows = [layout.starts[index] + chunks[index].num_tokens - 1 for index in ended]
+            jobs = [*(sequence.job for sequence in sequences), *(chunks[index].job for index in ended)]
+            groups = plans.others(jobs) if ended else groups
+            hidden_TD = _regroup(hidden_TD, [*layout.groups.rows, *last_rows], groups.rows)
+            layout = lay_out(groups)
+        if not groups.rows:
             return PassYield((), failures)
-        logits_BV = head.logits(base, hidden_TD, layout.segments)
+        logits_BV = head.logits(base, hidden_TD, layout.segments, kernel=layout.kernel(base.kernel))
         # Over all padded rows: a row's bits would depend on their number if only a few were normalised.
         logprobs_BV = torch.log_softmax(logits_BV, dim=-1)
-        drawn = _draw_next(sequences, logits_BV, logprobs_BV, layout.starts[: len(sequences)])
-        for i, row in zip(ended, layout.starts[len(sequences) :], strict=True):
+        drawn = _draw_next(sequences, logits_BV, logprobs_BV, groups.rows[: len(sequences)])
+        for i, row in zip(ended, groups.rows[len(sequences) :], strict=True):
             drawn += _draw_first(chunks[i].job, logits_BV[row : row + 1], logprobs_BV[row])
     return PassYield(tuple(drawn), failures)
 
@@ -93,16 +115,16 @@ def _forward(
     tokens = np.zeros(layout.num_rows, dtype=np.int64)
     positions = np.zeros(layout.num_rows, dtype=np.int64)
     decodes: list[DecodePart] = []
-    next_block = 0
+    next_row = 0
     for bucket in buckets:
-        rows = layout.starts[next_block : next_block + len(bucket.owners)]
-        next_block += len(rows)
+        rows = layout.groups.rows[next_row : next_row + len(bucket.owners)]
+        next_row += len(rows)
         num_cached = [sequence.num_cached for sequence in bucket.owners]
         tokens[list(rows)] = [sequence.tokens[-1] for sequence in bucket.owners]
         positions[list(rows)] = num_cached
         decodes.append(decode_part(bucket, rows, num_cached))
     prefills: list[PrefillPart] = []
-    for chunk, start in zip(chunks, layout.starts[next_block:], strict=True):
+    for chunk, start in zip(chunks, layout.starts, strict=True):
         cache = _cache_of(chunk)
         filled, end = cache.num_filled, cache.num_filled + chunk.num_tokens
         tokens[start : start + chunk.num_tokens] = chunk.job.op.prompt[filled:end]
@@ -113,6 +135,7 @@ def _forward(
         torch.from_numpy(positions).to(base.device),
         attention=CachedAttention(decodes, prefills),
         segments=layout.segments,
+        kernel=layout.kernel(base.kernel),
     )
 
 
@@ -130,12 +153,11 @@ def _score_prompts(
     return failures
 
 
-def _regroup(hidden_TD: Tensor, rows: Sequence[int], jobs: Sequence[Job]) -> tuple[Layout, Tensor]:
-    """The rows that need logits, laid out anew so that the head's adapters see whole groups again."""
-    layout = lay_out([Block(job.adapter, 1) for job in jobs])
-    chosen_BD = hidden_TD.new_zeros(layout.num_rows, hidden_TD.shape[1])
-    chosen_BD[list(layout.starts)] = hidden_TD[list(rows)]
-    return layout, chosen_BD
+def _regroup(hidden_TD: Tensor, rows: Sequence[int], places: Sequence[int]) -> Tensor:
+    """The rows that need logits, each in its place, densely."""
+    chosen_BD = hidden_TD.new_zeros(round_up(len(rows), PACK_MULTIPLE), hidden_TD.shape[1])
+    chosen_BD[list(places)] = hidden_TD[list(rows)]
+    return chosen_BD
 
 
 def _draw_next(
