@@ -46,15 +46,16 @@ def command_of(pid: int) -> bytes:
     return Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
-def leftovers() -> set[Path]:
-    return set(Path("/dev/shm").glob("treadle-vllm-*"))
+def assert_nothing_left(group: int, directory: Path | None) -> None:
+    assert list(members(group, with_trackers=True)) == []
+    assert directory is not None
+    assert not directory.exists()
 
 
 @pytest.mark.parametrize("victim", [b"vllm_child", b"EngineCore", b"VLLM::Worker"])
 async def test_any_of_its_processes_takes_the_others_along(
     subject: BundledSubject, python: Path, victim: bytes
 ) -> None:
-    before = leftovers()
     deaths: asyncio.Queue[str] = asyncio.Queue()
     executor = executor_of(subject, python)
     try:
@@ -65,23 +66,20 @@ async def test_any_of_its_processes_takes_the_others_along(
         os.kill(pid, signal.SIGKILL)
         reason = await asyncio.wait_for(deaths.get(), 60)
         assert "status" in reason
-        assert list(members(group, with_trackers=True)) == []
-        assert leftovers() == before
+        assert_nothing_left(group, executor.directory)
     finally:
         await executor.stop()
     assert deaths.empty()
 
 
 async def test_a_stop_leaves_nothing(subject: BundledSubject, python: Path) -> None:
-    before = leftovers()
     executor = executor_of(subject, python)
     await executor.start(on_samples=lambda _: None, on_death=lambda reason: pytest.fail(reason))
     group = executor.pid
     assert group is not None
     await executor.stop()
     await executor.stop()
-    assert list(members(group, with_trackers=True)) == []
-    assert leftovers() == before
+    assert_nothing_left(group, executor.directory)
 
 
 def test_it_ends_with_its_server(tmp_path: Path, python: Path) -> None:
@@ -98,15 +96,16 @@ async def main():
     options = VllmOptions(max_adapters=2, cpu_cache_bytes=64 * 2**20)
     executor = VllmExecutor(config, options=options, python=Path({str(python)!r}))
     await executor.start(on_samples=print, on_death=print)
-    print("pid", executor.pid, flush=True)
+    print("started", executor.pid, executor.directory, flush=True)
     await asyncio.sleep(600)
 asyncio.run(main())
 """
     server = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None
-        line = next(line for line in server.stdout if line.startswith("pid "))
-        group = int(line.split()[1])
+        line = next(line for line in server.stdout if line.startswith("started "))
+        group, directory = int(line.split()[1]), Path(line.split()[2])
+        assert directory.is_dir()
         assert len(list(members(group))) >= 2
     finally:
         server.kill()
@@ -115,6 +114,7 @@ asyncio.run(main())
     while list(members(group, with_trackers=True)):
         assert time.monotonic() < deadline, "vLLM outlives its server"
         time.sleep(0.1)
+    assert not directory.exists()
 
 
 async def test_an_environment_without_vllm_is_the_operators_to_mend(subject: BundledSubject) -> None:
@@ -125,9 +125,7 @@ async def test_an_environment_without_vllm_is_the_operators_to_mend(subject: Bun
 
 
 async def test_a_python_that_is_not_there_is_the_operators_to_mend(subject: BundledSubject, tmp_path: Path) -> None:
-    before = leftovers()
     executor = executor_of(subject, tmp_path / "no" / "python")
     with pytest.raises(ConfigError, match=r"sampler\.vllm\.python"):
         await executor.start(on_samples=lambda _: None, on_death=lambda _: None)
     await executor.stop()
-    assert leftovers() == before

@@ -60,10 +60,17 @@ class VllmExecutor(SamplingChannel):
     @property
     def pid(self) -> int | None:
         """The child's process id, once started."""
-        if self._transport is None:
-            return None
+        return None if self._transport is None else self._child.process.pid
+
+    @property
+    def directory(self) -> Path | None:
+        """Of its files, once started; it is removed behind the last of its processes."""
+        return None if self._transport is None else Path(self._child.directory)
+
+    @property
+    def _child(self) -> VllmTransport:
         assert isinstance(self._transport, VllmTransport)
-        return self._transport.process.pid
+        return self._transport
 
     def _open(self) -> VllmTransport:
         command = [str(self._python or sys.executable), "-m", "treadle.executor.vllm_child"]

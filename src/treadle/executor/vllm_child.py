@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import sys
 import threading
 import time
@@ -40,8 +41,10 @@ from treadle.executor.messages import (
 from treadle.executor.vllm_messages import StartVllm
 from treadle.executor.vllm_processes import end_others
 from treadle.telemetry.logs import configure_logging, get_logger
+from treadle.worker.failures import internal_failure
 from treadle.worker.handoff import Handoff
 from treadle.worker.modelscope_hub import fetch_from_modelscope
+from treadle.worker.work import DecodedSample
 
 if TYPE_CHECKING:
     from treadle.sampler.vllm import VllmEngine, VllmSampler
@@ -89,12 +92,19 @@ class VllmService:
                 if refused:
                     self._send(SamplesDone(refused))
                 for sample in decoded:
-                    self._sampler.submit(sample.request_id, sample.tenant_id, sample.op)
+                    self._submit(self._sampler, sample)
             case CancelSamples(request_ids=request_ids):
                 assert self._sampler is not None
                 self._sampler.cancel(request_ids)
             case _:
                 raise AssertionError(f"vLLM does not train: {message!r}")
+
+    def _submit(self, sampler: VllmSampler, sample: DecodedSample) -> None:
+        try:
+            sampler.submit(sample.request_id, sample.tenant_id, sample.op)
+        except Exception as error:  # noqa: BLE001 (worker entry: a bug in one sample must not lose it, nor the others)
+            log.error("sample not taken", request_id=sample.request_id, exc=error)
+            self._send_outcomes([SampleOutcome(sample.request_id, failure=internal_failure("this sample"))])
 
     async def _load(self, start: StartVllm) -> VllmEngine:
         if start.treadle_version != treadle.__version__:
@@ -160,21 +170,24 @@ def _log_handed_over(request_id: RequestId, reason: str) -> None:
     log.info("sample handed to the built-in sampler", request_id=request_id, reason=reason)
 
 
-def _read_forever(connection: Connection, loop: asyncio.AbstractEventLoop, take: Callable[[ToWorker], None]) -> None:
+def _read_forever(
+    connection: Connection, loop: asyncio.AbstractEventLoop, take: Callable[[ToWorker], None], directory: str
+) -> None:
     while True:
         try:
             message: ToWorker = connection.recv()
         except (EOFError, OSError):
-            _leave(0)  # the server is gone; no orphan may hold the device
+            _leave(0, directory)  # the server is gone; no orphan may hold the device
         loop.call_soon_threadsafe(take, message)
 
 
-def _leave(status: int) -> None:
-    """End with everything that vLLM started, if this process leads them."""
+def _leave(status: int, directory: str) -> None:
+    """End with everything that vLLM started, if this process leads them, and with what lies in its directory."""
     sys.stderr.flush()
     group = os.getpgid(0)
     if group == os.getpid():
         end_others(group)
+    shutil.rmtree(directory, ignore_errors=True)
     os._exit(status)
 
 
@@ -187,10 +200,13 @@ async def _serve(connection: Connection) -> None:
     service = VllmService(connection.send)
     loop = asyncio.get_running_loop()
     threading.Thread(
-        target=_read_forever, args=(connection, loop, service.take), name="treadle-pipe-reader", daemon=True
+        target=_read_forever,
+        args=(connection, loop, service.take, start.directory),
+        name="treadle-pipe-reader",
+        daemon=True,
     ).start()
     # At once: the loop would wait for what the engine's client still does.
-    _leave(await service.run(start))
+    _leave(await service.run(start), start.directory)
 
 
 def main() -> None:

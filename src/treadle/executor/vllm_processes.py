@@ -30,7 +30,7 @@ class VllmTransport(PipeTransport):
     def __init__(self, started: StartedProcess, directory: str) -> None:
         super().__init__(started)
         self._group = started.process.pid
-        self._directory = directory
+        self.directory = directory
 
     def kill(self) -> None:
         """See Transport.kill."""
@@ -42,7 +42,7 @@ class VllmTransport(PipeTransport):
             return None
         # Before the child is reaped: until then nobody else can have its number.
         end_group(self._group)
-        shutil.rmtree(self._directory, ignore_errors=True)
+        shutil.rmtree(self.directory, ignore_errors=True)
         return super().wait()
 
 

@@ -399,6 +399,11 @@ class VllmSampler:
         except NotForVllm as error:
             self._places.give_up(place)
             self._refuse(place.key, error.reason)
+        except OSError as error:
+            # No room for the directory now; there may be some for the next request.
+            self._places.give_up(place)
+            for job in self._waiting_for(place.key):
+                self._give_back(job, f"its adapter could not be written down: {error.strerror}")
         except Exception as error:  # noqa: BLE001 (whatever stops vLLM from loading it: the built-in sampler decides)
             await self._unload_rest_of(place)
             self._places.give_up(place)
