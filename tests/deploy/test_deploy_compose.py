@@ -40,6 +40,17 @@ def test_compose_itself_accepts_the_file() -> None:
     program = compose_program()
     if program is None:
         pytest.skip("docker compose is not installed")
+    with_vllm = ["-f", "compose.yaml", "-f", "docker/vllm.yaml", "--env-file", "docker/gpu.env"]
+    done = run([*program, *with_vllm, "config", "--format", "json"])
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["services"]
+    gpus = {
+        name: found[name]["deploy"]["resources"]["reservations"]["devices"] for name in ("gateway", "ray-worker-gpu")
+    }
+    assert {name: [device["device_ids"] for device in devices] for name, devices in gpus.items()} == {
+        "gateway": [["0"]],
+        "ray-worker-gpu": [["1"]],
+    }
     for arguments in ([], ["--profile", "*"], ["--env-file", "docker/gpu.env"]):
         done = run([*program, *arguments, "config", "--format", "json"])
         assert done.returncode == 0, done.stderr
@@ -155,6 +166,33 @@ def test_environment_of_the_gateway_is_settings_and_empty_ones_count_as_not_set(
             assert name in environment, f"{name} does not reach the server"
             monkeypatch.setenv(name, value)
     assert load_settings(ROOT / "docker/treadle.toml").executor.num_gpus == 1
+
+
+def test_vllm_is_where_the_server_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """Reads Compose's own tag as what it is put on."""
+
+    Loader.add_constructor(
+        "!override",
+        lambda loader, node: (
+            loader.construct_mapping(node, deep=True)
+            if isinstance(node, yaml.MappingNode)
+            else loader.construct_sequence(node, deep=True)
+        ),
+    )
+    text = (ROOT / "docker/vllm.yaml").read_text()
+    gateway = yaml.load(text, Loader)["services"]["gateway"]
+    assert gateway["build"]["target"] in stages()
+    [variable] = [rest for word, rest in stages()["gpu-vllm"] if word == "ENV"]
+    of_image, _, python = variable.partition("=")
+    for name, value in {**gateway["environment"], of_image: python}.items():
+        monkeypatch.setenv(name, value)
+    settings = load_settings(ROOT / "docker/treadle.toml")
+    assert (settings.sampler.kind, settings.worker.samplers) == ("vllm", 1)
+    assert str(settings.sampler.vllm.python) == "/opt/vllm/bin/python"
+    assert f"python -m venv {Path(python).parents[1]}" in dict(stages()["vllm-libraries"])["RUN"]
 
 
 def test_images_run_as_nobody_special_and_say_how_they_are() -> None:
