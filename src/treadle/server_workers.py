@@ -44,7 +44,9 @@ class Workers:
         self._spare = Spare() if settings.worker.spare and is_local else None
         self._cluster = None
         if not is_local:
-            self._cluster = RayCluster(settings.executor, log_level=log.level, log_format=log.format)
+            self._cluster = RayCluster(
+                settings.executor, keeps_spare=settings.worker.spare, log_level=log.level, log_format=log.format
+            )
         self._staging_dir: str | None = None
 
     def scale_of(self, model: ModelSettings) -> Scale:

@@ -18,7 +18,7 @@ from process_checks import PROCESS_CHECKS, pid_of
 
 from treadle.config import ExecutorSettings
 from treadle.errors import ConfigError, WorkerDied
-from treadle.executor.local import LocalExecutor
+from treadle.executor.local import SPARE_AFTER_S, LocalExecutor
 from treadle.executor.messages import WorkerConfig
 from treadle.executor.ray import RayCluster, RayExecutor
 from treadle.testing.driver import Floats, started
@@ -65,6 +65,7 @@ async def test_a_killed_actor_is_a_death_and_the_next_one_gives_the_same_numbers
     async with started(RayExecutor(config, cluster=cluster)) as driver:
         run = await Run(driver).trained()
         assert_same(await run.logprobs(), expected)
+        await asyncio.sleep(SPARE_AFTER_S + 1)
         # A stopped process cannot answer, so the cycle is certainly in flight when the kill arrives.
         os.kill(pid_of(driver), signal.SIGSTOP)
         cycle = asyncio.create_task(driver.run(run.backward()))
@@ -75,7 +76,10 @@ async def test_a_killed_actor_is_a_death_and_the_next_one_gives_the_same_numbers
         with pytest.raises(WorkerDied):
             driver.executor.submit_samples([])
         assert len(driver.deaths) == 1
-    assert_same(await logprobs_of_a_run(RayExecutor(config, cluster=cluster)), expected)
+    promoted = RayExecutor(config, cluster=cluster)
+    assert_same(await logprobs_of_a_run(promoted), expected)
+    assert promoted.started is not None
+    assert promoted.started.was_spare
 
 
 @pytest.mark.slow

@@ -49,7 +49,14 @@ class RayCluster:
     Raises ConfigError when Ray is not installed.
     """
 
-    def __init__(self, settings: ExecutorSettings, *, log_level: str = "info", log_format: str = "console") -> None:
+    def __init__(
+        self,
+        settings: ExecutorSettings,
+        *,
+        keeps_spare: bool = True,
+        log_level: str = "info",
+        log_format: str = "console",
+    ) -> None:
         if find_spec("ray") is None:
             raise ConfigError("executor ray needs the extra: pip install 'treadle[ray]'")
         self.settings = settings
@@ -57,6 +64,7 @@ class RayCluster:
             address=settings.ray_address,
             object_store_bytes=settings.object_store_bytes,
             name=f"treadle-{os.urandom(6).hex()}",
+            keeps_spare=keeps_spare,
             log_level=log_level,
             log_format="json" if log_format == "json" else "console",
         )
@@ -222,14 +230,12 @@ class RayExecutor(Channel):
     @property
     def pid(self) -> int | None:
         """The actor's process id on its node, once it runs."""
-        started = self._transport.started if isinstance(self._transport, RayTransport) else None
-        return None if started is None else started.pid
+        return None if self.started is None else self.started.pid
 
     @property
-    def node_id(self) -> str | None:
-        """The Ray node where the actor runs, once it runs."""
-        started = self._transport.started if isinstance(self._transport, RayTransport) else None
-        return None if started is None else started.node_id
+    def started(self) -> ActorStarted | None:
+        """What is known of the actor, once it runs."""
+        return self._transport.started if isinstance(self._transport, RayTransport) else None
 
     def _open(self) -> RayTransport:
         return RayTransport(self._cluster.open(self._ask), self.name)

@@ -22,29 +22,37 @@ import ray
 
 from treadle.errors import ServerError
 from treadle.executor.messages import FromWorker, ToWorker, WorkerConfig
-from treadle.executor.serving import WorkerService
 from treadle.telemetry.logs import configure_logging
 
 _SHARED_MEMORY = Path("/dev/shm")
 
 
 class WorkerActor:
-    """One worker in a process that Ray started. config: a pickled WorkerConfig."""
+    """One worker in a process that Ray started; a spare until `begin`."""
 
-    def __init__(self, config: bytes) -> None:
+    def __init__(self) -> None:
         # A worker's log goes to standard error, whatever prints it.
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-        self._config: WorkerConfig = pickle.loads(config)
-        configure_logging(level=self._config.log_level, style=self._config.log_format)
+        # Here: the process that makes actors knows this class, and has no use for torch.
+        from treadle.executor.serving import WorkerService
+
         # Pickled messages; at the end the service's exit status.
         self._outbox: queue.SimpleQueue[bytes | int] = queue.SimpleQueue()
         self._service = WorkerService(self._send)
         self._early: dict[int, bytes] = {}
         self._next_number = 0
-        threading.Thread(target=self._run, name="treadle-worker", daemon=True).start()
 
-    def whoami(self) -> tuple[int, str]:
-        """The process id, and the Ray node that it is one of."""
+    def warm_up(self) -> None:
+        """What a spare has the time for."""
+        from treadle.worker.build import warm_up
+
+        warm_up()
+
+    def begin(self, config: bytes) -> tuple[int, str]:
+        """Become the worker of a pickled WorkerConfig: the process id, and the Ray node that it is one of."""
+        worker_config: WorkerConfig = pickle.loads(config)
+        configure_logging(level=worker_config.log_level, style=worker_config.log_format)
+        threading.Thread(target=self._run, args=(worker_config,), name="treadle-worker", daemon=True).start()
         return os.getpid(), str(ray.get_runtime_context().get_node_id())
 
     def put(self, number: int, message: bytes) -> None:
@@ -62,10 +70,10 @@ class WorkerActor:
             taken.append(self._outbox.get())
         return taken
 
-    def _run(self) -> None:
+    def _run(self, config: WorkerConfig) -> None:
         status = 1
         try:
-            status = self._service.run(on_this_host(self._config))
+            status = self._service.run(on_this_host(config))
         finally:
             self._outbox.put(status)
 

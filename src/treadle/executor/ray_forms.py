@@ -15,12 +15,14 @@ from treadle.executor.messages import WorkerConfig
 class ClusterConfig:
     """The first message. address "": a cluster of this process's own; object_store_bytes 0: Ray chooses.
 
-    name: of this start of the server; placement groups and actors carry it.
+    name: of this start of the server; placement groups and actors carry it. keeps_spare: whether one actor that has
+    imported everything waits beside the workers.
     """
 
     address: str
     object_store_bytes: int
     name: str
+    keeps_spare: bool
     log_level: str
     log_format: Literal["console", "json"]
 
@@ -41,6 +43,7 @@ class ActorStarted:
 
     pid: int
     node_id: str
+    was_spare: bool
 
 
 @dataclass(frozen=True, slots=True)

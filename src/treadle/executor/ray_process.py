@@ -25,9 +25,10 @@ from typing import Any, TextIO
 
 import ray
 from ray.exceptions import RayError
-from ray.util.placement_group import placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
+from treadle.executor.local import SPARE_AFTER_S
 from treadle.executor.messages import LoadFailed
 from treadle.executor.ray_actor import WorkerActor
 from treadle.executor.ray_forms import ActorEnded, ActorStarted, ClusterConfig, OpenWorker
@@ -42,8 +43,13 @@ _SAY_EVERY_S = 30.0
 _REACH_TIMEOUT_S = 5.0
 _CONNECT_TIMEOUT_S = 120.0
 _MAX_REASON_CHARACTERS = 250
-# One thread hands messages in, one waits for those that go out.
-_ACTOR_CLASS: dict[str, Any] = {"concurrency_groups": {"in": 1, "out": 1}}
+_ACTOR_CLASS: dict[str, Any] = {
+    # One thread hands messages in, one waits for those that go out.
+    "concurrency_groups": {"in": 1, "out": 1},
+    # A restarted actor is empty. The server's recovery makes a new one.
+    "max_restarts": 0,
+    "max_task_retries": 0,
+}
 
 
 class Cluster:
@@ -113,11 +119,43 @@ class Cluster:
                 _kill(pid)
 
 
-class Worker:
-    """One actor and its pipe."""
+class Spare:
+    """At most one actor in reserve, on the node of the worker that came last. For several threads.
 
-    def __init__(self, cluster: Cluster, ask: OpenWorker, pipe: Connection) -> None:
+    It has no GPU, so only a worker without one takes it; what such a worker reserves stays reserved by its group.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._actor: Any = None
+        self._node_id = ""
+
+    def take(self, node_id: str) -> Any:
+        """The spare, the caller's from now on, if there is one on this node."""
+        with self._lock:
+            if self._node_id != node_id:
+                return None
+            actor, self._actor, self._node_id = self._actor, None, ""
+            return actor
+
+    def prepare(self, node_id: str) -> None:
+        """Start one on this node, unless there is one."""
+        with self._lock:
+            if self._actor is not None and self._node_id == node_id:
+                return
+            placing = NodeAffinitySchedulingStrategy(node_id, soft=False)
+            self._actor = _actor_class().options(num_cpus=0, scheduling_strategy=placing).remote()
+            self._node_id = node_id
+            self._actor.warm_up.options(concurrency_group="in").remote()
+        log.info("spare worker started", node_id=node_id)
+
+
+class Worker:
+    """One actor and its pipe. spare: where it takes its actor from, if that has one; None: nowhere."""
+
+    def __init__(self, cluster: Cluster, ask: OpenWorker, pipe: Connection, spare: Spare | None) -> None:
         self._cluster = cluster
+        self._spare = None if ask.num_gpus else spare
         self._ask = ask
         self._pipe = pipe
         self._lock = threading.Lock()
@@ -174,16 +212,23 @@ class Worker:
         with self._lock:
             if self._is_closed.is_set():
                 return "the worker was given up before it started"
-            self._actor = self._make_actor(group)
-        pid, node_id = ray.get(self._actor.whoami.remote())
+            spare = self._taken_spare(group)
+            self._actor = spare or self._make_actor(group)
+        beginning = self._actor.begin.options(concurrency_group="in").remote(pickle.dumps(self._ask.config))
+        pid, node_id = ray.get(beginning)
         if node_id == self._cluster.node_id:
             self._local_pid = pid
             self._cluster.note_local(pid, is_there=True)
-        log.info("worker launched", worker=self._ask.name, pid=pid, node_id=node_id, was_spare=False)
-        self._tell(ActorStarted(pid, node_id))
+        log.info("worker launched", worker=self._ask.name, pid=pid, node_id=node_id, was_spare=spare is not None)
+        self._tell(ActorStarted(pid, node_id, was_spare=spare is not None))
         take = self._actor.take.options(concurrency_group="out")
+        is_first = True
         while True:
-            for message in ray.get(take.remote()):
+            messages = ray.get(take.remote())
+            if is_first:
+                self._prepare_spare(node_id)
+                is_first = False
+            for message in messages:
                 if isinstance(message, int):
                     return f"the worker ended with status {message}"
                 self._pipe.send_bytes(message)
@@ -200,19 +245,27 @@ class Worker:
                 log.warning("worker waits for room in the cluster", worker=self._ask.name, needs=bundle, free=free)
         return True
 
+    def _taken_spare(self, group: Any) -> Any:
+        if self._spare is None or group is None:
+            return None
+        return self._spare.take(str(placement_group_table(group)["bundles_to_node_id"][0]))
+
+    def _prepare_spare(self, node_id: str) -> None:
+        """A little later: the imports take what a worker that was just started needs to catch up."""
+        if self._spare is not None:
+            timer = threading.Timer(SPARE_AFTER_S, self._spare.prepare, [node_id])
+            timer.daemon = True
+            timer.start()
+
     def _make_actor(self, group: Any) -> Any:
         options: dict[str, Any] = {
             "name": f"{self._ask.name}/{os.urandom(4).hex()}",
             "num_cpus": self._ask.num_cpus,
             "num_gpus": self._ask.num_gpus,
-            # A restarted actor is empty. The server's recovery makes a new one.
-            "max_restarts": 0,
-            "max_task_retries": 0,
         }
         if group is not None:
             options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0)
-        actor_class = ray.remote(**_ACTOR_CLASS)(WorkerActor)
-        return actor_class.options(**options).remote(pickle.dumps(self._ask.config))
+        return _actor_class().options(**options).remote()
 
     def _tell(self, message: object) -> None:
         with contextlib.suppress(OSError):
@@ -251,6 +304,10 @@ class _WithoutPrefix:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+def _actor_class() -> Any:
+    return ray.remote(**_ACTOR_CLASS)(WorkerActor)
 
 
 def _resources(read: Callable[[], Any]) -> dict[str, float]:
@@ -343,10 +400,11 @@ def main(arguments: Sequence[str]) -> None:
     log.info("Ray cluster ready", address=config.address or "own", resources=_resources(ray.cluster_resources))
     if cluster.is_own:
         threading.Thread(target=_watch_daemons, args=(cluster,), name="treadle-ray-watch", daemon=True).start()
+    spare = Spare() if config.keeps_spare else None
     while (received := receive(control)) is not None:
         ask, pipe = received
         assert pipe is not None, "a worker comes with its pipe"
-        Worker(cluster, ask, pipe).start()
+        Worker(cluster, ask, pipe, spare).start()
     cluster.is_left = True
     cluster.kill_local()
     ray.shutdown()
