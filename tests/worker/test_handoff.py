@@ -185,7 +185,8 @@ def test_directories_that_others_can_get_at_are_refused(tmp_path: Path, monkeypa
     open_to_all.chmod(0o755)
     link = tmp_path / "link"
     link.symlink_to(tmp_path)
-    assert staging_place("file:///a", tmp_path) != staging_place("file:///b", tmp_path) != tmp_path
+    monkeypatch.setattr(staging, "SHARED_MEMORY", tmp_path)
+    assert staging_place("file:///a", open_to_all) != staging_place("file:///b", open_to_all) != open_to_all
     monkeypatch.setattr(staging, "SHARED_MEMORY", tmp_path / "missing")
     assert staging_place("file:///a", tmp_path) == tmp_path
     for root in (open_to_all, link, tmp_path / "missing" / "deep"):
@@ -207,14 +208,17 @@ def test_places_of_blobs_that_are_gone_are_swept(tmp_path: Path, monkeypatch: py
         # As at a death.
         os.close(folder.descriptor)
         places.append(place)
-    for one, place in zip(blobs[:2], places, strict=False):
+    blobs.append(tmp_path / "empty")
+    blobs[3].mkdir()
+    places.append(staging_place(str(blobs[3]), tmp_path))
+    for one, place in ((blobs[number], places[number]) for number in (0, 1, 3)):
         for path in (*place.iterdir(), place):
             os.utime(path, (1, 1))
         assert one.exists()
     blobs[0].rmdir()
     blobs[2].rmdir()
     staging_place(str(tmp_path / "other"), tmp_path)
-    assert [place.exists() for place in places] == [False, True, True]
+    assert [place.exists() for place in places] == [False, True, True, False]
 
 
 def test_links_in_a_folder_are_not_followed(tmp_path: Path) -> None:

@@ -45,7 +45,8 @@ def staging_place(blobs_url: str, otherwise: Path) -> Path:
 
     All servers of this machine and user that share the blobs get the same one, so that whoever comes next finds what
     was left behind. It is made here; where somebody else has taken the name, it is `otherwise` as well. Places that
-    were left for good go: those of a directory of blobs that is not there any more, untouched for an hour.
+    were left for good go, untouched for an hour: empty ones, and those of a directory of blobs that is not there any
+    more.
     """
     name = hashlib.sha256(blobs_url.encode()).hexdigest()[:16]
     place = SHARED_MEMORY / f"{_PLACE}{os.geteuid()}-{name}"
@@ -67,7 +68,8 @@ def _remove_if_left_for_good(place: Path) -> None:
         if time.time() - max(one.stat().st_mtime for one in (place, *place.iterdir())) < LEFT_FOR_GOOD_AFTER_S:
             return
         blobs = (place / _WHAT_FOR).read_text()
-        if not blobs.startswith("/") or Path(blobs).exists():
+        is_empty = os.listdir(place) == [_WHAT_FOR]
+        if not is_empty and (not blobs.startswith("/") or Path(blobs).exists()):
             return
         area = StagingArea(place)
         for folder in area.take_abandoned():
