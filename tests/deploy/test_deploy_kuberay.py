@@ -122,6 +122,9 @@ def test_only_pods_of_treadle_reach_ray() -> None:
     first = policy["ingress"][0]["from"][0]["podSelector"]["matchLabels"]
     assert first.items() <= server.items()
     assert all(rule.get("from") for rule in policy["ingress"])
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        # KubeRay's Services select by labels of its own, which a pod's would replace.
+        assert "app.kubernetes.io/name" not in group["template"]["metadata"]["labels"]
 
 
 def test_drain_ends_before_the_pod_is_killed() -> None:
