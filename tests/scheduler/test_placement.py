@@ -64,6 +64,20 @@ def test_a_worker_that_comes_up_gets_its_part_at_once() -> None:
     assert len(found.tenants_of(1)) == 4
 
 
+def test_a_worker_that_was_away_for_long_gets_its_part_again_and_one_that_was_not_keeps_it() -> None:
+    found = opened(2)
+    found.look(TENANTS[:8], 0.0)
+    found.down(1, 1.0)
+    found.look(TENANTS[:8], 2.0)
+    found.up(1, 3.0)
+    assert (len(found.tenants_of(1)), found.num_told) == (4, 0)
+    found.down(1, 4.0)
+    found.look(TENANTS[:8], 5.0 + placement.AWAY_S)
+    assert found.tenants_of(1) == []
+    found.up(1, 6.0 + placement.AWAY_S)
+    assert len(found.moving_from(0)) == 4
+
+
 def test_the_first_worker_waits_for_the_others_of_its_lead_for_a_moment() -> None:
     found = Placement()
     for slot in range(2):

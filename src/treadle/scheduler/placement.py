@@ -105,9 +105,9 @@ class Placement:
             self._keep(slot)
 
     def up(self, slot: int, now: float) -> None:
-        """It has loaded and holds nothing. One that has never been up gets its part of the others' tenants."""
+        """It has loaded and holds nothing. One where nobody lives gets its part of the others' tenants."""
         known = self._slots[slot]
-        is_new = not known.was_up
+        is_new = not self.tenants_of(slot)
         known.is_up = known.was_up = True
         if self._first_up_at is None:
             self._first_up_at = now
