@@ -110,6 +110,8 @@ asyncio.run(main())
     finally:
         server.kill()
         server.wait()
+        assert server.stdout is not None
+        server.stdout.close()
     deadline = time.monotonic() + GONE_WITHIN_S
     while list(members(group, with_trackers=True)):
         assert time.monotonic() < deadline, "vLLM outlives its server"

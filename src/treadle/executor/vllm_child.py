@@ -74,12 +74,13 @@ class VllmService:
             return 1
         self._sampler = self._sampler_of(engine, start)
         self._send(Loaded(engine.model.facts))
-        ends: list[asyncio.Future[Any]] = [asyncio.ensure_future(self._stopping.wait()), self._sampler.died]
+        stopping = asyncio.ensure_future(self._stopping.wait())
+        ends: list[asyncio.Future[Any]] = [stopping, self._sampler.died, asyncio.ensure_future(_is_dead(engine))]
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-        if self._sampler.died.done():
-            log.error("vLLM's engine died", base_model=config.base_model, error=repr(self._sampler.died.exception()))
-            return 1
-        return 0
+        if stopping.done():
+            return 0
+        log.error("vLLM's engine died", base_model=config.base_model)
+        return 1
 
     def take(self, message: ToWorker) -> None:
         """Hand a message over; on the loop. Those before `Loaded` was sent are none of the server's."""
@@ -157,6 +158,12 @@ class VllmService:
     def _send(self, message: FromWorker) -> None:
         self._send_message(message)
         self._last_sent = time.monotonic()
+
+
+async def _is_dead(engine: VllmEngine) -> None:
+    """Return when the engine has died, though nobody asks it for anything."""
+    while not engine.llm.errored:  # noqa: ASYNC110 (it tells nobody)
+        await asyncio.sleep(PROGRESS_EVERY_S)
 
 
 def _place_of(config: WorkerConfig) -> tuple[str, str | None]:

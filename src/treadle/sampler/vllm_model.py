@@ -139,6 +139,9 @@ def write_adapter(data: bytes, directory: Path, facts: PoolFacts, *, max_rank: i
             raise InvalidRequest(f"the checkpoint was made for {what} {theirs!r}, this one is {ours!r}")
     if header.lora.rank > max_rank:
         raise NotForVllm(f"rank {header.lora.rank} over sampler.vllm.max_lora_rank, {max_rank}")
+    if header.adapter_config["target_parameters"]:
+        # vLLM's CPU build computes none, and no other one was there to compare with.
+        raise NotForVllm("an adapter on experts")
     files = export_vllm(data)
     if not all(np.isfinite(array).all() for array in safetensors.numpy.load(files[WEIGHTS_NAME]).values()):
         raise NonFiniteResult("these weights are not finite; nothing can be sampled from them")
