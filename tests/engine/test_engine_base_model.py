@@ -96,7 +96,14 @@ def test_facts_say_what_was_loaded(base: BaseModel, model_dir: Path) -> None:
     assert facts.tokenizer_dir is None
     assert (base.num_layers, base.num_kv_heads, base.head_dim, base.hidden_size) == (2, 2, 16, 32)
     assert base.eos_token_ids == (2,)
-    for part in ("cpu", f"torch-{torch.__version__}", "float32", "threads-", "quantum-2048"):
+    for part in (
+        "cpu",
+        f"torch-{torch.__version__}",
+        "float32",
+        "threads-",
+        "segment-loop/row-groups/",
+        "quantum-2048",
+    ):
         assert part in facts.numerics_profile
 
 

@@ -95,7 +95,7 @@ def test_sampling_logprobs_equal_the_trainers_under_an_adapter(name: str, reques
     assert not np.allclose(bare.logprobs[0], sequence.logprobs[0], atol=1e-3), "the adapter changes the model"
 
 
-@pytest.mark.parametrize(("name", "num_threads"), [("qwen", 1), ("qwen", 2), ("llama", 1), ("moe", 1)])
+@pytest.mark.parametrize(("name", "num_threads"), [("qwen", 1), ("qwen", 2), ("qwen", 4), ("llama", 1), ("moe", 1)])
 def test_a_sample_has_the_same_bits_alone_and_in_a_crowd(
     name: str, num_threads: int, request: pytest.FixtureRequest
 ) -> None:

@@ -29,6 +29,7 @@ from treadle.engine.head import head_profile, piece_rows
 from treadle.engine.kernels.base import LoraKernel, LoraSegment, PassSegments
 from treadle.engine.kernels.choose import AUTO, choose_kernel
 from treadle.engine.kernels.experts import ExpertLoop
+from treadle.engine.kernels.row_groups import RowGroupsKernel
 from treadle.errors import ConfigError
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -169,6 +170,7 @@ def numerics_profile(base: BaseModel) -> str:
             f"threads-{torch.get_num_threads()}",
             str(base.dtype).removeprefix("torch."),
             base.kernel.name,
+            RowGroupsKernel.name,
             *((ExpertLoop.name,) if base.has_experts else ()),
             str(device_attention_path(base.device, base.dtype, base.head_dim)),
             head_profile(base.vocab_size),

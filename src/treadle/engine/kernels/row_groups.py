@@ -5,8 +5,9 @@ are they gathered into groups of GROUP_ROWS under one adapter, and the terms sca
 stacked, one copy while the same ones decode; an adapter of many rows is read in place, by all of its groups.
 It has no backward, and knows no sequences: prompts' rows in the same pass are left to the device's own kernel.
 Invariant: a row's term is one row of a product of GROUP_ROWS rows, whatever its place there and however many products
-are done in the same call, so its bits do not depend on the other rows. That was measured on a CPU, for inputs that are
-a multiple of 4 and outputs of 8 or more, as all models' are; tests/sampler/test_sampler_row_groups.py.
+are done in the same call, so its bits do not depend on the other rows. On a CPU that was measured for some shapes and
+up to two threads; with more threads there is one product per call, and in other shapes one row per product (`_way`).
+tests/sampler/test_sampler_row_groups.py.
 
 Legend: T rows of the pass, N rows of a batch, E groups, M = GROUP_ROWS, I inputs, O outputs, C columns of one member,
 R rank, G members of a group of projections.
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from itertools import accumulate
 
 import torch
@@ -30,6 +32,21 @@ from treadle.engine.kernels.base import LoraKernel, LoraSegment
 GROUP_ROWS = 4
 # A copy of all adapters that are stacked together; those beyond it get calls of their own, with the same bits.
 MAX_STACK_BYTES = 256 * 2**20
+# Products of one call have the bits of products of their own up to this many threads: more divide a single product
+# among them, but not one of many (measured with 3 and 4 threads, 24 outputs).
+_BATCH_THREADS = 2
+# A row has the same bits at any place in a product whose inputs are a multiple of this, and whose outputs are one too
+# or many (measured: others for 66 inputs, for 5 to 7 and 9 to 11 outputs, and for 21 and 27 with 3 threads).
+_SHAPE_MULTIPLE = 4
+_MANY_OUTPUTS = 64
+
+
+class _Way(Enum):
+    """How the products of a batch are done."""
+
+    TOGETHER = auto()
+    GROUP_BY_GROUP = auto()
+    ROW_BY_ROW = auto()
 
 
 class Stack:
@@ -40,18 +57,16 @@ class Stack:
 
     def __init__(self, adapters: tuple[AdapterWeights, ...]) -> None:
         self.adapters = adapters
-        self._groups: dict[str, GroupTensors | None] = {}
+        self._groups: dict[str, GroupTensors] = {}
 
-    def group(self, name: str) -> GroupTensors | None:
-        """a [E, G * R, I] and b [E, R, C] of the adapters, in order; None where they change nothing."""
+    def group(self, name: str) -> GroupTensors:
+        """a [E, G * R, I] and b [E, R, C] of the adapters, in order. For a group that they change."""
         if name not in self._groups:
             self._groups[name] = self._stacked(name)
         return self._groups[name]
 
-    def _stacked(self, name: str) -> GroupTensors | None:
+    def _stacked(self, name: str) -> GroupTensors:
         found = [tensors for adapter in self.adapters if (tensors := adapter.group(name)) is not None]
-        if not found:
-            return None
         assert len(found) == len(self.adapters), "adapters of one rank class change the same projections"
         first = found[0]
         if len(found) == 1:
@@ -82,20 +97,45 @@ class _Batch:
     scale: Tensor
 
     def add(self, x_TI: Tensor, y_TO: Tensor, group: str) -> None:
-        weights = self.stack.group(group)
-        if weights is None:
+        of_one = self.stack.adapters[0].group(group)
+        if of_one is None:
             return
         x_NI = x_TI[self.first : self.last]
         x_PI = x_NI if self.gather is None else x_NI.index_select(0, self.gather)
+        y_NO = y_TO[self.first : self.last]
+        way = _way(of_one)
+        if way == _Way.TOGETHER:
+            self._add_together(x_PI, y_NO, group)
+        else:
+            self._add_apart(x_PI, y_NO, group, GROUP_ROWS if way == _Way.GROUP_BY_GROUP else 1)
+
+    def _add_together(self, x_PI: Tensor, y_NO: Tensor, group: str) -> None:
+        weights = self.stack.group(group)
         x_EMI = x_PI.float().reshape(self.num_groups, GROUP_ROWS, -1)
         s_EMR = torch.bmm(x_EMI, self._for_groups(weights.a).transpose(1, 2)).mul_(self.scale)
-        y_NO = y_TO[self.first : self.last]
         parts = torch.split(s_EMR, weights.b[0].shape[1], dim=2)[: len(weights.b)]
         for part_EMR, b_ERC, columns in zip(parts, weights.b, weights.columns, strict=True):
             term_EMC = torch.bmm(part_EMR, self._for_groups(b_ERC))
-            term_PC = term_EMC.view(self.num_groups * GROUP_ROWS, -1)
-            # In-place addition promotes to float32 before it rounds to the dtype of the left side.
-            y_NO[:, columns].add_(term_PC if self.back is None else term_PC.index_select(0, self.back))
+            self._scatter(term_EMC.view(self.num_groups * GROUP_ROWS, -1), y_NO[:, columns])
+
+    def _add_apart(self, x_PI: Tensor, y_NO: Tensor, group: str, product_rows: int) -> None:
+        """As _add_together, but no product sees how many others there are."""
+        term_PO = torch.empty(x_PI.shape[0], y_NO.shape[1], dtype=torch.float32, device=x_PI.device)
+        for first in range(0, x_PI.shape[0], product_rows):
+            adapter = self.stack.adapters[first // GROUP_ROWS if len(self.stack.adapters) > 1 else 0]
+            weights = adapter.group(group)
+            assert weights is not None
+            places = slice(first, first + product_rows)
+            # A copy, because the bits may depend on the address of the first row, which is its place among the groups.
+            s_MR = torch.mm(x_PI[places].to(torch.float32, copy=True), weights.a.t()).mul_(adapter.scale)
+            parts = s_MR.chunk(len(weights.b), dim=1)
+            for part_MR, b_RC, columns in zip(parts, weights.b, weights.columns, strict=True):
+                term_PO[places, columns] = torch.mm(part_MR, b_RC)
+        self._scatter(term_PO, y_NO)
+
+    def _scatter(self, term_PC: Tensor, y_NC: Tensor) -> None:
+        # In-place addition promotes to float32 before it rounds to the dtype of the left side.
+        y_NC.add_(term_PC if self.back is None else term_PC.index_select(0, self.back))
 
     def _for_groups(self, weights: Tensor) -> Tensor:
         return weights if weights.shape[0] == self.num_groups else weights.expand(self.num_groups, -1, -1)
@@ -228,6 +268,19 @@ def _batch(stack: Stack, counts: Sequence[int], first: int, device: torch.device
         back=None if is_full else torch.tensor(back, device=device),
         scale=torch.tensor(scales, dtype=torch.float32, device=device)[:, None, None],
     )
+
+
+def _way(weights: GroupTensors) -> _Way:
+    """The fastest way that keeps a row's bits: by shape and number of threads, never by who is there.
+
+    On a GPU nobody has shown which do, and nothing is promised there.
+    """
+    if weights.a.device.type != "cpu":
+        return _Way.TOGETHER
+    outputs = (columns.stop - columns.start for columns in weights.columns)
+    if weights.a.shape[1] % _SHAPE_MULTIPLE or any(n % _SHAPE_MULTIPLE and n < _MANY_OUTPUTS for n in outputs):
+        return _Way.ROW_BY_ROW
+    return _Way.TOGETHER if torch.get_num_threads() <= _BATCH_THREADS else _Way.GROUP_BY_GROUP
 
 
 def _wide(a_ERI: Tensor) -> Tensor:
