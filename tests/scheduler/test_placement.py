@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from treadle.domain.ids import TenantId
 from treadle.scheduler import placement
-from treadle.scheduler.placement import GATHER_S, MIN_GAP, UNEVEN_FOR_S, Placement, least_loaded
+from treadle.scheduler.placement import FORGET_AFTER_S, GATHER_S, MIN_GAP, UNEVEN_FOR_S, Placement, least_loaded
 
 SLOTS = range(4)
 TENANTS = [TenantId(f"tenant-{index}") for index in range(9)]
@@ -217,3 +217,57 @@ def test_ten_thousand_newcomers_cost_no_more_than_a_moment(monkeypatch: pytest.M
     found.look([TenantId(str(index)) for index in range(10_000)], 1.0)
     assert calls < 10
     assert {len(found.tenants_of(slot)) for slot in range(8)} == {1_250}
+
+
+def test_who_was_away_for_long_and_of_whom_nobody_knows_a_run_is_forgotten() -> None:
+    """Else a pool would keep everybody who ever came."""
+    found = opened(2)
+    found.look(TENANTS, 0.0)
+    version = found.version
+    [known, gone, *_] = found.tenants_of(0)
+    there = found.tenants_of(1)
+    found.look([TENANTS[-1]], FORGET_AFTER_S)
+    assert found.forget(0, {known, TENANTS[-1]}, FORGET_AFTER_S) > 0
+    assert set(found.tenants_of(0)) <= {known, TENANTS[-1]}
+    assert found.tenants_of(1) == there, "those are another worker's to forget"
+    # A reading that began before knows nothing of what another worker did of it in between.
+    found.look([gone], FORGET_AFTER_S)
+    home = found.home(gone)
+    assert home is not None
+    assert not found.was_home(gone, home, version)
+    assert found.was_home(gone, home, found.version)
+
+
+def test_whoever_moves_is_not_forgotten_on_the_way() -> None:
+    found = opened(2)
+    found.look(TENANTS, 0.0)
+    found.leave(0, 0.0)
+    moving = found.moving_from(0)
+    assert moving
+    found.forget(0, (), 10 * FORGET_AFTER_S)
+    assert found.moving_from(0) == moving
+
+
+def test_the_end_of_a_worker_with_many_tenants_is_no_square_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With ten thousand of them the process would stand still for longer than its lease lasts."""
+    real, num_sums = Placement.loads, 0
+
+    def loads(found: Placement, now: float) -> dict[int, float]:
+        nonlocal num_sums
+        num_sums += 1
+        return real(found, now)
+
+    monkeypatch.setattr(Placement, "loads", loads)
+    crowd = [TenantId(f"tenant-{index}") for index in range(300)]
+    for leaves in (False, True):
+        found = opened(3)
+        found.look(crowd, 1.0)
+        num_sums = 0
+        if leaves:
+            found.leave(0, 1.0)
+            assert len(found.moving_from(0)) == 100
+        found.down(0, 1.0)
+        found.close(0, 1.0)
+        assert num_sums < 10
+        assert [len(found.tenants_of(slot)) for slot in (1, 2)] == [150, 150]
+        assert [round(load) for load in real(found, 1.0).values()] == [150, 150]

@@ -253,6 +253,7 @@ class CycleLoop:
             cold, self._cold = self._cold, set()
             await self._persister.put_away(executor, self._book, cold)
         await self._let_go(executor)
+        self._tenancy.forget(self._book.tenants)
         is_paused = self._is_paused()
         if is_paused:
             # Nobody else takes it back then, and a wait that ends at once would stop the whole process.

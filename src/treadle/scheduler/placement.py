@@ -34,6 +34,8 @@ GATHER_S = 3.0
 WATCH_EVERY_S = 0.5
 # Tenants that one decision moves.
 MAX_MOVES_AT_ONCE = 64
+# Who had no work for so long, and of whom no worker knows a run, comes back as a newcomer.
+FORGET_AFTER_S = 600.0
 
 
 def least_loaded(loads: Mapping[int, float], queued_tokens: Mapping[int, int] = MappingProxyType({})) -> int:
@@ -90,6 +92,8 @@ class Placement:
     # Grows with every change of a home; see `was_home`.
     version: int = 0
     _changed: dict[TenantId, int] = field(default_factory=dict)
+    # When somebody was last forgotten: who is new since then may have had another home before.
+    _forgot_at_version: int = 0
     # How many were ever told to move.
     num_told: int = 0
 
@@ -118,9 +122,9 @@ class Placement:
         """It is gone, with everything that it held. Whoever was moving away from it has moved."""
         known = self._slots[slot]
         known.is_up, known.away_since = False, now
-        for tenant_id, tenant in self._tenants.items():
-            if tenant.home == slot and tenant.target is not None:
-                self._settle(tenant_id, tenant, now)
+        loads = self.loads(now)
+        for tenant_id in self.moving_from(slot):
+            self._settle(tenant_id, self._tenants[tenant_id], now, loads)
 
     def leave(self, slot: int, now: float) -> None:
         """It is not wanted any more: its tenants move, as soon as another is up."""
@@ -132,9 +136,9 @@ class Placement:
     def close(self, slot: int, now: float) -> None:
         """It has ended. Whoever was left there gets another home."""
         self._slots.pop(slot, None)
-        for tenant_id, tenant in self._tenants.items():
-            if tenant.home == slot:
-                self._settle(tenant_id, tenant, now)
+        loads = self.loads(now)
+        for tenant_id in self.tenants_of(slot):
+            self._settle(tenant_id, self._tenants[tenant_id], now, loads)
 
     # Tenants.
 
@@ -163,7 +167,7 @@ class Placement:
 
     def was_home(self, tenant_id: TenantId, slot: int, version: int) -> bool:
         """Whether this is its home, and has been since `version` at least."""
-        return self.home(tenant_id) == slot and self._changed.get(tenant_id, 0) <= version
+        return self.home(tenant_id) == slot and self._changed.get(tenant_id, self._forgot_at_version) <= version
 
     def moving_from(self, slot: int) -> list[TenantId]:
         """Tenants that the worker should let go of."""
@@ -181,7 +185,29 @@ class Placement:
         """Its worker holds nothing of it any more: its new home is where it was going, if that is still up."""
         tenant = self._tenants[tenant_id]
         assert tenant.target is not None, f"{tenant_id} was let go and stays"
-        self._settle(tenant_id, tenant, now)
+        self._settle(tenant_id, tenant, now, self.loads(now))
+
+    def forget(self, slot: int, known: Collection[TenantId], now: float) -> int:
+        """Let go of who had no work for long and lives there, or nowhere; how many. known: of whom the worker has runs.
+
+        To be called when it has nothing else in hand.
+        """
+        gone = [
+            tenant_id
+            for tenant_id, tenant in self._tenants.items()
+            if tenant.home in (slot, None)
+            and tenant.target is None
+            and now >= tenant.seen_at + FORGET_AFTER_S
+            and tenant_id not in known
+            and tenant_id not in self._seen
+        ]
+        for tenant_id in gone:
+            del self._tenants[tenant_id]
+            self._changed.pop(tenant_id, None)
+        if gone:
+            self.version += 1
+            self._forgot_at_version = self.version
+        return len(gone)
 
     def loads(self, now: float) -> dict[int, float]:
         """Of workers that are up and stay, with everybody where they are going."""
@@ -199,26 +225,30 @@ class Placement:
             return False
         return any(slot.is_first and not slot.was_up for slot in self._slots.values())
 
-    def _settle(self, tenant_id: TenantId, tenant: _Tenant, now: float, loads: dict[int, float] | None = None) -> None:
+    def _settle(self, tenant_id: TenantId, tenant: _Tenant, now: float, loads: dict[int, float]) -> None:
         """Give it the home that it was going to, or the one with the least load; None when nobody is up.
 
-        loads: as they are without it; its own is added.
+        loads: as they are now; they are kept so.
         """
         before, wanted = tenant.home, tenant.target
+        counted_at, presence = before if wanted is None else wanted, tenant.presence_at(now)
+        if counted_at in loads:
+            loads[counted_at] -= presence
         tenant.home = tenant.target = None
-        loads = self.loads(now) if loads is None else loads
         if loads:
             tenant.home = wanted if wanted in loads else least_loaded(loads)
-            loads[tenant.home] += tenant.presence_at(now)
+            loads[tenant.home] += presence
         if before is not None:
             tenant.settled_at = now
             self.version += 1
             self._changed[tenant_id] = self.version
 
     def _send_away(self, slot: int, now: float) -> None:
+        loads = self.loads(now)
         for tenant in self._tenants.values():
-            if tenant.home == slot and tenant.target is None and (loads := self.loads(now)):
+            if loads and tenant.home == slot and tenant.target is None:
                 tenant.target = least_loaded(loads)
+                loads[tenant.target] += tenant.presence_at(now)
                 self.num_told += 1
 
     def _keep(self, slot: int) -> None:
@@ -231,10 +261,10 @@ class Placement:
         for index, slot in self._slots.items():
             if slot.is_leaving:
                 self._send_away(index, now)
-            if slot.is_up or (now < slot.away_since + AWAY_S and not slot.is_leaving) or not self.loads(now):
+            if slot.is_up or (now < slot.away_since + AWAY_S and not slot.is_leaving) or not (loads := self.loads(now)):
                 continue
             for tenant_id in self.tenants_of(index):
-                self._settle(tenant_id, self._tenants[tenant_id], now)
+                self._settle(tenant_id, self._tenants[tenant_id], now, loads)
 
     def _watch(self, now: float) -> None:
         """Move one tenant when loads have been uneven for long."""

@@ -251,6 +251,10 @@ class RunBook:
         """All that are known of this tenant."""
         return [run for run in self._runs.values() if run.record.tenant_id == tenant_id]
 
+    def tenants(self) -> set[TenantId]:
+        """Whose runs are known."""
+        return {run.record.tenant_id for run in self._runs.values()}
+
     def take_over(self, finished: FinishedCycle) -> None:
         """A cycle was committed."""
         for advance in finished.advances:

@@ -8,7 +8,7 @@ another worker has done of it is in it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from treadle.domain.ids import PoolName, TenantId
@@ -19,6 +19,9 @@ from treadle.store import Store
 from treadle.telemetry.logs import get_logger
 
 log = get_logger(__name__)
+
+# How often a worker's loop lets go of tenants that nobody knows any more.
+FORGET_EVERY_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +44,7 @@ class Tenancy:
         self._pool = pool
         self._store = store
         self._monotonic = monotonic
-        self._on_moved = on_moved
+        self.on_moved = on_moved
         self._running: asyncio.Task[Reading] | None = None
         self._next: asyncio.Task[Reading] | None = None
 
@@ -60,22 +63,22 @@ class Tenancy:
     def came_up(self, slot: int) -> None:
         """It has loaded."""
         self.placement.up(slot, self.now)
-        self._on_moved()
+        self.on_moved()
 
     def went_down(self, slot: int) -> None:
         """It is gone, and its loop with it."""
         self.placement.down(slot, self.now)
-        self._on_moved()
+        self.on_moved()
 
     def is_leaving(self, slot: int) -> None:
         """It is not wanted any more."""
         self.placement.leave(slot, self.now)
-        self._on_moved()
+        self.on_moved()
 
     def closed(self, slot: int) -> None:
         """It has ended."""
         self.placement.close(slot, self.now)
-        self._on_moved()
+        self.on_moved()
 
     def released(self, tenant_id: TenantId, slot: int) -> None:
         """The worker holds nothing of the tenant any more."""
@@ -87,7 +90,7 @@ class Tenancy:
             from_slot=slot,
             to_slot=self.placement.home(tenant_id),
         )
-        self._on_moved()
+        self.on_moved()
 
     async def read(self) -> Reading:
         """All lines of the pool, read behind this call; tenants without a home have got one, if there is any."""
@@ -113,7 +116,7 @@ class Tenancy:
         num_told = self.placement.num_told
         self.placement.look({line[0].tenant_id for line in queues.values()}, self.now)
         if self.placement.num_told != num_told:
-            self._on_moved()
+            self.on_moved()
         return Reading(queues, is_cut=sum(map(len, queues.values())) >= MAX_HEAD_ROWS, version=version)
 
 
@@ -123,6 +126,7 @@ class SlotTenancy:
     def __init__(self, tenancy: Tenancy, slot: int) -> None:
         self._tenancy = tenancy
         self._slot = slot
+        self._forgot_at = tenancy.now
 
     async def read(self) -> Reading:
         """The lines of this worker's tenants."""
@@ -142,6 +146,18 @@ class SlotTenancy:
     def released(self, tenant_id: TenantId) -> None:
         """Nothing of this tenant is held or known here any more."""
         self._tenancy.released(tenant_id, self._slot)
+
+    def forget(self, known: Callable[[], Collection[TenantId]]) -> None:
+        """Now and then, let go of tenants that have been away for long. known: of whom runs are known here.
+
+        To be called when no line is in hand.
+        """
+        now = self._tenancy.now
+        if now < self._forgot_at + FORGET_EVERY_S:
+            return
+        self._forgot_at = now
+        if self._tenancy.placement.forget(self._slot, known(), now):
+            self._tenancy.on_moved()
 
     def answers_for(self, tenant_id: TenantId) -> bool:
         """Whether commands about the tenant's runs are this worker's; the first one's when nobody has them."""
