@@ -178,6 +178,8 @@ class Crew:
             return "its workers are starting"
         for trains in (True, False):
             of_kind = [slot for slot in self._slots.values() if slot.trains is trains and not slot.is_leaving]
+            if not trains and any(slot.is_up and slot.role is Role.BOTH for slot in self._slots.values()):
+                continue  # samples are done, by whoever trains
             if of_kind and not any(slot.is_up for slot in of_kind):
                 what = "" if trains else "no sampler: "
                 return what + (next((slot.reason for slot in of_kind if slot.reason), "") or "the worker is starting")
@@ -266,24 +268,34 @@ class Crew:
             self._on_change(self)
 
     def _adjust(self) -> None:
-        """Start what is wanted, and have leave what is not: the highest numbers first."""
+        """Start what is wanted, and have leave what is not, once others can do what it does."""
         if self._is_draining:
             return
         wanted = {slot_name(index, trains=True): index for index in range(self._scale.workers)}
         samplers = {slot_name(index, trains=False): index for index in range(self._scale.samplers)}
-        training_role = Role.TRAINING if samplers else Role.BOTH
         is_first = not self._slots
+        training_role = Role.TRAINING if is_first and samplers else self._training_role()
+        for slot in self._slots.values():
+            if slot.trains and slot.role is not training_role:
+                slot.role = training_role
+                self._samples.wake()
+        staying = [slot for name, slot in self._slots.items() if name in wanted or name in samplers]
         for name, slot in self._slots.items():
             # One that leaves ends before another one takes its place.
-            if slot.is_leaving or (name not in wanted and name not in samplers):
+            is_wanted = name in wanted or name in samplers
+            if slot.is_leaving or not (is_wanted or _is_missed(slot, staying)):
                 self._have_leave(slot)
-            if slot.trains:
-                slot.role = training_role
         for name, index in (wanted | samplers).items():
             if name not in self._slots:
                 role = training_role if name in wanted else Role.SAMPLING
                 self._start(index, role, is_first=is_first)
         self._on_change(self)
+
+    def _training_role(self) -> Role:
+        """Whoever trains goes on with samples until one of the samplers that were added has loaded."""
+        samplers = [slot for slot in self._slots.values() if not slot.trains and not slot.is_leaving]
+        takes_over = self._scale.samplers and any(slot.is_first or slot.has_loaded for slot in samplers)
+        return Role.TRAINING if takes_over else Role.BOTH
 
     def _have_leave(self, slot: Slot) -> None:
         """Tell it once, and end its loop when nobody lives there any more."""
@@ -345,6 +357,7 @@ class Crew:
         if slot.trains:
             self.facts = facts
             self._tenancy.came_up(slot.index)
+        self._news.set()
         self._on_change(self)
 
     def slot_down(self, slot: Slot, reason: str) -> None:
@@ -356,3 +369,13 @@ class Crew:
     def may_replace(self, slot: Slot, death: ServerError | ConfigError) -> bool:
         """See SlotOwner."""
         return self._may_replace(slot, death)
+
+
+def _is_missed(slot: Slot, staying: Collection[Slot]) -> bool:
+    """Whether nobody of those who stay is up to do what this one does."""
+    if not slot.is_up:
+        return False
+    others = [other for other in staying if other.is_up and not other.is_leaving]
+    if slot.trains:
+        return not any(other.trains for other in others)
+    return all(other.role is Role.TRAINING for other in others)

@@ -52,7 +52,7 @@ class Quarantine:
         self._cycle: tuple[RequestId, ...] = ()
         self._samples: set[RequestId] = set()
         self._max_samples_together: int | None = None
-        # Its worker was taken away for good.
+        # Its worker was taken away for good, or could not be loaded again.
         self.is_closed = False
         self._has_cycle_suspects = False
         self._has_sample_suspects = False

@@ -158,7 +158,9 @@ class SamplingLoop:
         cancelled: dict[str, tuple[Sampler, list[RequestId]]] = {}
         for request_id in finished:
             sampler = self._samplers.sampler_of(request_id)
-            if sampler is not None and request_id not in self._committing:
+            if sampler is None:
+                self._samplers.ended(request_id)
+            elif request_id not in self._committing:
                 cancelled.setdefault(sampler.slot, (sampler, []))[1].append(request_id)
         for sampler, request_ids in cancelled.values():
             # Of one that is dead nothing need be cancelled.

@@ -229,6 +229,7 @@ class Slot:
             if facts is None:
                 return
             self.has_loaded = True
+            self.quarantine.is_closed = False
             self.state, self.reason = SlotState.UP, ""
             self._owner.slot_up(self, facts)
             log.info(
@@ -243,6 +244,8 @@ class Slot:
             await self._feed(executor, facts, died)
         except (ServerError, ConfigError) as error:
             why = error.message
+            # No worker may ever load here again: what is suspected must not wait for one.
+            self.quarantine.is_closed |= self.state is SlotState.LOADING
             raise
         finally:
             self._took_down(why)
