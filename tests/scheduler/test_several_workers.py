@@ -24,7 +24,7 @@ from treadle.domain.states import ModelState
 from treadle.errors import StoreUnavailable
 from treadle.executor.base import DeathCallback, SamplesCallback
 from treadle.executor.fake import FakeExecutor
-from treadle.scheduler import committing, cycle_loop, placement, slot
+from treadle.scheduler import committing, cycle_loop, placement, quarantine, slot
 from treadle.scheduler.cycle_loop import CycleLoop
 from treadle.testing.builders import datum, pass_op, sample_op, step_op
 
@@ -389,3 +389,50 @@ async def test_a_move_that_cannot_be_stored_is_made_later(cluster: Cluster, monk
             await cluster.result(request_id)
         assert num_refused == 3
         await until(lambda: homes(cluster)[tenant(0)] == 0)
+
+
+async def test_what_takes_its_server_along_is_found_also_while_another_worker_is_busy(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else no leader ends with it alone, and the pool starts for ever."""
+    monkeypatch.setattr(quarantine, "MAX_LEADER_ENDS", 3)
+    ended, num_ends = asyncio.Event(), 0
+
+    class Fatal(FakeExecutor):
+        async def run_cycle(self, work: CycleWork) -> CycleOutcome:
+            if any(item.planned.request_id == f"{run_of(0)}:1" for item in work.items):
+                await asyncio.sleep(0.02)
+                ended.set()
+                await asyncio.Event().wait()
+            await asyncio.sleep(0.05)
+            return await super().run_cycle(work)
+
+    cluster.new_worker = Fatal
+    async with scaled(cluster, 2):
+        for index in (0, 1):
+            await cluster.result(await create(cluster, index))
+        (poison,) = await submit(cluster, 0, pass_op(1, model_id=run_of(0)))
+        ids: list[RequestId] = []
+
+        async def keep_busy() -> None:
+            for seq_id in range(1, 1000):
+                ids.extend(await submit(cluster, 1, pass_op(seq_id, model_id=run_of(1), forward_only=True)))
+                await asyncio.sleep(0.03)
+
+        busy = asyncio.create_task(keep_busy())
+        failure = asyncio.create_task(cluster.failure(poison))
+        while not failure.done():
+            ending = asyncio.create_task(ended.wait())
+            await asyncio.wait([ending, failure], return_when=asyncio.FIRST_COMPLETED)
+            ending.cancel()
+            if not failure.done():
+                num_ends += 1
+                assert num_ends < 8
+                ended.clear()
+                await cluster.restart()
+        assert "server ended 3 times" in (await failure).message
+        assert num_ends >= 3
+        busy.cancel()
+        await asyncio.wait([busy])
+        for request_id in ids:
+            await cluster.result(request_id)

@@ -285,7 +285,8 @@ class CycleLoop:
         await self._book_refusals(prepared, runs, ledger)
         await drop_half_done(executor, prepared, runs)
         if prepared.items:
-            await self._run_and_commit(executor, prepared, queues, runs, ledger)
+            with await self._lead.turn([item.planned.request_id for item in prepared.items]):
+                await self._run_and_commit(executor, prepared, queues, runs, ledger)
         elif not ledger.is_empty:
             await self._commit(ledger)
             self._observer.requests_ended(ledger, queues)

@@ -31,11 +31,12 @@ class Suspicions:
     """What is known of requests, shared by the quarantines of one pool.
 
     suspects: training ops with their deaths while alone; those without one are suspects all the same. died_at: where
-    a sample was in flight at its last death.
+    a sample was in flight at its last death. inherited: training ops that were in flight when the leader before ended.
     """
 
     def __init__(self) -> None:
         self.suspects: dict[RequestId, int] = {}
+        self.inherited: set[RequestId] = set()
         self.unstorable: Counter[RequestId] = Counter()
         self.leader_ends: Counter[RequestId] = Counter()
         self.sample_deaths: Counter[RequestId] = Counter()
@@ -131,6 +132,7 @@ class Quarantine:
         """What was in flight when the leader before ended, as `note_of` put it."""
         num_ends = Counter(in_flight)
         self.suspect(num_ends)
+        self._known.inherited.update(num_ends)
         if len(num_ends) == 1:
             self._known.leader_ends.update(num_ends)
 
@@ -167,6 +169,7 @@ class Quarantine:
             self._known.suspects.pop(request_id, None)
             self._known.unstorable.pop(request_id, None)
             self._known.leader_ends.pop(request_id, None)
+            self._known.inherited.discard(request_id)
 
     def isolated(
         self, lines: Mapping[ModelId, Collection[RequestId]], replayed: Collection[RequestId]
