@@ -14,6 +14,7 @@ import pytest
 from scheduler_support import POOL, SESSION, Cluster
 
 from treadle.blobs import BlobStore
+from treadle.domain.commands import CommandKind, CommandOutcome
 from treadle.domain.ids import BlobKey, ModelId, RequestId, TenantId
 from treadle.domain.ops import CreateModelOp, LoraSpec, PassOp
 from treadle.domain.outcome import CycleOutcome, SampleOutcome
@@ -26,6 +27,7 @@ from treadle.executor.base import DeathCallback, SamplesCallback
 from treadle.executor.fake import FakeExecutor
 from treadle.scheduler import committing, cycle_loop, placement, quarantine, slot
 from treadle.scheduler.cycle_loop import CycleLoop
+from treadle.store.audit import Author
 from treadle.testing.builders import datum, pass_op, sample_op, step_op
 
 NUM_TENANTS = 6
@@ -436,3 +438,46 @@ async def test_what_takes_its_server_along_is_found_also_while_another_worker_is
         await asyncio.wait([busy])
         for request_id in ids:
             await cluster.result(request_id)
+
+
+async def test_commands_and_parking_reach_the_worker_that_holds_the_run(cluster: Cluster, watched: None) -> None:
+    """Whichever it is, also behind a move; of a run that nobody has, the first worker answers."""
+    author = Author(TenantId("user:ops"), "user:ops (key 1)")
+    async with scaled(cluster, 2):
+        for index in (0, 1):
+            await cluster.result(await create(cluster, index))
+        crew = cluster.runner._crew
+        assert crew is not None
+
+        async def command(kind: CommandKind, index: int) -> CommandOutcome:
+            command_id = await cluster.store.commands.give(author, kind, await cluster.model(run_of(index)))
+            while (known := await cluster.store.commands.get(command_id)) is None or known.outcome is None:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            return known.outcome
+
+        for seq_id in (1, 3):
+            for index in (0, 1):
+                ids = await submit(
+                    cluster, index, pass_op(seq_id, model_id=run_of(index)), step_op(seq_id + 1, model_id=run_of(index))
+                )
+                for request_id in ids:
+                    await cluster.result(request_id)
+                assert (await command(CommandKind.SNAPSHOT, index)).is_done
+                [newest, *_] = await cluster.store.snapshots.newest(run_of(index))
+                assert newest.seq_id == seq_id + 1
+                assert run_of(index) in cluster.runner.resident_runs()
+                outcome = await command(CommandKind.EVICT, index)
+                assert outcome.is_done
+                assert "the worker forgot it" in outcome.message
+                assert run_of(index) not in cluster.runner.resident_runs()
+            for one in crew._tenancy.placement._tenants.values():
+                assert one.home is not None
+                one.target = 1 - one.home
+            crew.wake_all()
+            await until(lambda: all(one.target is None for one in crew._tenancy.placement._tenants.values()))
+        for index in (0, 1):
+            await cluster.result((await submit(cluster, index, pass_op(5, model_id=run_of(index))))[0])
+        cluster.runner.park_cold([run_of(0), run_of(1)])
+        await until(lambda: not cluster.runner.resident_runs())
+        await cluster.restart()
+        assert "no worker held it" in (await command(CommandKind.EVICT, 0)).message
