@@ -118,6 +118,17 @@ def test_a_bucket_keeps_each_owners_row_and_hands_out_clean_ones(actions: list[i
             assert bucket.remove(row) == (None if is_last else last)
         for row, owner in enumerate(bucket.owners):
             assert bool((bucket.data_N2SKCd[:, :, row] == owner).all())
+        assert bucket.data_N2SKCd.shape[2] < max(2, 4 * len(bucket.owners))
+
+
+def test_a_bucket_gives_back_the_memory_of_those_who_left() -> None:
+    shape = CacheShape(num_layers=1, num_kv_heads=1, head_dim=4, dtype=torch.float32, device=CPU)
+    bucket: Bucket[int] = Bucket(shape, 64)
+    for number in range(64):
+        bucket.add(number)
+    while len(bucket.owners) > 1:
+        bucket.remove(0)
+    assert bucket.data_N2SKCd.shape[2] == 2
 
 
 @pytest.mark.parametrize(

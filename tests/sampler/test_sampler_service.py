@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
 import pytest
 from sampler_support import FOREVER_S, adapter_of, ask, prompt_of, run_all, sample
+from torch import Tensor
 
 from treadle.domain.ids import RequestId
 from treadle.engine.base_model import BaseModel
+from treadle.sampler import builtin
 from treadle.sampler.base import Sampler, SamplerLimits
 from treadle.sampler.builtin import BuiltinSampler, open_sampler
+from treadle.sampler.cache import CacheShape
+from treadle.sampler.passes import Chunk, PassYield, RowPlans
 
 
 class TickingClock:
@@ -210,3 +219,52 @@ def test_waiting_and_running_are_counted(qwen: BaseModel) -> None:
     sampler.step(0.0)
     sampler.step(0.0)
     assert (sampler.num_waiting, sampler.num_running) == (3, 2)
+
+
+def test_the_cache_of_200_samples_that_come_and_go_stays_within_its_bound(
+    qwen: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_so_far: list[weakref.ref[Tensor]] = []
+    zeros = CacheShape.zeros
+
+    def counted(shape: CacheShape, num_rows: int, capacity: int) -> Tensor:
+        made = zeros(shape, num_rows, capacity)
+        made_so_far.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr(CacheShape, "zeros", counted)
+    limits = SamplerLimits(max_running=24, max_cached_tokens=3_000, prefill_chunk_tokens=64, prefix_share=0.0)
+    sampler = open_sampler(qwen, limits=limits)
+    rng = np.random.default_rng(0)
+    # Most are short, and a few long ones keep every size of place in use.
+    for index in range(200):
+        max_tokens = int(rng.integers(60, 130)) if index % 10 == 0 else int(rng.integers(1, 5))
+        prompt = prompt_of(int(rng.integers(1, 130)), seed=index)
+        sampler.submit([ask(f"r{index}", prompt, tenant=f"t{index % 5}", max_tokens=max_tokens, use_eos=False)])
+    place_bytes = 2 * qwen.num_layers * qwen.num_kv_heads * qwen.head_dim * 4
+    largest = num_done = 0
+    while sampler.has_work:
+        num_done += sum(outcome.result is not None for outcome in sampler.step(0))
+        largest = max(largest, sum(one.numel() * 4 for ref in made_so_far if (one := ref()) is not None))
+    assert num_done == 200
+    assert 3_000 * place_bytes < 2 * largest, "it was full"
+    assert largest <= 4 * 3_000 * place_bytes
+
+
+@pytest.mark.parametrize("num_samples", [1, 9])
+def test_samples_of_one_request_read_its_prompt_once(
+    qwen: BaseModel, num_samples: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_read = 0
+    run_pass = builtin.run_pass
+
+    def counted(base: BaseModel, buckets: Any, chunks: Sequence[Chunk], plans: RowPlans) -> PassYield:
+        nonlocal num_read
+        num_read += sum(chunk.num_tokens for chunk in chunks)
+        return run_pass(base, buckets, chunks, plans)
+
+    monkeypatch.setattr(builtin, "run_pass", counted)
+    limits = SamplerLimits(max_running=4, max_cached_tokens=4_000, prefill_chunk_tokens=64, prefix_share=0.0)
+    request = ask("a", prompt_of(150), num_samples=num_samples, max_tokens=4, use_eos=False)
+    assert len(sample(qwen, [request], limits=limits)["a"].sequences) == num_samples
+    assert num_read == 150

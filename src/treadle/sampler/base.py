@@ -38,8 +38,8 @@ class SamplerLimits:
 
     max_running: sequences that decode together; every one is a row of each pass.
     max_cached_tokens: token places of keys and values in use, running sequences and prompts together. One request
-    is always let in when nothing else runs, so the bound is exceeded by at most that one; memory grows by doubling,
-    so up to twice as much is allocated.
+    is always let in when nothing else runs, so the bound is exceeded by at most that one; memory grows by doubling
+    and shrinks by halving, so up to four times as much is allocated.
     prefill_chunk_tokens: prompt tokens per pass; bounds how long a long prompt delays everybody's next token.
     prefix_share: the part of max_cached_tokens that prompts already read may take beside the running ones, which come
     first; 0 keeps none. Only a CPU keeps any: see prefixes.py.

@@ -74,7 +74,7 @@ class PromptCache:
 
 
 class Bucket(Generic[Owner]):
-    """Rows of one capacity; row i belongs to owners[i]. Its memory grows by doubling and is given back when empty."""
+    """Rows of one capacity, row i of owners[i]. Memory doubles when full and halves when three quarters are free."""
 
     def __init__(self, shape: CacheShape, capacity: int) -> None:
         self.capacity = capacity
@@ -86,9 +86,7 @@ class Bucket(Generic[Owner]):
         """A row of zeros for a new owner."""
         row = len(self.owners)
         if row == self.data_N2SKCd.shape[2]:
-            grown = self._shape.zeros(max(1, 2 * row), self.capacity)
-            grown[:, :, :row] = self.data_N2SKCd
-            self.data_N2SKCd = grown
+            self._resize(max(1, 2 * row))
         else:
             self.data_N2SKCd[:, :, row].zero_()
         self.owners.append(owner)
@@ -103,9 +101,19 @@ class Bucket(Generic[Owner]):
             self.data_N2SKCd[:, :, row] = self.data_N2SKCd[:, :, last]
             moved = self.owners[row] = self.owners[last]
         self.owners.pop()
+        num_rows = self.data_N2SKCd.shape[2]
         if not self.owners:
             self.data_N2SKCd = self._shape.zeros(0, self.capacity)
+        elif 4 * len(self.owners) <= num_rows:
+            # Else a bucket that is never quite empty would keep the memory of its fullest hour.
+            self._resize(num_rows // 2)
         return moved
+
+    def _resize(self, num_rows: int) -> None:
+        data = self._shape.zeros(num_rows, self.capacity)
+        kept = min(num_rows, self.data_N2SKCd.shape[2])
+        data[:, :, :kept] = self.data_N2SKCd[:, :, :kept]
+        self.data_N2SKCd = data
 
 
 def capacity_for(num_places: int) -> int:
