@@ -238,7 +238,7 @@ def test_the_cache_of_200_samples_that_come_and_go_stays_within_its_bound(
     rng = np.random.default_rng(0)
     # Most are short, and a few long ones keep every size of place in use.
     for index in range(200):
-        max_tokens = int(rng.integers(60, 130)) if index % 10 == 0 else int(rng.integers(1, 5))
+        max_tokens = int(rng.integers(60, 130)) if index % 20 == 0 else int(rng.integers(1, 5))
         prompt = prompt_of(int(rng.integers(1, 130)), seed=index)
         sampler.submit([ask(f"r{index}", prompt, tenant=f"t{index % 5}", max_tokens=max_tokens, use_eos=False)])
     place_bytes = 2 * qwen.num_layers * qwen.num_kv_heads * qwen.head_dim * 4
