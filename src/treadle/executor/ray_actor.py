@@ -23,8 +23,7 @@ import ray
 from treadle.errors import ServerError
 from treadle.executor.messages import FromWorker, ToWorker, WorkerConfig
 from treadle.telemetry.logs import configure_logging
-
-_SHARED_MEMORY = Path("/dev/shm")
+from treadle.worker.staging import staging_place
 
 
 class WorkerActor:
@@ -90,19 +89,32 @@ def on_this_host(config: WorkerConfig) -> WorkerConfig:
     return replace(
         config,
         parking_dir=_place(config.parking_dir, Path(tempfile.gettempdir())),
-        staging_dir=_place(config.staging_dir, _SHARED_MEMORY if _SHARED_MEMORY.is_dir() else _temporary()),
+        staging_dir=_staging_place(config),
     )
 
 
-def _temporary() -> Path:
-    return Path(tempfile.gettempdir())
+def _staging_place(config: WorkerConfig) -> str | None:
+    """The one of the blobs and this user, as of any server here: what others left there is for the same blobs."""
+    wanted = config.staging_dir
+    if wanted is None or _can_be_made(wanted):
+        return wanted
+    temporary = Path(tempfile.gettempdir())
+    return str(staging_place(config.blobs_url, temporary / _private_name(f"{config.blobs_url} {wanted}")))
+
+
+def _can_be_made(directory: str) -> bool:
+    parent = Path(directory).parent
+    return parent.is_dir() and os.access(parent, os.W_OK)
+
+
+def _private_name(wanted: str) -> str:
+    return f"treadle-{os.getuid()}-{hashlib.sha256(wanted.encode()).hexdigest()[:16]}"
 
 
 def _place(wanted: str | None, instead: Path) -> str | None:
-    if wanted is None or (Path(wanted).parent.is_dir() and os.access(Path(wanted).parent, os.W_OK)):
+    if wanted is None or _can_be_made(wanted):
         return wanted
-    name = hashlib.sha256(wanted.encode()).hexdigest()[:16]
-    directory = instead / f"treadle-{os.getuid()}-{name}"
+    directory = instead / _private_name(wanted)
     directory.mkdir(mode=0o700, exist_ok=True)
     found = directory.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o077:
