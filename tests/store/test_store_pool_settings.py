@@ -76,6 +76,8 @@ async def test_a_pool_is_paused_resumed_drained_and_removed_each_with_its_event(
         "source": None,
         "revision": None,
         "reason": "a reason",
+        "num_workers": None,
+        "num_samplers": None,
     }
 
 

@@ -76,13 +76,6 @@ async def drain_pool(request: Request) -> Response:
     return await _decide(request, PoolState.DRAINING)
 
 
-@router.post("/pools/remove", body=PoolBody, answer=PoolAnswer, others=_OTHERS)
-async def remove_pool(request: Request) -> Response:
-    """Persist the pool's runs and stop its worker, on every server and over restarts. Its runs, checkpoints and queued
-    requests stay stored, and go on when it is added again."""
-    return await _decide(request, PoolState.REMOVED)
-
-
 @router.post("/pools/scale", body=ScalePoolBody, answer=PoolAnswer, others=_OTHERS)
 async def scale_pool(request: Request) -> Response:
     """Have so many workers of the pool from now on. New ones get their part of the tenants; of those too many the last
@@ -95,6 +88,13 @@ async def scale_pool(request: Request) -> Response:
     author = Author(principal.tenant_id, principal.actor)
     await gateway.store.pool_settings.scale(author, pool, num_workers=body.workers, num_samplers=body.samplers)
     return await _answer(gateway, pool)
+
+
+@router.post("/pools/remove", body=PoolBody, answer=PoolAnswer, others=_OTHERS)
+async def remove_pool(request: Request) -> Response:
+    """Persist the pool's runs and stop its worker, on every server and over restarts. Its runs, checkpoints and queued
+    requests stay stored, and go on when it is added again."""
+    return await _decide(request, PoolState.REMOVED)
 
 
 async def _decide(request: Request, state: PoolState) -> Response:
