@@ -62,9 +62,10 @@ def main() -> int:
 def _parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("combinations", nargs="*", choices=[[], *COMBINATIONS], metavar="EXECUTOR-SAMPLER-STORE")
-    ours, _, theirs = " ".join(sys.argv[1:]).partition("-- ")
-    arguments = parser.parse_args(ours.split())
-    arguments.pytest = theirs.split()
+    given = sys.argv[1:]
+    end = given.index("--") if "--" in given else len(given)
+    arguments = parser.parse_args(given[:end])
+    arguments.pytest = given[end + 1 :]
     return arguments
 
 
