@@ -44,7 +44,7 @@ TESTS = (
     "test_cli_checkpoints.py",
     "test_openai_client.py",
 )
-RAY_PORT = 16379
+RAY_PORT = 6399
 START_S = 60.0
 
 
