@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import os
 import re
+import secrets
 import signal
 import socket
 import subprocess
@@ -99,6 +100,8 @@ def _ray() -> Iterator[str]:
     """A cluster of this machine, gone at the end with everything that it started; its address."""
     ray = Path(sys.executable).with_name("ray")
     options = ["--head", "--block", f"--port={RAY_PORT}", "--include-dashboard=false", "--disable-usage-stats"]
+    # Ray lets nobody in without a token; servers and their workers inherit it.
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     cluster = subprocess.Popen([ray, "start", *options], stdout=subprocess.DEVNULL, start_new_session=True)
     try:
         _wait_for_port(cluster)
